@@ -151,6 +151,13 @@ COMMANDS = {
         "imgcls model import --arch resnet18 --weights resnet18.pth --classes "
         "imagenet.txt --output imagenet",
     ),
+    "model zero-shot": Command(
+        "make a classifier from class names, with a model of open_clip",
+        "imgcls.models.config.ZeroShotConfig",
+        "imgcls.models.zero_shot.make_zero_shot",
+        "imgcls model zero-shot --arch open_clip:ViT-B-32 --weights clip.safetensors "
+        '--classes "cat,dog" --output zero-shot',
+    ),
     "model quantize": Command(
         "calibrate a bundle for int8 on CPUs and measure the loss of accuracy",
         "imgcls.evaluation.config.QuantizeConfig",

@@ -43,7 +43,7 @@ INT8_FILE = "int8.openvino.zip"
 """The network as OpenVINO's XML and weights, if it is quantized for this engine."""
 MODEL_CARD_FILE = "README.md"
 
-NetworkSource = Literal["torchvision", "timm", "imgcls"]
+NetworkSource = Literal["torchvision", "timm", "imgcls", "transformers", "open_clip"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 EngineName = Literal["auto", "torch", "openvino"]
 
@@ -361,28 +361,6 @@ def _restore_never_accept(spec: BundleSpec) -> BundleSpec:
         name: NEVER_ACCEPT if value == 1.0 else value for name, value in spec.thresholds.items()
     }
     return spec.model_copy(update={"thresholds": chosen})
-
-
-def parse_class_list(text: str, source: str) -> list[str]:
-    """Parse class names, one per line; blank lines at the end are ignored.
-
-    source: file name for messages
-    Raises BundleError with the line of a blank or repeated name.
-    """
-    names = [line.strip() for line in text.rstrip().splitlines()]
-    seen: dict[str, int] = {}
-    for number, name in enumerate(names, 1):
-        if not name:
-            raise BundleError(f"{source}, line {number}: is blank; write one class name per line")
-        if name in seen:
-            raise BundleError(
-                f"{source}, line {number}: {name!r} is also on line {seen[name]}; class names "
-                "must be unique"
-            )
-        seen[name] = number
-    if not names:
-        raise BundleError(f"{source}: has no class names")
-    return names
 
 
 def render_minimal_card(spec: BundleSpec) -> str:

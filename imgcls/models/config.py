@@ -1,4 +1,4 @@
-"""Configuration of `imgcls export`, `imgcls model import` and `imgcls model list`.
+"""Configuration of `imgcls export` and of `imgcls model import`, `zero-shot` and `list`.
 
 It is checked without torch and Ray, so that a wrong key is refused at once.
 """
@@ -41,8 +41,8 @@ class ImportConfig(Section):
     """Make a bundle from a weights file and a list of classes."""
 
     arch: str
-    """Architecture, e.g. squeezenet1_0 (`imgcls model list`), timm:NAME, or a folder or hf://OWNER/NAME
-    of timm."""
+    """Architecture, e.g. squeezenet1_0 (`imgcls model list`), timm:NAME, open_clip:NAME, or a
+    folder or hf://OWNER/NAME of timm or transformers."""
     weights: str
     """State dict, .pth or .safetensors (path or URL), pretrained, or e.g. IMAGENET1K_V1."""
     classes: str
@@ -55,6 +55,26 @@ class ImportConfig(Section):
     """Length of the shorter side after resizing, in pixels (default: of the architecture)."""
     crop: PositiveInt | None = None
     """Side of the model's square input, in pixels (default: of the architecture)."""
+    decode: DecodeMode = "exact"
+    """exact: decode JPEGs at full size. fast: decode large JPEGs at 1/2, 1/4 or 1/8."""
+    overwrite: bool = False
+    """Replace an existing bundle."""
+    storage: StorageConfig = StorageConfig()
+
+
+class ZeroShotConfig(Section):
+    """Make a classifier from the names of its classes, with a model of open_clip."""
+
+    arch: str
+    """Model of open_clip with its text tower, e.g. open_clip:ViT-B-32."""
+    weights: str
+    """State dict of both towers, .pth or .safetensors (path or URL), or e.g. laion2b_s34b_b79k."""
+    classes: Annotated[list[str], BeforeValidator(names)]
+    """Class names, separated by commas; or one text file (*.txt) with a name per line."""
+    templates: str = "imagenet"
+    """Texts in which {} stands for the class: imagenet (80 texts), or a file with one per line."""
+    output: str
+    """Bundle folder to write."""
     decode: DecodeMode = "exact"
     """exact: decode JPEGs at full size. fast: decode large JPEGs at 1/2, 1/4 or 1/8."""
     overwrite: bool = False

@@ -9,15 +9,10 @@ from imgcls import log
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
-from imgcls.errors import BundleError, ConfigError, StorageError, request_error
+from imgcls.errors import BundleError, ConfigError
 from imgcls.models import zoo
-from imgcls.models.bundle import (
-    Bundle,
-    BundleSpec,
-    check_bundle_output,
-    parse_class_list,
-    save_bundle,
-)
+from imgcls.models.bundle import Bundle, BundleSpec, check_bundle_output, save_bundle
+from imgcls.models.class_list import read_class_list
 from imgcls.models.config import ImportConfig, ListModelsConfig
 
 
@@ -38,13 +33,7 @@ def import_model(config: ImportConfig) -> Bundle:
     architecture = zoo.add_pretrained_options(architecture, config.weights)
     output = filesystem.absolute(config.output)
     check_bundle_output(output, overwrite=config.overwrite)
-    try:
-        text = filesystem.read(config.classes).decode("utf-8-sig")
-    except (StorageError, UnicodeDecodeError) as error:
-        raise request_error(
-            BundleError, f"classes: {error}; pass a text file with one name per line", error
-        ) from error
-    classes = parse_class_list(text, config.classes)
+    classes = read_class_list(config.classes)
     preprocess = _resolve_preprocess(
         config, zoo.get_default_preprocess(architecture, config.weights)
     )

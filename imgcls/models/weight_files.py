@@ -135,7 +135,7 @@ class MatchedWeights:
     """Tensors of a file by the names of the network.
 
     prefix:            prefix removed from the file's keys; None if none was removed
-    unused_keys:       the file's keys without this prefix
+    unused_keys:       the file's keys that belong to other networks
     interpolated_keys: position embeddings that were interpolated to the network's input size
     """
 
@@ -146,7 +146,7 @@ class MatchedWeights:
 
     def describe_changes(self) -> list[str]:
         """Messages about tensors that are not used, or not as they are in the file."""
-        notes = [self._describe_unused()] if self.prefix and self.unused_keys else []
+        notes = [self._describe_unused()] if self.unused_keys else []
         if self.interpolated_keys:
             names = ", ".join(self.interpolated_keys[:3])
             more = ", ..." if len(self.interpolated_keys) > 3 else ""
@@ -155,10 +155,8 @@ class MatchedWeights:
 
     def _describe_unused(self) -> str:
         shown = ", ".join(self.unused_keys[:3]) + (", ..." if len(self.unused_keys) > 3 else "")
-        return (
-            f"using the weights below {self.prefix!r}; {len(self.unused_keys):,} other tensors are "
-            f"ignored ({shown})"
-        )
+        below = f"using the weights below {self.prefix!r}; " if self.prefix else ""
+        return f"{below}{len(self.unused_keys):,} other tensors are ignored ({shown})"
 
 
 def list_body_keys(own: Mapping[str, torch.Tensor], heads: Collection[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Model zoo: torchvision's and timm's classifiers and the small CNN, by name.
+"""Model zoo: the networks of all libraries, by name.
 
 Builds networks with a head of the required size, loads weights from files or libraries, and has
 their preprocessing. Weights either match or are rejected with the keys that do not.
@@ -9,51 +9,47 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from imgcls.data.decoding.lazy_torchvision import torchvision
-from imgcls.data.decoding.preprocess import Interpolation, Preprocess
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.storage import filesystem
 from imgcls.errors import BundleError, StorageError, request_error
-from imgcls.models import timm_models
-from imgcls.models.bundle import Architecture, NetworkSource
+from imgcls.models.bundle import Architecture
 from imgcls.models.finite import check_finite_tensors
-from imgcls.models.small_cnn import SmallCNN
-from imgcls.models.snapshots import find_folder, find_snapshot_of_weights, load_snapshot
-from imgcls.models.weight_files import MatchedWeights, list_body_keys, match_keys, read_state_dict
-
-PRETRAINED = "pretrained"
-"""Name of the weights that a library has for a network."""
-_LIBRARY_DEFAULT = (PRETRAINED, "torchvision")
-
-_SMALL_CNN_PREPROCESS = Preprocess(
-    resize=32, crop=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), mode="squash"
+from imgcls.models.libraries.base import PRETRAINED
+from imgcls.models.libraries.registry import LIBRARIES, find_library
+from imgcls.models.snapshots import (
+    find_folder,
+    find_snapshot_of_weights,
+    find_weights,
+    load_snapshot,
 )
+from imgcls.models.weight_files import MatchedWeights, list_body_keys, match_keys, read_state_dict
 
 
 def list_architectures() -> list[str]:
-    """All names of architectures, except those of timm."""
-    return ["small_cnn", *torchvision.models.list_models(module=torchvision.models)]
+    """All names of architectures without the prefix of a library."""
+    return [name for library in LIBRARIES for name in library.list_names()]
 
 
 def resolve_architecture(name: str, options: Mapping[str, Any] | None = None) -> Architecture:
     """The architecture of a name; raises BundleError with the nearest names if it is unknown."""
-    if name.startswith(timm_models.TIMM_PREFIX):
-        own = name.removeprefix(timm_models.TIMM_PREFIX)
-        timm_models.check_timm_name(own)
-        return Architecture(source="timm", name=own, options=dict(options or {}))
-    if name not in list_architectures():
-        near = difflib.get_close_matches(name, list_architectures(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see `imgcls model list`"
-        raise BundleError(f"model {name!r}: no such architecture; {hint}")
-    source: NetworkSource = "imgcls" if name == "small_cnn" else "torchvision"
-    return Architecture(source=source, name=name, options=dict(options or {}))
+    given = dict(options or {})
+    for library in LIBRARIES:
+        if library.prefix and name.startswith(library.prefix):
+            own = name.removeprefix(library.prefix)
+            library.check_name(own)
+            return Architecture(source=library.source, name=own, options=given)
+        if not library.prefix and name in library.list_names():
+            return Architecture(source=library.source, name=name, options=given)
+    near = difflib.get_close_matches(name, list_architectures(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see `imgcls model list`"
+    raise BundleError(f"model {name!r}: no such architecture; {hint}")
 
 
 def resolve_snapshot(
@@ -70,7 +66,7 @@ def resolve_snapshot(
         return name, weights, dict(options)
     snapshot = load_snapshot(folder)
     if weights == PRETRAINED:
-        weights = snapshot.find_weights()
+        weights = find_weights(snapshot)
     stored = dict(snapshot.options)
     if image_size is not None:
         stored.pop("img_size", None)
@@ -82,73 +78,28 @@ def build_network(architecture: Architecture, num_classes: int) -> nn.Module:
 
     Raises BundleError if the name or an option is unknown.
     """
-    options = dict(architecture.options)
+    library = find_library(architecture)
     try:
-        if architecture.source == "imgcls":
-            return SmallCNN(num_classes, **options)
-        if architecture.source == "timm":
-            return timm_models.build_timm_network(architecture.name, num_classes, options)
-        if _is_torchvision(architecture, "inception_v3", "googlenet"):
-            options.setdefault("init_weights", True)
-        head_relu = options.pop("head_relu", True) if _is_squeezenet(architecture) else True
-        network: Any = torchvision.models.get_model(
-            architecture.name, weights=None, num_classes=num_classes, **options
-        )
-        if not head_relu:
-            network.classifier[2] = nn.Identity()
-        built: nn.Module = network
-        return built
+        return library.build(architecture.name, num_classes, architecture.options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise BundleError(f"model {architecture.name}: {error}; check model.options") from error
 
 
 def adapt_for_training(architecture: Architecture) -> Architecture:
-    """Set options of an architecture that training requires.
-
-    The published SqueezeNet ends in a ReLU: a class whose logit is below 0 for all images has no
-    gradient, and a linear probe is not possible. It is trained without this ReLU, unless the option
-    `head_relu` is set.
-    """
-    if not _is_squeezenet(architecture):
-        return architecture
-    options = {"head_relu": False, **architecture.options}
-    return architecture.model_copy(update={"options": options})
-
-
-def _is_squeezenet(architecture: Architecture) -> bool:
-    return _is_torchvision(architecture, "squeezenet")
-
-
-def _is_torchvision(architecture: Architecture, *beginnings: str) -> bool:
-    return architecture.source == "torchvision" and architecture.name.startswith(beginnings)
+    """Set options of an architecture that training requires, such as SqueezeNet's head."""
+    return find_library(architecture).adapt_for_training(architecture)
 
 
 def get_default_preprocess(architecture: Architecture, weights: str | None = None) -> Preprocess:
     """Preprocessing that a network's weights were trained with.
 
     weights: as for `load_weights`; a file of a snapshot has its own; for another file, the first
-        weights of torchvision, or the default ones of timm, are assumed
+        weights of torchvision and open_clip, or the default ones of timm, are assumed
     """
-    if architecture.source == "imgcls":
-        return _SMALL_CNN_PREPROCESS
-    if architecture.source == "timm":
-        snapshot = find_snapshot_of_weights(weights)
-        described = None if snapshot is None else snapshot.pretrained
-        return timm_models.resolve_preprocess(architecture.name, described)
-    known = torchvision.models.get_model_weights(architecture.name)
-    name = "DEFAULT" if weights in _LIBRARY_DEFAULT else weights
-    member = known[name] if name in known.__members__ else next(iter(known))
-    recipe = member.transforms()
-    interpolation: Interpolation = (
-        "bicubic" if "bicubic" in str(recipe.interpolation).lower() else "bilinear"
-    )
-    return Preprocess(
-        resize=recipe.resize_size[0],
-        crop=recipe.crop_size[0],
-        interpolation=interpolation,
-        mean=tuple(recipe.mean),
-        std=tuple(recipe.std),
-    )
+    library, snapshot = find_library(architecture), find_snapshot_of_weights(weights)
+    if snapshot is not None and resolve_architecture(snapshot.name).source == library.source:
+        return snapshot.load_preprocess()
+    return library.get_preprocess(architecture, weights)
 
 
 def add_pretrained_options(architecture: Architecture, weights: str | None = None) -> Architecture:
@@ -156,11 +107,8 @@ def add_pretrained_options(architecture: Architecture, weights: str | None = Non
 
     weights: as for `get_default_preprocess`
     """
-    options: dict[str, Any] = {}
-    if _is_torchvision(architecture, "inception_v3", "googlenet"):
-        options = {"transform_input": True, "aux_logits": True}
-    elif _is_torchvision(architecture, "vit_"):
-        options = {"image_size": get_default_preprocess(architecture, weights).crop}
+    library = find_library(architecture)
+    options = library.get_pretrained_options(architecture, weights)
     return architecture.model_copy(update={"options": {**options, **architecture.options}})
 
 
@@ -170,11 +118,7 @@ def set_image_size(architecture: Architecture, size: int) -> Architecture:
     Vision transformers have a position embedding for each patch of the image; convolutional
     networks take inputs of any size. A size that the options name is kept.
     """
-    option: str | None = None
-    if architecture.source == "timm":
-        option = timm_models.find_size_option(architecture.name, size)
-    elif _is_torchvision(architecture, "vit_"):
-        option = "image_size"
+    option = find_library(architecture).find_size_option(architecture, size)
     if option is None:
         return architecture
     return architecture.model_copy(update={"options": {option: size, **architecture.options}})
@@ -187,30 +131,17 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
         name such as `IMAGENET1K_V1`
     Raises BundleError if they cannot be loaded.
     """
-    if architecture.source == "imgcls" and weights == PRETRAINED:
+    library = find_library(architecture)
+    named = library.load_weights(architecture.name, weights)
+    if named is not None:
+        return named
+    choices = library.list_weights(architecture.name)
+    if weights == PRETRAINED and not choices:
         raise BundleError(f"model.weights {weights}: {architecture.name} has none; pass a file")
-    if architecture.source == "timm" and weights in (PRETRAINED, "timm"):
-        return timm_models.load_pretrained(architecture.name)
-    known = (
-        torchvision.models.get_model_weights(architecture.name)
-        if architecture.source == "torchvision"
-        else None
-    )
-    if known is not None and (weights in _LIBRARY_DEFAULT or weights in known.__members__):
-        member = known.DEFAULT if weights in _LIBRARY_DEFAULT else known[weights]
-        try:
-            return dict(member.get_state_dict(progress=False, check_hash=True))
-        except Exception as error:
-            raise BundleError(
-                f"model.weights {weights}: torchvision could not download them ({error}); pass the "
-                "path of a weights file"
-            ) from error
     try:
         data = filesystem.read(weights)
     except StorageError as error:
-        own = [] if architecture.source == "imgcls" else [PRETRAINED]
-        choices = ", ".join([*own, *(known.__members__ if known is not None else ())])
-        also = f", or one of {choices}" if choices else ""
+        also = f", or one of {', '.join(choices)}" if choices else ""
         raise request_error(
             BundleError, f"model.weights: {error}; pass a file{also}", error
         ) from error
@@ -274,43 +205,62 @@ def apply_weights(
 def match_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> MatchedWeights:
     """Weights by the names of the network, with position embeddings of its input size.
 
-    Prefixes are removed, names of timm's authors converted, and position embeddings of another
-    input size interpolated, as torchvision and timm do.
+    Prefixes are removed, other names converted and position embeddings of another input size
+    interpolated, as the library of the network does.
     """
     own, heads = network.state_dict(), list_head_names(network)
     found = match_keys(own, heads, state)
     body = set(list_body_keys(own, heads))
     missing = body - found.state.keys()
     resized = [k for k in body - missing if found.state[k].shape != own[k].shape]
-    if not missing and not resized:
+    extra = found.state.keys() - own.keys()
+    if not missing and not resized and not extra:
         return found
     if resized and not all(_POSITIONS.search(key) for key in resized):
         return found  # of another network
-    converted = _interpolate_positions(network, found.state)
-    if converted is None:
-        converted = timm_models.convert_checkpoint(network, found.state) or {}
-    if any(key not in converted or converted[key].shape != own[key].shape for key in body):
-        return found
-    return replace(found, state=converted, interpolated_keys=tuple(sorted(resized)))
+    return _convert_weights(network, found, body, has_all=not missing and not resized)
 
 
-_POSITIONS = re.compile(r"pos_embed|position_bias|rel_pos|rope")
+_POSITIONS = re.compile(
+    r"pos_embed|position_embedding|positional_embedding|position_bias|rel_pos|rope"
+)
 """In the names of parameters with a row per position in the image."""
 
 
-def _interpolate_positions(
-    network: nn.Module, state: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor] | None:
-    """Weights of a vision transformer of torchvision for its input size; None for others."""
-    from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+def _convert_weights(
+    network: nn.Module, found: MatchedWeights, body: Set[str], *, has_all: bool
+) -> MatchedWeights:
+    """The weights as the network's library converts them; unchanged if fewer of them then fit.
 
-    if not isinstance(network, VisionTransformer):
-        return None
-    kept = OrderedDict(state)
-    try:
-        return dict(interpolate_embeddings(network.image_size, network.patch_size, kept))
-    except ValueError:
-        return None
+    body:    keys of the network that weights must have
+    has_all: whether all of them fit, and only other parts have to be left out
+    """
+    own = network.state_dict()
+    for library in LIBRARIES:
+        if has_all and not library.has_parts:
+            continue
+        converted = library.convert_weights(network, found.state)
+        if converted is None:
+            continue
+        before, after = (
+            sum(key in state and state[key].shape == own[key].shape for key in body)
+            for state in (found.state, converted)
+        )
+        if after < before + (not has_all):
+            return found
+        shared = sorted(body & found.state.keys() & converted.keys())
+        return replace(
+            found,
+            state=converted,
+            interpolated_keys=tuple(
+                key for key in shared if found.state[key].shape != converted[key].shape
+            ),
+            # a library that renames tensors does not list those that it leaves out
+            unused_keys=tuple(sorted(found.state.keys() - converted.keys()))
+            if converted.keys() <= found.state.keys()
+            else found.unused_keys,
+        )
+    return found
 
 
 def list_head_names(network: nn.Module) -> set[str]:

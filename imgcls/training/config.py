@@ -47,8 +47,8 @@ class ModelConfig(Section):
     shorthand: ClassVar[str | None] = "name"
 
     name: str = "resnet18"
-    """small_cnn, a name of torchvision (`imgcls model list`), timm:NAME, or hf://OWNER/NAME or a
-    folder in the form of timm."""
+    """small_cnn, a name of torchvision (`imgcls model list`), timm:NAME, open_clip:NAME, or
+    hf://OWNER/NAME or a folder in the form of timm or transformers, or a bundle."""
     weights: str | None = None
     """A .safetensors or .pth file, pretrained, or e.g. IMAGENET1K_V1. Default: random."""
     options: dict[str, Any] = {}

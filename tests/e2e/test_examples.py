@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from safetensors.torch import save_file
 
 from imgcls.cli import COMMANDS
 from tests.e2e.conftest import Demonstrated
@@ -39,6 +40,8 @@ def after_the_demo(demonstrated: Demonstrated, tmp_path: Path) -> Demonstrated:
 
 def test_the_example_of_every_command_can_be_run(after_the_demo: Demonstrated) -> None:
     there = after_the_demo
+    open_clip = pytest.importorskip("open_clip")
+    save_file(open_clip.create_model("ViT-B-32").state_dict(), there.folder / "clip.safetensors")
     order = sorted(COMMANDS, key=lambda name: (name not in FIRST, name in ("serve", "demo")))
     for name in order:
         words = shlex.split(COMMANDS[name].example)[1:]

@@ -26,7 +26,6 @@ from imgcls.models.bundle import (
     BundleSpec,
     load_bundle,
     load_bundle_weights,
-    parse_class_list,
     read_description,
     render_minimal_card,
     save_bundle,
@@ -285,33 +284,6 @@ def test_a_preprocessing_that_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(ValidationError):
             Preprocess.model_validate(wrong)
-
-
-# ------------------------------------------------------------------ class lists
-
-
-def test_a_class_list_is_one_name_per_line() -> None:
-    assert parse_class_list("cat\ndog\n", "f") == ["cat", "dog"]
-    assert parse_class_list("cat\r\n dog \r\n\r\n\n", "f") == ["cat", "dog"]
-    assert parse_class_list("ünï→猫\n007", "f") == ["ünï→猫", "007"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("cat\n\ndog\n", "f, line 2: is blank"),
-        ("\ncat", "f, line 1: is blank"),
-        ("cat\ndog\ncat\n", "f, line 3: 'cat' is also on line 1"),
-        ("", "f: has no class names"),
-        ("\n\n", "f: has no class names"),
-    ],
-)
-def test_a_class_list_with_a_blank_or_doubled_name_is_refused_by_its_line(
-    text: str, message: str
-) -> None:
-    with pytest.raises(BundleError) as caught:
-        parse_class_list(text, "f")
-    assert str(caught.value).startswith(message)
 
 
 def test_classes_of_a_bundle_differ() -> None:

@@ -1,0 +1,1 @@
+"""Libraries of networks: torchvision, timm, transformers, open_clip and imgcls itself."""
