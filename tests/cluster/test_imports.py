@@ -82,3 +82,16 @@ def test_a_process_ends_without_collecting_what_it_imported() -> None:
     left, is_frozen = run(script).split()
     assert int(left) < 100
     assert is_frozen == "True"
+
+
+def test_a_process_with_duckdb_reports_no_leak() -> None:
+    script = (
+        "from imgcls.cluster.imports import skip_collection_at_exit\n"
+        "skip_collection_at_exit()\n"
+        "import duckdb\n"
+        "duckdb.sql('select 1').fetchall()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
