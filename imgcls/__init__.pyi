@@ -11,7 +11,7 @@ from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.evaluation.compute import Evaluation
 from imgcls.evaluation.config import EvaluateConfig, LabelTableConfig, SimilarConfig
 from imgcls.execution.config import ScaleConfig
-from imgcls.inference.config import PredictConfig, RelabelConfig, SinceConfig
+from imgcls.inference.config import EmbedConfig, PredictConfig, RelabelConfig, SinceConfig
 from imgcls.inference.result import PredictResult
 from imgcls.models.bundle import load_bundle as load_bundle
 from imgcls.models.classifier import Classifier as Classifier
@@ -49,6 +49,42 @@ def check(
     labels: LabelErrorsConfig | Mapping[str, object] = ...,
     gallery: int = ...,
 ) -> CheckResult: ...
+
+@overload
+def embed(config: EmbedConfig, /) -> PredictResult: ...
+@overload
+def embed(
+    *,
+    manifest: ManifestConfig | Mapping[str, object] | str | PathLike[str],
+    model: str | PathLike[str],
+    output: str | PathLike[str],
+    max_error_rate: float = ...,
+    max_errors: int | None = ...,
+    max_error_rates: dict[Literal['missing', 'forbidden', 'opted_out', 'throttled', 'unavailable', 'empty', 'truncated', 'not_an_image', 'unsupported', 'too_large', 'unreadable', 'not_finite', 'crashed'], float] = ...,
+    summary_json: str | None | PathLike[str] = ...,
+    publish: str | None | PathLike[str] = ...,
+    since: SinceConfig | None | Mapping[str, object] | str | PathLike[str] = ...,
+    relabel: bool = ...,
+    retry_failed: bool = ...,
+    date: date | None = ...,
+    retry_errors: bool = ...,
+    overwrite: bool = ...,
+    limit: int | None = ...,
+    decode: Literal['exact', 'fast'] | None = ...,
+    precision: Literal['auto', 'fp32', 'bf16', 'fp16', 'int8'] = ...,
+    engine: Literal['auto', 'torch', 'openvino'] = ...,
+    compile: Literal['auto', 'always', 'never'] = ...,
+    max_pixels: int = ...,
+    max_bytes: int = ...,
+    chunk_rows: int | None = ...,
+    part_rows: int = ...,
+    progress_seconds: float = ...,
+    log: Literal['text', 'json'] = ...,
+    lease_seconds: float = ...,
+    scale: ScaleConfig | Mapping[str, object] = ...,
+    storage: StorageConfig | Mapping[str, object] = ...,
+    dtype: Literal['float32', 'float16'] = ...,
+) -> PredictResult: ...
 
 @overload
 def evaluate(config: EvaluateConfig, /) -> Evaluation: ...
@@ -96,16 +132,9 @@ def label(
     manifest: ManifestConfig | Mapping[str, object] | str | PathLike[str],
     model: str | PathLike[str],
     output: str | PathLike[str],
-    top_k: int = ...,
-    threshold: float | None = ...,
-    embeddings: bool | Literal['float32', 'float16'] = ...,
-    scores: bool = ...,
-    scores_type: Literal['float32', 'float16'] = ...,
     max_error_rate: float = ...,
     max_errors: int | None = ...,
     max_error_rates: dict[Literal['missing', 'forbidden', 'opted_out', 'throttled', 'unavailable', 'empty', 'truncated', 'not_an_image', 'unsupported', 'too_large', 'unreadable', 'not_finite', 'crashed'], float] = ...,
-    reference: str | None | PathLike[str] = ...,
-    max_psi: float | None = ...,
     summary_json: str | None | PathLike[str] = ...,
     publish: str | None | PathLike[str] = ...,
     since: SinceConfig | None | Mapping[str, object] | str | PathLike[str] = ...,
@@ -128,6 +157,13 @@ def label(
     lease_seconds: float = ...,
     scale: ScaleConfig | Mapping[str, object] = ...,
     storage: StorageConfig | Mapping[str, object] = ...,
+    top_k: int = ...,
+    threshold: float | None = ...,
+    embeddings: bool | Literal['float32', 'float16'] = ...,
+    scores: bool = ...,
+    scores_type: Literal['float32', 'float16'] = ...,
+    reference: str | None | PathLike[str] = ...,
+    max_psi: float | None = ...,
 ) -> PredictResult: ...
 
 @overload

@@ -47,6 +47,12 @@ COMMANDS = {
         "imgcls predict --manifest demo/digits-test.csv --model demo/bundle --output "
         "demo/labels --scores --embeddings",
     ),
+    "embed": Command(
+        "compute the embeddings of images, with any backbone",
+        "imgcls.inference.config.EmbedConfig",
+        "imgcls.inference.predict.embed",
+        "imgcls embed demo/digits-test.csv --model demo/bundle --output demo/embedded",
+    ),
     "relabel": Command(
         "label a run with another head, from its embeddings",
         "imgcls.inference.config.RelabelConfig",

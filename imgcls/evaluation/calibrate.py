@@ -115,6 +115,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     """
     bundle = load_bundle(config.model)
     run = open_run(config.predictions)
+    run.check_predictions()
     run.check_bundle(bundle)
     check_bundle_output(config.output, overwrite=config.overwrite, source=config.model)
     if config.method == "vector" and bundle.spec.vector_scaling is not None:

@@ -105,6 +105,8 @@ def compare(config: CompareConfig) -> RunComparison:
         If run_b is worse than `fail_if_worse` allows (exit code 3).
     """
     a, b = open_run(config.run_a), open_run(config.run_b)
+    for run in (a, b):
+        run.check_predictions()
     comparison = compare_runs(a, b, config)
     _log_comparison(a, b, comparison)
     if config.output is not None:

@@ -128,6 +128,7 @@ def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool
         If there is no committed run.
     """
     run = open_run(url)
+    run.check_predictions()
     label_column, joined = resolve_labels(run, config.labels, config.on, required=need_labels)
     run.check_slices(select_run_columns(config.slice_by, joined=joined is not None))
     spec = AggregateSpec(

@@ -26,6 +26,8 @@ from imgcls.runs.committed import CommittedRun, load_source_bundle, open_run
 
 Floats = npt.NDArray[np.float32]
 _BATCH_ROWS = 16_384
+_PREDICTED = ("predicted_label", "confidence")
+"""Columns of the result that a run of `imgcls embed` does not have."""
 _MIN_LENGTH = 1e-12
 
 
@@ -44,7 +46,8 @@ def find_similar(config: SimilarConfig | None = None, /, **settings: object) -> 
     pyarrow.Table
         For each image of `to`, its `k` most similar images, best first: `query`, `rank` (from 1),
         `similarity` (cosine of the embeddings, -1 to 1), and the run's `row`, path,
-        `predicted_label` and `confidence`. Equal similarities are in row order.
+        `predicted_label` and `confidence` (unless it has embeddings alone). Equal similarities are
+        in row order.
 
     Raises
     ------
@@ -129,7 +132,8 @@ def _build_table(
     position: npt.NDArray[np.int64],
 ) -> pa.Table:
     count, found = similarity.shape
-    columns = ["row", run.path_column, "predicted_label", "confidence"]
+    optional = [name for name in _PREDICTED if name in run.schema.names]
+    columns = ["row", run.path_column, *optional]
     flat_file, flat_position = file.ravel(), position.ravel()
     order = np.argsort(flat_file, kind="stable")
     tables = [
@@ -153,6 +157,6 @@ def _format_table(table: pa.Table, path_column: str) -> str:
         if row["query"] != query:
             query = row["query"]
             lines.append(f"similar to {query}")
-        label = "" if row["predicted_label"] is None else f"  {row['predicted_label']}"
+        label = "" if row.get("predicted_label") is None else f"  {row['predicted_label']}"
         lines.append(f"{row['rank']:5d}  {row['similarity']:.4f}  {row[path_column]}{label}")
     return "\n".join(lines or ["no image of the run has an embedding"])

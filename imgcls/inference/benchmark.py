@@ -163,7 +163,7 @@ def measure_rates(
 
     storage_settings.set_process_settings(images.storage)
     torch.set_num_threads(threads)
-    bundle = load_bundle(images.bundle_url).with_decode(images.decode)
+    bundle = load_bundle(images.bundle_url, needs_classes=False).with_decode(images.decode)
     precision: Any = images.precision
     device = find_worker_device(planned)
     side = bundle.spec.preprocess.crop

@@ -41,14 +41,18 @@ _ERRORS_SCHEMA = pa.schema(
 def write_metric_tables(
     output: str, plan: Plan, counts: PredictionCounts, *, top_k: int, path_column: str
 ) -> pa.Table:
-    """Write `metrics/*.parquet`; returns the summary."""
+    """Write `metrics/*.parquet`; returns the summary.
+
+    For embeddings alone, whose counts have no classes, `errors.parquet` and an empty summary.
+    """
     summary = tables.compute_summary(counts, top_k=top_k)
-    made = {
-        "summary": summary,
-        "per_class": tables.build_per_class(counts),
-        "confusion": tables.build_confusion(counts),
-        "calibration": tables.build_calibration(counts),
-    }
+    made = {"summary": summary}
+    if counts.classes:
+        made |= {
+            "per_class": tables.build_per_class(counts),
+            "confusion": tables.build_confusion(counts),
+            "calibration": tables.build_calibration(counts),
+        }
     folder = filesystem.join(output, layout.METRICS_FOLDER)
     layout.write_tables(folder, made)
     with (

@@ -1,4 +1,4 @@
-"""Configuration of `imgcls predict`.
+"""Configuration of `imgcls predict`, `imgcls embed` and `imgcls relabel`.
 
 It is checked without torch and Ray, so that a wrong key is refused at once.
 """
@@ -39,8 +39,8 @@ class SinceConfig(Section):
     """Manifest columns whose change means another image. Default: etag, size, mtime, version."""
 
 
-class PredictConfig(Section):
-    """Label every image of a manifest."""
+class RunConfig(Section):
+    """A run of a model over every image of a manifest."""
 
     positional: ClassVar[tuple[str, ...]] = ("manifest",)
 
@@ -50,17 +50,6 @@ class PredictConfig(Section):
     """Bundle folder, local or on an object store."""
     output: str
     """Folder to write. An unfinished run in it is resumed."""
-    top_k: int = Field(default=5, ge=1, le=20)
-    """Number of labels kept per image."""
-    threshold: UnitFloat | None = None
-    """Minimum confidence of an accepted prediction. Default: the bundle's threshold."""
-    embeddings: bool | EmbeddingType = False
-    """Also write the input of the model's final layer, in float32 unless the type is named. Spark
-    (4.3 and before) cannot read a table with float16."""
-    scores: bool = False
-    """Also write the score of every class."""
-    scores_type: Literal["float32", "float16"] = "float32"
-    """Type of the written scores. Spark (4.3 and before) cannot read a table with float16."""
     max_error_rate: UnitFloat = 0.01
     """Maximum fraction of failed rows in a committed run; with since, of the new rows."""
     max_errors: NonNegativeInt | None = None
@@ -68,10 +57,6 @@ class PredictConfig(Section):
     max_error_rates: dict[ErrorStatus, UnitFloat] = {}
     """Per-status limits, e.g. {missing: 0.05}. A status listed here is not counted in
     max_error_rate."""
-    reference: str | None = None
-    """Earlier run to measure the drift of predicted classes and confidence against."""
-    max_psi: NonNegativeFloat | None = None
-    """Maximum drift in a committed run, as population stability index."""
     summary_json: str | None = None
     """JSON file to write at the end, whatever the exit code: how the run ended, rows, statuses."""
     publish: str | None = None
@@ -123,6 +108,47 @@ class PredictConfig(Section):
     """Time without a renewal of its lease after which a driver counts as dead, in seconds."""
     scale: ScaleConfig = ScaleConfig()
     storage: StorageConfig = StorageConfig()
+
+
+class PredictConfig(RunConfig):
+    """Label every image of a manifest."""
+
+    has_predictions: ClassVar[bool] = True
+
+    top_k: int = Field(default=5, ge=1, le=20)
+    """Number of labels kept per image."""
+    threshold: UnitFloat | None = None
+    """Minimum confidence of an accepted prediction. Default: the bundle's threshold."""
+    embeddings: bool | EmbeddingType = False
+    """Also write the input of the model's final layer, in float32 unless the type is named. Spark
+    (4.3 and before) cannot read a table with float16."""
+    scores: bool = False
+    """Also write the score of every class."""
+    scores_type: Literal["float32", "float16"] = "float32"
+    """Type of the written scores. Spark (4.3 and before) cannot read a table with float16."""
+    reference: str | None = None
+    """Earlier run to measure the drift of predicted classes and confidence against."""
+    max_psi: NonNegativeFloat | None = None
+    """Maximum drift in a committed run, as population stability index."""
+
+
+class EmbedConfig(RunConfig):
+    """Compute the embedding of every image of a manifest, without predictions."""
+
+    dtype: EmbeddingType = "float16"
+    """Type of the embeddings. Spark (4.3 and before) cannot read a table with float16."""
+
+
+class EmbeddingRunConfig(PredictConfig):
+    """The request of `imgcls embed` as one of `imgcls predict`."""
+
+    has_predictions: ClassVar[bool] = False
+
+    @classmethod
+    def from_request(cls, config: EmbedConfig) -> EmbeddingRunConfig:
+        """The same settings."""
+        settings = {name: getattr(config, name) for name in RunConfig.model_fields}
+        return cls(**settings, embeddings=config.dtype)
 
 
 class RelabelConfig(Section):

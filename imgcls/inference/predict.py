@@ -36,6 +36,8 @@ from imgcls.formatting import format_count
 from imgcls.inference import autotune, commit, rollup
 from imgcls.inference.autotune import TunedSettings
 from imgcls.inference.benchmark import BENCHMARK_IMAGES, BenchmarkInput
+from imgcls.inference.config import EmbedConfig as EmbedConfig
+from imgcls.inference.config import EmbeddingRunConfig
 from imgcls.inference.config import PredictConfig as PredictConfig
 from imgcls.inference.known_images import TRANSIENT_STATUSES
 from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load_planned_manifest
@@ -122,6 +124,39 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
         return result
 
 
+def embed(config: EmbedConfig | None = None, /, **settings: Any) -> PredictResult:
+    """Compute the embeddings of the images of a manifest and commit the table.
+
+    Parameters
+    ----------
+    config : EmbedConfig, optional
+        The whole request, instead of `settings`.
+    **settings
+        The keys of `imgcls embed`, nested or dotted. `manifest`, `model` and `output` are required;
+        the model may be a classifier or a backbone without classes.
+
+    Returns
+    -------
+    PredictResult
+        Where the table is. Its column `embedding` is the input of the network's final layer, null
+        for an image that cannot be used.
+
+    Raises
+    ------
+    RequestError, TooManyErrors, RunFailed
+        As `predict`.
+
+    Examples
+    --------
+    >>> import imgcls
+    >>> imgcls.embed(manifest="photos.csv", model="backbone", output="out")  # doctest: +SKIP
+    """
+    config = requested(
+        EmbedConfig, config, settings, 'embed(manifest="photos.csv", model="bundle", output="out")'
+    )
+    return predict(EmbeddingRunConfig.from_request(config))
+
+
 def resolve_output(output: str, date: datetime.date | None) -> str:
     """The output folder with {date} replaced by YYYY-MM-DD."""
     return output.replace("{date}", format_date(date))
@@ -203,7 +238,11 @@ class _PredictRun:
         self.bundle = bundle
         self.driver = driver
         self.started_at = started_at
+        self.classes = bundle.spec.classes if config.has_predictions else []
+        self.label_column = job.manifest.label_column if config.has_predictions else None
         self.reference = open_run(config.reference) if config.reference is not None else None
+        if self.reference is not None:
+            self.reference.check_predictions()
 
     def run(self) -> PredictResult:
         """Plan or resume the run, label what is missing, commit."""
@@ -284,7 +323,7 @@ class _PredictRun:
 
     def _make_plan(self) -> Plan:
         """Plan the run: write the manifest shards and `_run.json`."""
-        config, classes = self.config, self.bundle.spec.classes
+        config, classes = self.config, self.classes
         score_bytes = 2 if config.scores_type == "float16" else 4
         kind = find_embedding_type(config.embeddings)
         embedding_bytes = 0 if kind is None else 4096 if kind == "float16" else 8192
@@ -302,7 +341,7 @@ class _PredictRun:
                 row_bytes=row_bytes,
                 limit=config.limit,
                 provenance=build_provenance(config.model_dump(mode="json", exclude={"storage"})),
-                classes=classes,
+                classes=classes if config.has_predictions else None,
                 max_chunk_rows=limit_chunk_rows(config, self.bundle),
                 may_be_empty=config.since is not None,
                 # after a first night, a few new rows may all have labels of new classes
@@ -365,13 +404,14 @@ class _PredictRun:
             bundle_url=filesystem.absolute(self.bundle.url),
             bundle_sha256=self.bundle.sha256,
             path_column=manifest.path_column,
-            label_column=manifest.label_column,
+            label_column=self.label_column,
             root=manifest.root,
             top_k=settings["top_k"],
             thresholds=tuple(self.bundle.spec.resolve_thresholds(self.config.threshold)),
             scores=bool(settings["scores"]),
             scores_type=settings["scores"] or "float32",
             embeddings=find_embedding_type(settings["embeddings"]),
+            has_predictions=self.config.has_predictions,
             decode=settings["decode"],
             precision=settings["precision"],
             engine=tuned.engine,
@@ -405,14 +445,15 @@ class _PredictRun:
         return parts.finish(completed)
 
     def _start_rollup(self) -> PartRollup:
-        return PartRollup(self.driver, self.plan, self.spec.label_column, self.bundle.spec.classes)
+        return PartRollup(self.driver, self.plan, self.spec.label_column, self.classes)
 
     def _build_empty_table(self) -> pa.Table:
         """The table of a run without rows, as of a night with nothing new."""
         spec = self.spec
         added = build_prediction_schema(
             labeled=spec.label_column is not None,
-            scores=len(self.bundle.spec.classes) if spec.scores else None,
+            has_predictions=spec.has_predictions,
+            scores=len(self.classes) if spec.scores else None,
             scores_type=spec.scores_type,
             embedding=find_embedding_width(self.bundle) if spec.embeddings else None,
             embedding_type=spec.embeddings or "float32",
@@ -459,7 +500,8 @@ class _PredictRun:
         summary = commit.write_metric_tables(
             output, plan, counts, top_k=config.top_k, path_column=path_column
         )
-        commit.log_metrics(summary)
+        if config.has_predictions:
+            commit.log_metrics(summary)
         limits = commit.ErrorLimits(
             config.max_error_rate,
             config.max_error_rates,

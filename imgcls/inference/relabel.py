@@ -174,11 +174,12 @@ class _Relabeling:
     def _build_identity(self) -> RunIdentity:
         then = self._source.run_record["identity"]
         config = self._config
+        settings = {k: v for k, v in then["settings"].items() if k != "has_predictions"}
         return RunIdentity(
             manifest=then["manifest"],
             bundle={"sha256": self._bundle.sha256},
             settings={
-                **then["settings"],
+                **settings,
                 "top_k": self._top_k,
                 "threshold": (
                     self._bundle.spec.threshold if config.threshold is None else config.threshold

@@ -55,7 +55,8 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
     """Open manifest and bundle; raises RequestError for a request that cannot succeed."""
     manifest = open_manifest(config.manifest)
     manifest = replace(manifest, _compute_fingerprint=functools.cache(manifest.fingerprint))
-    bundle = load_bundle(config.model).with_decode(config.decode)
+    bundle = load_bundle(config.model, needs_classes=config.has_predictions)
+    bundle = bundle.with_decode(config.decode)
     if bundle.spec.preprocess.decode == "exact":
         config = require_cpu_decoding(config)
     if config.precision == "int8":
@@ -77,7 +78,10 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
 def resolve_settings(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
     """The settings that change results or their files: part of a run's identity in `_run.json`."""
     threshold = bundle.spec.threshold if config.threshold is None else config.threshold
+    # absent with predictions, as in runs of versions that always had some
+    kind = {} if config.has_predictions else {"has_predictions": False}
     return {
+        **kind,
         "top_k": config.top_k,
         "threshold": threshold,
         # true is float32, as in runs of versions with this type alone, which are resumed
@@ -155,6 +159,7 @@ def check_publish_target(config: PredictConfig, manifest: Manifest) -> None:
         return
     added = build_prediction_schema(
         labeled=manifest.label_column is not None,
+        has_predictions=config.has_predictions,
         scores=1 if config.scores else None,  # tables have lists of any length
         embedding=1 if config.embeddings else None,
     )
@@ -267,4 +272,4 @@ def limit_chunk_rows(config: PredictConfig, bundle: Bundle) -> int:
     """
     if may_use_gpus(config):
         return DEFAULT_CHUNK_ROWS
-    return min(MAX_CHUNK_ROWS, MAX_CHUNK_SCORES // len(bundle.spec.classes))
+    return min(MAX_CHUNK_ROWS, MAX_CHUNK_SCORES // bundle.spec.num_outputs)

@@ -145,7 +145,12 @@ def count_part(
 def count_table(
     table: pa.Table, label_column: str | None, classes: Sequence[str]
 ) -> PredictionCounts:
-    """Count a table of predictions; its labels are read as class names."""
+    """Count a table of predictions; its labels are read as class names.
+
+    Of embeddings alone only the statuses are counted.
+    """
+    if "predicted_label" not in table.schema.names:
+        return PredictionCounts.from_statuses(table["status"])
     if label_column is not None:
         index = table.schema.get_field_index(label_column)
         text = normalize_labels(table.column(label_column))

@@ -31,6 +31,7 @@ class PredictSpec(ImageSpec):
 
     thresholds: by class, in the bundle's order
     embeddings: type of the written embeddings; None for none
+    has_predictions: false for embeddings alone
     is_engine_automatic: whether torch runs a network that the engine cannot run
     """
 
@@ -42,6 +43,7 @@ class PredictSpec(ImageSpec):
     scores: bool
     scores_type: str = "float32"
     embeddings: EmbeddingType | None
+    has_predictions: bool = True
     decode: DecodeMode
     precision: str
     engine: EngineName = "torch"
@@ -58,5 +60,5 @@ def find_embedding_width(bundle: Bundle) -> int:
     """Number of values of an embedding of a bundle's network."""
     from imgcls.models import zoo  # and torch, which no other step of the driver needs
 
-    network = zoo.build_network(bundle.spec.architecture, len(bundle.spec.classes))
+    network = zoo.build_network(bundle.spec.architecture, bundle.spec.num_outputs)
     return zoo.get_embedding_width(network)

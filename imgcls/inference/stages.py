@@ -24,7 +24,7 @@ from imgcls.data.decoding.decode import Pixels
 from imgcls.data.decoding.device_decode import DeviceJpeg
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.manifests import manifest
-from imgcls.errors import OK, CrashingImage, ImageError, StorageError
+from imgcls.errors import OK, CrashingImage, ImageError, NotFinite, StorageError
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import HeartbeatFn
 from imgcls.inference.specs import ImageSpec, PredictSpec
@@ -324,6 +324,7 @@ def build_schema(spec: PredictSpec, classifier: Classifier) -> pa.Schema:
     """The prediction columns that the spec asks for."""
     return build_prediction_schema(
         labeled=spec.label_column is not None,
+        has_predictions=spec.has_predictions,
         scores=len(classifier.classes) if spec.scores else None,
         scores_type=spec.scores_type,
         embedding=classifier.embedding_width if spec.embeddings else None,
@@ -340,21 +341,46 @@ def _build_table(
     head: _BatchedForward,
 ) -> pa.Table:
     """The prediction columns of a chunk: one row per manifest row, null without an image."""
-    classes = classifier.classes
     schema = build_schema(spec, classifier)
-    scores = np.concatenate(head.scores) if head.scores else np.empty((0, len(classes)), np.float32)
     _mark_not_finite(prepared, head, classifier)
     # place[i]: the row of `scores` for row i, null where there is none
     ok = np.array([status == OK for status in prepared.status], bool)
     place = pa.array(np.where(ok, np.cumsum(ok) - 1, 0), mask=~ok)
     start = spec.plan.rows_of(task.chunk).start
     offsets = range(rows.num_rows) if task.offsets is None else task.offsets
+    columns = _build_predictions(spec, classifier, rows, head, ok) if spec.has_predictions else {}
+    if spec.embeddings:
+        empty = np.empty((0, classifier.embedding_width), np.float32)
+        stacked = np.concatenate([empty, *head.embeddings])
+        columns["embedding"] = _build_embeddings(stacked, spec.embeddings)
+    columns = {name: column.take(place) for name, column in columns.items()}
+    if spec.has_predictions:
+        columns["accepted"] = pc.fill_null(columns["accepted"], False)
+    else:
+        _mark_overflow(prepared, columns["embedding"], ok)
+    columns["row"] = pa.array([start + offset for offset in offsets], pa.int64())
+    columns["width"] = pa.array(prepared.width, pa.int32())
+    columns["height"] = pa.array(prepared.height, pa.int32())
+    columns["status"] = pa.array(prepared.status, pa.string()).dictionary_encode()
+    columns["error"] = pa.array(prepared.error, pa.string())
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _build_predictions(
+    spec: PredictSpec,
+    classifier: Classifier,
+    rows: pa.Table,
+    head: _BatchedForward,
+    ok: npt.NDArray[np.bool_],
+) -> dict[str, pa.Array]:
+    """The task's columns of the rows that are ok."""
+    classes = classifier.classes
     codes = None
     if spec.label_column is not None:
         labels = manifest.normalize_labels(rows.column(spec.label_column))
         codes = encode_classes(pa.chunked_array([labels]), classes)[ok]
-    columns = classifier.task.build_columns(
-        scores,
+    return classifier.task.build_columns(
+        np.concatenate([np.empty((0, len(classes)), np.float32), *head.scores]),
         classes,
         spec.thresholds,
         top_k=spec.top_k,
@@ -362,18 +388,18 @@ def _build_table(
         codes=codes,
         scores_type=spec.scores_type if spec.scores else None,
     )
-    if spec.embeddings:
-        empty = np.empty((0, classifier.embedding_width), np.float32)
-        stacked = np.concatenate([empty, *head.embeddings])
-        columns["embedding"] = _build_embeddings(stacked, spec.embeddings)
-    columns = {name: column.take(place) for name, column in columns.items()}
-    columns["accepted"] = pc.fill_null(columns["accepted"], False)
-    columns["row"] = pa.array([start + offset for offset in offsets], pa.int64())
-    columns["width"] = pa.array(prepared.width, pa.int32())
-    columns["height"] = pa.array(prepared.height, pa.int32())
-    columns["status"] = pa.array(prepared.status, pa.string()).dictionary_encode()
-    columns["error"] = pa.array(prepared.error, pa.string())
-    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _mark_overflow(
+    prepared: PreparedImages, embeddings: pa.Array, ok: npt.NDArray[np.bool_]
+) -> None:
+    """Set an error on the rows whose only result is an embedding beyond the range of its type."""
+    has_value = embeddings.is_valid().to_numpy(zero_copy_only=False)
+    for row in np.flatnonzero(ok & ~has_value):
+        prepared.set_error(
+            int(row),
+            NotFinite("the embedding is beyond the range of float16; pass --dtype float32"),
+        )
 
 
 def _build_embeddings(

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from imgcls.metrics.calibration import bin_edges, bin_index
 from imgcls.metrics.columns import (
@@ -139,9 +140,34 @@ class PredictionCounts:
         >>> counts.rows, counts.ok, counts.accepted
         (3, 2, 1)
         """
+        if not classes:
+            raise ValueError("no classes; pass the class names of the bundle")
         names = _check_unique_names(classes)
         rows = read_ok_rows(table, label_column=label_column, classes=names)
         return cls.from_rows(rows, names, num_bins=num_bins)
+
+    @classmethod
+    def from_statuses(cls, statuses: pa.ChunkedArray) -> PredictionCounts:
+        """Count the rows of a table without predictions, such as embeddings.
+
+        Parameters
+        ----------
+        statuses : pyarrow.ChunkedArray
+            Status of each row, as strings; may be dictionary-encoded.
+
+        Returns
+        -------
+        PredictionCounts
+            Of no classes; only `status` has values.
+
+        Examples
+        --------
+        >>> PredictionCounts.from_statuses(pa.chunked_array([["ok", "missing", "ok"]])).status
+        {'missing': 1, 'ok': 2}
+        """
+        counted = pc.value_counts(statuses.cast(pa.string())).to_pylist()
+        found = {each["values"]: each["counts"] for each in counted}
+        return replace(cls.empty(()), status=dict(sorted(found.items())))
 
     @classmethod
     def from_rows(
@@ -219,7 +245,7 @@ class PredictionCounts:
         Raises
         ------
         ValueError
-            If there is no class, a name is repeated, or `num_bins` is below 1.
+            If a name is repeated, or `num_bins` is below 1.
 
         Examples
         --------
@@ -378,8 +404,6 @@ class PredictionCounts:
 
 
 def _check_unique_names(classes: Sequence[str]) -> tuple[str, ...]:
-    if not classes:
-        raise ValueError("no classes; pass the class names of the bundle")
     if repeated := [name for name, times in Counter(classes).items() if times > 1]:
         raise ValueError(f"class names must be unique; repeated: {', '.join(repeated[:5])}")
     return tuple(classes)

@@ -111,6 +111,7 @@ class BundleSpec(Section):
     format_version: Literal[1] = 1
     architecture: Architecture
     classes: list[str]
+    """Class names in the order of the outputs; none for a backbone."""
     preprocess: Preprocess
     temperature: Annotated[FiniteFloat, Field(gt=0)] = 1.0
     """Divisor of the logits before the softmax."""
@@ -128,8 +129,6 @@ class BundleSpec(Section):
     @field_validator("classes")
     @classmethod
     def _check_classes(cls, classes: list[str]) -> list[str]:
-        if not classes:
-            raise ValueError("the class list is empty")
         doubled = (
             sorted({name for name in classes if classes.count(name) > 1})
             if len(set(classes)) < len(classes)
@@ -149,6 +148,11 @@ class BundleSpec(Section):
         if sizes - {len(self.classes)}:
             raise ValueError("vector_scaling: one scale and one bias per class required")
         return self
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of the network. That of a backbone has one, which is always 0."""
+        return max(1, len(self.classes))
 
     def resolve_thresholds(self, threshold: float | None = None) -> list[float]:
         """Threshold of each predicted class, in class order.
@@ -208,7 +212,10 @@ def check_bundle_output(url: str, *, overwrite: bool, source: str | None = None)
 
 
 def load_bundle(
-    url: str | os.PathLike[str], *, storage: StorageConfig | Mapping[str, Any] | None = None
+    url: str | os.PathLike[str],
+    *,
+    storage: StorageConfig | Mapping[str, Any] | None = None,
+    needs_classes: bool = True,
 ) -> Bundle:
     """Load a bundle and verify every byte of its description and weights.
 
@@ -218,6 +225,8 @@ def load_bundle(
         Path or URL of the bundle folder.
     storage
         Storage settings of the bundle, e.g. `{"endpoint_url": "http://localhost:9000"}`.
+    needs_classes
+        Refuse the bundle of a backbone, which has no classes.
 
     Returns
     -------
@@ -231,9 +240,20 @@ def load_bundle(
     """
     with use_settings(storage):
         bundle = read_description(os.fspath(url))
+        if needs_classes:
+            check_has_classes(bundle)
         _read_verified_weights(bundle)
         load_int8_model(bundle)
     return bundle
+
+
+def check_has_classes(bundle: Bundle) -> None:
+    """Raise BundleError for the bundle of a backbone."""
+    if not bundle.spec.classes:
+        raise BundleError(
+            f"bundle {bundle.url}: has no classes; compute embeddings with `imgcls embed`, then "
+            "train a head with `imgcls train --data.embeddings`"
+        )
 
 
 def load_int8_model(bundle: Bundle) -> bytes | None:
@@ -371,13 +391,14 @@ def render_minimal_card(spec: BundleSpec) -> str:
         lines += [
             f"| {escape_markdown(name)} | {value:.4f} |" for name, value in spec.metrics.items()
         ]
-    lines += ["", *render_card_usage(), ""]
+    lines += ["", *render_card_usage("predict" if spec.classes else "embed"), ""]
     return "\n".join(lines)
 
 
 def render_card_title(spec: BundleSpec) -> str:
     """Markdown title: the network and its number of classes."""
-    return f"{escape_markdown(spec.architecture.name)}, {len(spec.classes):,} classes"
+    number = f"{len(spec.classes):,} classes" if spec.classes else "a backbone"
+    return f"{escape_markdown(spec.architecture.name)}, {number}"
 
 
 def render_card_description(spec: BundleSpec, max_classes: int = 20) -> list[str]:
@@ -386,13 +407,14 @@ def render_card_description(spec: BundleSpec, max_classes: int = 20) -> list[str
     hidden = len(spec.classes) - max_classes
     more = f" and {hidden:,} more" if hidden > 0 else ""
     pre = spec.preprocess
-    return [
-        f"Classes: {shown}{more}.",
-        "",
+    size = (
         f"Input: {pre.crop}x{pre.crop} RGB, {pre.mode} from {pre.resize}, {pre.interpolation}; "
-        f"mean {list(pre.mean)}, std {list(pre.std)}.",
-        f"{_describe_calibration(spec)}, acceptance threshold {_describe_acceptance(spec)}.",
-    ]
+        f"mean {list(pre.mean)}, std {list(pre.std)}."
+    )
+    if not spec.classes:
+        return ["No classes: the network computes embeddings.", "", size]
+    decisions = f"{_describe_calibration(spec)}, acceptance threshold {_describe_acceptance(spec)}."
+    return [f"Classes: {shown}{more}.", "", size, decisions]
 
 
 def _describe_calibration(spec: BundleSpec) -> str:
@@ -416,9 +438,9 @@ def _describe_acceptance(spec: BundleSpec, max_classes: int = 20) -> str:
     return text
 
 
-def render_card_usage() -> list[str]:
+def render_card_usage(command: str = "predict") -> list[str]:
     """Markdown lines: the command that runs the model."""
-    return ["    imgcls predict --model THIS_FOLDER --manifest IMAGES --output OUT"]
+    return [f"    imgcls {command} --model THIS_FOLDER --manifest IMAGES --output OUT"]
 
 
 def escape_markdown(text: str, max_length: int = 80) -> str:

@@ -8,7 +8,7 @@ from imgcls.errors import BundleError, StorageError, request_error
 
 def read_class_list(url: str) -> list[str]:
     """Class names of a text file in UTF-8. Raises BundleError as `parse_class_list` does."""
-    return parse_class_list(read_text(url, "classes"), url)
+    return parse_class_list(read_text(url, "classes", "name"), url)
 
 
 def parse_class_list(text: str, source: str) -> list[str]:
@@ -33,11 +33,11 @@ def parse_class_list(text: str, source: str) -> list[str]:
     return names
 
 
-def read_text(url: str, key: str) -> str:
-    """A text file in UTF-8; raises BundleError with the configuration key."""
+def read_text(url: str, key: str, entry: str) -> str:
+    """A text file in UTF-8; raises BundleError with the configuration key and what a line holds."""
     try:
         return filesystem.read(url).decode("utf-8-sig")
     except (StorageError, UnicodeDecodeError) as error:
         raise request_error(
-            BundleError, f"{key}: {error}; pass a text file with one entry per line", error
+            BundleError, f"{key}: {error}; pass a text file with one {entry} per line", error
         ) from error

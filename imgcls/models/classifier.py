@@ -32,6 +32,7 @@ from imgcls.models.bundle import (
     Bundle,
     EngineName,
     Precision,
+    check_has_classes,
     read_description,
     resolve_int8_engine,
 )
@@ -324,12 +325,15 @@ class Classifier:
 
         Raises
         ------
+        BundleError
+            If the bundle is that of a backbone, which has no classes.
         RequestError
             For an argument of another type or value.
         StorageError, ImageError
             For the first image that cannot be read or decoded, named in the message; NotFinite, an
             ImageError, if the network outputs NaN or infinity for it.
         """
+        check_has_classes(self.bundle)
         _check_positive(top_k=top_k, batch_size=batch_size)
         if errors not in ("raise", "return"):
             raise RequestError(f"errors: {errors!r} is neither 'raise' nor 'return'")

@@ -38,17 +38,18 @@ class ExportConfig(Section):
 
 
 class ImportConfig(Section):
-    """Make a bundle from a weights file and a list of classes."""
+    """Make a bundle from a weights file and a list of classes, or of a backbone."""
 
     arch: str
     """Architecture, e.g. squeezenet1_0 (`imgcls model list`), timm:NAME, open_clip:NAME, or a
     folder or hf://OWNER/NAME of timm or transformers."""
     weights: str
     """State dict, .pth or .safetensors (path or URL), pretrained, or e.g. IMAGENET1K_V1."""
-    classes: str
-    """Text file with one class name per line, in the order of the network's outputs."""
     output: str
     """Bundle folder to write."""
+    classes: str | None = None
+    """Text file with one class name per line, in the order of the network's outputs. Default: none,
+    the bundle is a backbone for `imgcls embed`."""
     options: dict[str, Any] = {}
     """Keyword arguments of the architecture's constructor."""
     resize: PositiveInt | None = None

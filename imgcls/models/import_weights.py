@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import nn
+
 from imgcls import log
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.storage import filesystem
@@ -18,7 +21,7 @@ from imgcls.models.config import ImportConfig, ListModelsConfig
 
 @with_config_storage
 def import_model(config: ImportConfig) -> Bundle:
-    """Make a bundle from a weights file and a list of classes.
+    """Make a bundle from a weights file and a list of classes, or of a backbone without any.
 
     Raises BundleError if they do not match, OutputError if the bundle already exists.
     """
@@ -33,26 +36,38 @@ def import_model(config: ImportConfig) -> Bundle:
     architecture = zoo.add_pretrained_options(architecture, config.weights)
     output = filesystem.absolute(config.output)
     check_bundle_output(output, overwrite=config.overwrite)
-    classes = read_class_list(config.classes)
-    preprocess = _resolve_preprocess(
-        config, zoo.get_default_preprocess(architecture, config.weights)
-    )
-    state = zoo.load_weights(config.weights, architecture)
-    network = zoo.build_network(architecture, len(classes))
-    matched = zoo.match_weights(network, state)
-    for note in matched.describe_changes():
-        log.emit("note", note)
-    _check_class_count(network, matched.state, config, len(classes))
-    zoo.apply_weights(network, state, replace_head=False)
+    classes = [] if config.classes is None else read_class_list(config.classes)
     spec = BundleSpec(
         architecture=architecture,
         classes=classes,
-        preprocess=preprocess,
+        preprocess=_resolve_preprocess(
+            config, zoo.get_default_preprocess(architecture, config.weights)
+        ),
         provenance={"imported_from": config.weights},
     )
+    state = zoo.load_weights(config.weights, architecture)
+    network = zoo.build_network(architecture, spec.num_outputs)
+    matched = zoo.match_weights(network, state)
+    for note in matched.describe_changes():
+        log.emit("note", note)
+    if classes:
+        _check_class_count(network, matched.state, config, len(classes))
+        zoo.apply_weights(network, state, replace_head=False)
+    else:
+        zoo.apply_weights(network, state, replace_head=True)
+        _clear_heads(network)
     bundle = save_bundle(output, spec, network.state_dict())
-    log.show(f"bundle  {output}  ({config.arch}, {len(classes):,} classes)")
+    number = f"{len(classes):,} classes" if classes else "a backbone, for `imgcls embed`"
+    log.show(f"bundle  {output}  ({config.arch}, {number})")
     return bundle
+
+
+@torch.no_grad()
+def _clear_heads(network: nn.Module) -> None:
+    """Set the heads to 0, so that equal weights make equal bundles."""
+    for name in zoo.list_head_names(network):
+        for parameter in network.get_submodule(name).parameters():
+            parameter.zero_()
 
 
 def list_models(config: ListModelsConfig) -> None:

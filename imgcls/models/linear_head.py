@@ -59,7 +59,7 @@ def check_same_embeddings(bundle: Bundle, source: Bundle) -> None:
     same_route = {"decode": theirs.preprocess.decode}
     if ours.preprocess.model_copy(update=same_route) != theirs.preprocess:
         raise BundleError(f"{start}: the preprocessing differs; {_REMEDY}")
-    network = zoo.build_network(ours.architecture, len(ours.classes))
+    network = zoo.build_network(ours.architecture, ours.num_outputs)
     heads = tuple(f"{name}." for name in zoo.find_heads(network))
     weights, others = load_bundle_weights(bundle), load_bundle_weights(source)
     for name in sorted({*weights, *others}):

@@ -144,7 +144,7 @@ _RANDOM_FILLS = (
 def load_network(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The bundle's network in eval mode, its batch norms folded, channels last."""
     with SkipRandomWeights():
-        network = zoo.build_network(bundle.spec.architecture, len(bundle.spec.classes))
+        network = zoo.build_network(bundle.spec.architecture, bundle.spec.num_outputs)
     try:
         network.load_state_dict(load_bundle_weights(bundle))
     except RuntimeError as error:

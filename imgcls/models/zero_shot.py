@@ -73,7 +73,7 @@ def _read_templates(config: ZeroShotConfig) -> list[str]:
     """The texts, with {} for the class name."""
     if config.templates == "imagenet":
         return open_clip.list_imagenet_templates()
-    lines = read_text(config.templates, "templates").splitlines()
+    lines = read_text(config.templates, "templates", "text").splitlines()
     templates = [line.strip() for line in lines if line.strip()]
     for text in templates:
         # any other brace would be a field of the text, too

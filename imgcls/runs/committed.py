@@ -83,6 +83,14 @@ class CommittedRun:
         kind = self.schema.field("scores").type
         return bool(pa.types.is_fixed_size_list(kind) and kind.list_size == len(self.classes))
 
+    def check_predictions(self) -> None:
+        """Raise RequestError for a run of `imgcls embed`."""
+        if "predicted_label" not in self.schema.names:
+            raise RequestError(
+                f"{self.url}: has embeddings alone, no predictions; label it with `imgcls relabel "
+                f"{self.url} --model BUNDLE`, and pass that run"
+            )
+
     def check_columns(self, names: Sequence[str], option: str) -> None:
         """Raise RequestError when a column that `option` names is missing."""
         missing = [name for name in names if name not in self.schema.names]
@@ -159,7 +167,7 @@ def load_source_bundle(run: CommittedRun, url: str | None, option: str) -> Bundl
     Raises RequestError if it cannot be read, or is another bundle.
     """
     try:
-        bundle = load_bundle(url or run.provenance["config"]["model"])
+        bundle = load_bundle(url or run.provenance["config"]["model"], needs_classes=False)
     except BundleError as error:
         raise RequestError(
             f"{run.url}: the bundle that made it cannot be read ({error}); pass its folder as "

@@ -34,6 +34,7 @@ PROVENANCE_COLUMNS = ("run", "bundle_sha256", "labelled_at")
 def build_prediction_schema(
     *,
     labeled: bool,
+    has_predictions: bool = True,
     scores: int | None = None,
     scores_type: str = "float32",
     embedding: int | None = None,
@@ -43,15 +44,15 @@ def build_prediction_schema(
     """Schema of the columns that a run adds to its manifest.
 
     labeled:     add the score and the rank of the manifest's label
+    has_predictions: false for the run of a backbone, which has embeddings alone
     scores:      number of classes, to add the score of every class
     scores_type: float32, or float16, which Spark cannot read
     embedding:   width of the embedding, to add it
     embedding_type: float32, or float16, which Spark cannot read
     """
-    fields = [
-        pa.field("row", pa.int64(), nullable=False),
-        *task.build_fields(has_labels=labeled, classes=scores, scores_type=scores_type),
-    ]
+    fields = [pa.field("row", pa.int64(), nullable=False)]
+    if has_predictions:
+        fields += task.build_fields(has_labels=labeled, classes=scores, scores_type=scores_type)
     if embedding is not None:
         kind = pa.float16() if embedding_type == "float16" else pa.float32()
         fields.append(pa.field("embedding", pa.list_(kind, embedding)))

@@ -179,6 +179,28 @@ def test_embeddings_in_float16_are_rounded_and_null_beyond_its_range(
     assert column.to_pylist() == [[1.0, 65504.0], None]
 
 
+def test_without_predictions_a_row_has_an_embedding_or_an_error(
+    spec: PredictSpec, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = predict_alone(spec, classifier, ChunkTask(0))
+    alone = replace(
+        spec, embeddings="float16", has_predictions=False, scores=False, label_column=None
+    )
+    found = predict_alone(alone, classifier, ChunkTask(0))
+    assert found.schema.names == ["row", "embedding", "width", "height", "status", "error"]
+    assert found["status"].to_pylist() == full["status"].to_pylist()
+    is_null = found["embedding"].is_null().to_pylist()
+    assert is_null == [status != "ok" for status in found["status"].to_pylist()]
+    build = stages._build_embeddings
+    monkeypatch.setattr(
+        stages, "_build_embeddings", lambda values, dtype: build(values * 1e9, dtype)
+    )
+    found = predict_alone(alone, classifier, ChunkTask(0))
+    assert found["embedding"].null_count == found.num_rows
+    assert "ok" not in found["status"].to_pylist()
+    assert "beyond the range of float16; pass --dtype float32" in str(found["error"].to_pylist())
+
+
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_doing_a_chunk_twice_writes_the_same_bytes(
     spec: PredictSpec, color_bundle: Path, tmp_path: Path, engine: EngineName

@@ -245,7 +245,14 @@ def test_class_names_must_be_given_and_unique(make_predictions):
     with pytest.raises(ValueError, match="repeated: cat"):
         count(table, classes=["cat", "dog", "cat"])
     with pytest.raises(ValueError, match="no classes"):
-        PredictionCounts.empty([])
+        count(table, classes=[])
+
+
+def test_rows_without_predictions_are_counted_by_their_status(make_predictions):
+    statuses = pa.chunked_array([["ok", "missing"], ["ok"]]).dictionary_encode()
+    counts = PredictionCounts.empty([]) + PredictionCounts.from_statuses(statuses)
+    assert counts.status == {"missing": 1, "ok": 2}
+    assert (counts.rows, counts.accepted, counts.classes) == (3, 0, ())
 
 
 def test_counts_of_other_classes_or_bins_do_not_merge(mixed):

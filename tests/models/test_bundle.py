@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,6 +31,7 @@ from imgcls.models.bundle import (
     render_minimal_card,
     save_bundle,
 )
+from imgcls.models.classifier import Classifier
 
 FILES = ("bundle.json", "model.safetensors")
 
@@ -289,8 +291,24 @@ def test_a_preprocessing_that_cannot_be_is_refused() -> None:
 def test_classes_of_a_bundle_differ() -> None:
     with pytest.raises(ValidationError, match="class 'cat' is listed twice"):
         spec_of(["cat", "dog", "cat"])
-    with pytest.raises(ValidationError, match="the class list is empty"):
-        spec_of([])
+
+
+def test_a_backbone_has_no_classes_and_only_embeddings(tmp_path: Path) -> None:
+    spec = spec_of([])
+    assert (spec.num_outputs, spec.resolve_thresholds(0.5)) == (1, [])
+    network = zoo.build_network(spec.architecture, spec.num_outputs)
+    save_bundle(str(tmp_path), spec, network.state_dict())
+    with pytest.raises(BundleError, match="has no classes; compute embeddings with `imgcls embed`"):
+        load_bundle(str(tmp_path))
+    assert load_bundle(str(tmp_path), needs_classes=False).spec == spec
+    card = (tmp_path / "README.md").read_text()
+    assert "No classes: the network computes embeddings." in card
+    assert "imgcls embed --model THIS_FOLDER" in card
+    classifier = Classifier.load(str(tmp_path), precision="fp32", device="cpu")
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    assert classifier.embed(pixels).shape == (1, classifier.embedding_width)
+    with pytest.raises(BundleError, match="has no classes"):
+        classifier.predict(pixels)
 
 
 # ------------------------------------------------------------------ what loading brings with it

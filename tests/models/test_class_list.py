@@ -38,5 +38,5 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_bytes("\ufeffcat\r\ndog\r\n".encode())
     assert read_class_list(str(tmp_path / "names.txt")) == ["cat", "dog"]
     (tmp_path / "names.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(BundleError, match=r"classes: .*; pass a text file with one entry per line"):
+    with pytest.raises(BundleError, match=r"classes: .*; pass a text file with one name per line"):
         read_class_list(str(tmp_path / "names.txt"))

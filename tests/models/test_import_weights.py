@@ -68,6 +68,29 @@ def test_imported_weights_classify_as_they_did(
     np.testing.assert_allclose(classifier.classify(batch).scores, expected, atol=1e-5)
 
 
+def test_a_backbone_is_the_same_bundle_from_weights_with_and_without_a_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = network().state_dict()
+    head, _ = zoo.find_head(network())
+    body = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
+    hashes = []
+    for name, weights in (("whole", state), ("body", body)):
+        torch.save(weights, tmp_path / f"{name}.pth")
+        command = ["model", "import", "--arch", "small_cnn", "--options.width", "4"]
+        command += ["--weights", str(tmp_path / f"{name}.pth"), "--output", str(tmp_path / name)]
+        assert cli.main(command) == 0
+        assert capsys.readouterr().out == (
+            f"bundle  {tmp_path / name}  (small_cnn, a backbone, for `imgcls embed`)\n"
+        )
+        hashes.append(load_bundle(str(tmp_path / name), needs_classes=False).weights_sha256)
+    assert hashes[0] == hashes[1]
+    del body[next(iter(body))]
+    torch.save(body, tmp_path / "body.pth")
+    assert cli.main([*command, "--overwrite"]) == 2
+    assert "is missing in the file" in capsys.readouterr().err
+
+
 @pytest.mark.shared
 def test_the_installed_command_imports_real_weights(shared: Path, tmp_path: Path) -> None:
     done = imgcls(
