@@ -41,6 +41,9 @@ NON_IDENTITY_KEYS = (
 """Keys that may change when a run is resumed, because they do not affect the weights."""
 
 
+DEFAULT_EPOCHS, DEFAULT_BATCH_SIZE = 10, 64
+
+
 class ModelConfig(Section):
     """Network architecture, initial weights and preprocessing."""
 
@@ -289,12 +292,14 @@ class TrainConfig(Section):
     """Bundle folder to write; on a cluster, one that all nodes can reach."""
     overwrite: bool = False
     """Replace an existing bundle or another unfinished run in output."""
-    epochs: PositiveInt = 10
-    """Passes over the training images; the weights of the best epoch are kept."""
+    epochs: PositiveInt | None = None
+    """Passes over the training images; the weights of the best epoch are kept. Default: 10; for
+    fine-tuning after a probe, 4 to 10 by the number of images."""
     best_by: SelectionMetric = "val_loss"
     """Metric that selects the best epoch; accuracy is coarse on a few hundred images."""
-    batch_size: PositiveInt = 64
-    """Images per step, over all workers."""
+    batch_size: PositiveInt | None = None
+    """Images per step, over all workers. Default: 64; for fine-tuning, 8 to 64 by the number of
+    images."""
     precision: TrainPrecision = "auto"
     """Precision of the arithmetic (weights stay fp32); auto: bf16 if the hardware supports it."""
     seed: NonNegativeInt = 0
@@ -303,6 +308,16 @@ class TrainConfig(Section):
     """Minutes between saved states within an epoch; one is also saved after every epoch."""
     find_lr: bool = False
     """Only run an LR range test (Smith 2017): plot the loss over rising learning rates."""
+
+    @property
+    def num_epochs(self) -> int:
+        """`epochs`, or 10 before a training has chosen it."""
+        return self.epochs or DEFAULT_EPOCHS
+
+    @property
+    def images_per_step(self) -> int:
+        """`batch_size`, or 64 before a training has chosen it."""
+        return self.batch_size or DEFAULT_BATCH_SIZE
 
     def identity(self) -> dict[str, Any]:
         """The settings that affect the trained weights."""

@@ -126,6 +126,8 @@ def build_trial_config(config: TuneConfig, values: dict[str, Any], output: str) 
     Raises ConfigError if a value is not valid for its key.
     """
     base = config.model_dump(mode="json", exclude={"tune", "output", "overwrite", "find_lr"})
+    # schedulers compare epochs, so that all trials have the same number
+    base["epochs"] = config.num_epochs
     return build(TrainConfig, {**base, **values, "output": output})
 
 

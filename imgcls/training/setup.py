@@ -33,7 +33,13 @@ from imgcls.training.data.examples import Examples, read_examples
 from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.loggers import base
 from imgcls.training.optim.loss import compute_class_weights
-from imgcls.training.optim.strategy import choose_default_lr, has_probe, resolve_strategy
+from imgcls.training.optim.strategy import (
+    choose_default_lr,
+    choose_schedule,
+    describe_schedule,
+    has_probe,
+    resolve_strategy,
+)
 from imgcls.training.sampler import steps_per_epoch
 from imgcls.training.scaling import WorkerPlan, fits_object_store
 
@@ -73,9 +79,14 @@ def resolve_setup(config: TrainConfig) -> TrainSetup:
     examples = read_examples(config.data)
     strategy = resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
     rows = examples.count(held=False)
-    if config.batch_size > rows:
+    asked, config = config, choose_schedule(config, strategy, rows)
+    chosen = describe_schedule(asked, config, strategy, rows)
+    if chosen is not None:
+        log.emit("note", chosen)
+    if config.images_per_step > rows:
         log.emit(
-            "note", f"batch_size reduced from {config.batch_size} to the {rows} training images"
+            "note",
+            f"batch_size reduced from {config.images_per_step} to the {rows} training images",
         )
         config = config.model_copy(update={"batch_size": rows})
     smallest = _min_rows_per_part(config, rows)
@@ -122,12 +133,12 @@ def _min_rows_per_part(config: TrainConfig, rows: int) -> int:
             f"data.train: {rows} training images are fewer than {name}. Lower these settings or "
             "add images."
         )
-    if config.batch_size < workers * parts:
+    if config.images_per_step < workers * parts:
         raise RequestError(
-            f"batch_size {config.batch_size} is smaller than {name}. Set it to at least "
+            f"batch_size {config.images_per_step} is smaller than {name}. Set it to at least "
             f"{workers * parts}."
         )
-    share = rows // steps_per_epoch(rows, config.batch_size, workers) // workers
+    share = rows // steps_per_epoch(rows, config.images_per_step, workers) // workers
     return max(1, share // parts)
 
 
@@ -153,7 +164,7 @@ def log_setup(
     config, examples = setup.config, setup.examples
     rows, held = examples.count(held=False), examples.count(held=True)
     origin = "held out of it" if config.data.val is None else f"from {config.data.val.path}"
-    steps = steps_per_epoch(rows, config.batch_size, workers.count)
+    steps = steps_per_epoch(rows, config.images_per_step, workers.count)
     parameters = sum(p.numel() for p in setup.network.parameters())
     weights = f"weights {config.model.weights}" if config.model.weights else "random weights"
     pre = setup.preprocess

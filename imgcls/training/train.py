@@ -235,7 +235,7 @@ class _Run:
 
     def _find_lr(self, spec: TrainLoopSpec, workers: WorkerPlan) -> TrainResult:
         """Run the LR range test, write its curve and print the suggested learning rate."""
-        with open_driver_channel(self.config.epochs, lambda epoch: None) as channel:
+        with open_driver_channel(self.config.num_epochs, lambda epoch: None) as channel:
             outcome = fit_torch_trainer(spec, workers, channel, self.interruption)
         if self.checkpoints.read_identity() is None:
             filesystem.remove(self.checkpoints.folder)  # else it belongs to an unfinished training
@@ -259,7 +259,7 @@ class _Run:
                 if self.trial is not None:
                     self.trial.on_epoch(epoch)
 
-            with open_driver_channel(self.config.epochs, log_epoch) as channel:
+            with open_driver_channel(self.config.num_epochs, log_epoch) as channel:
                 outcome = fit_torch_trainer(spec, workers, channel, self.interruption)
             self._raise_failure(outcome)
             self.lease.check()

@@ -92,7 +92,7 @@ class TrainStep:
         self.eval_network = network if self.ema is None else self.ema.network
         groups = strategy.plan_param_groups(network, strategy_, config.finetune)
         self.optimizer = build_optimizer(
-            network, groups, config.optim, batch_size=config.batch_size
+            network, groups, config.optim, batch_size=config.images_per_step
         )
         self._scaler = torch.amp.GradScaler(
             context.device.type, enabled=context.precision == "fp16"

@@ -114,7 +114,7 @@ class Trainer:
             network,
             context,
         )
-        self.steps = steps_per_epoch(len(self.train), config.batch_size, self.workers)
+        self.steps = steps_per_epoch(len(self.train), config.images_per_step, self.workers)
         self.control = ControlSync(
             channel, self.device, save_interval_s=60 * config.checkpoint_minutes
         )
@@ -145,7 +145,7 @@ class Trainer:
             return False
         return (
             self.spec.strategy == "probe"
-            or history[-1].epoch >= self.config.epochs
+            or history[-1].epoch >= self.config.num_epochs
             or is_stalled(history, self.config.early_stopping, self.config.best_by)
         )
 
@@ -261,7 +261,7 @@ class Trainer:
         for step, share, batch in self._iter_steps(number, self.progress.step):
             totals.timer.start(time.perf_counter() - mark)
             at = (number - 1) * self.steps + step
-            last = self.steps * self.config.epochs
+            last = self.steps * self.config.num_epochs
             set_learning_rates(self.train_step.optimizer, self.config.optim, at, last)
             self.train_step.seed_rng(number, step)
             totals.scores += self.train_step.step(batch, share.global_batch_size, at)
@@ -278,7 +278,7 @@ class Trainer:
             order = sample_balanced(self.train.labels, epoch=epoch, seed=self.config.seed)
         else:
             order = shuffle_rows(len(self.train), epoch=epoch, seed=self.config.seed)
-        size, rank, workers = self.config.batch_size, self.rank, self.workers
+        size, rank, workers = self.config.images_per_step, self.rank, self.workers
         shares = list(iter_step_shares(order, size, rank=rank, workers=workers, start=first))
         batches = self.train.iter_batches([share.rows for share in shares])
         for step, (share, batch) in enumerate(zip(shares, batches, strict=True), start=first):
@@ -304,7 +304,7 @@ class Trainer:
 
     def _iter_sharded(self, images: ImageDataset) -> Iterator[Batch]:
         """The batches of this worker's part of a split, in manifest order."""
-        size = self.config.batch_size
+        size = self.config.images_per_step
         return images.iter_batches(
             shard_batches(len(images), size, rank=self.rank, workers=self.workers)
         )

@@ -259,12 +259,12 @@ def _build_search_algorithm(config: TuneConfig, mode: str, concurrent: int) -> A
 
 def _build_scheduler(config: TuneConfig) -> Any:
     asha = config.tune.asha
-    if config.tune.scheduler == "fifo" or config.epochs <= asha.grace_period:
+    if config.tune.scheduler == "fifo" or config.num_epochs <= asha.grace_period:
         return ray_tune.schedulers.FIFOScheduler()
     return ray_tune.schedulers.ASHAScheduler(
         time_attr="epoch",
         # more than the last epoch: after it, the trial writes its bundle and ends by itself
-        max_t=config.epochs + 1,
+        max_t=config.num_epochs + 1,
         grace_period=asha.grace_period,
         reduction_factor=asha.reduction_factor,
     )
@@ -327,7 +327,7 @@ class _TrialPrinter(ray_tune.Callback):
     """Log one line per trial that ends."""
 
     def __init__(self, config: TuneConfig) -> None:
-        self._epochs = config.epochs
+        self._epochs = config.num_epochs
         self._metric = config.best_by
         self._num_ended = 0
         self._num_trials = config.tune.total_trials

@@ -87,7 +87,7 @@ def test_chunks_are_limited_by_the_memory_that_they_take(
     monkeypatch.setattr(session, "is_private_session", lambda: True)
     monkeypatch.setattr(session, "list_nodes", lambda: [Node(cpus=4, gpus=0), Node(4, gpus)])
     asked = {"manifest": "m.csv", "model": "b", "output": "out", "scale.layout": layout}
-    bundle: Any = SimpleNamespace(spec=SimpleNamespace(classes=[""] * classes))
+    bundle: Any = SimpleNamespace(spec=SimpleNamespace(num_outputs=classes))
     assert limit_chunk_rows(build(PredictConfig, asked), bundle) == most
 
 

@@ -80,7 +80,7 @@ def test_a_trial_is_the_training_with_the_drawn_values() -> None:
         config, {"optim.lr": 0.15, "augment.preset": "none"}, "/out/trials/1"
     )
     assert (trial.optim.lr, trial.augment.preset) == (0.15, "none")
-    assert (trial.output, trial.epochs) == ("/out/trials/1", config.epochs)
+    assert (trial.output, trial.epochs) == ("/out/trials/1", config.num_epochs)
 
 
 def test_no_more_trials_run_at_a_time_than_the_cpus_hold() -> None:

@@ -9,10 +9,12 @@ from torch import nn
 
 from imgcls.errors import RequestError
 from imgcls.models import zoo
-from imgcls.training.config import FinetuneConfig, Strategy
+from imgcls.training.config import FinetuneConfig, Strategy, TrainConfig
 from imgcls.training.optim.param_groups import split_layers
 from imgcls.training.optim.strategy import (
     choose_default_lr,
+    choose_schedule,
+    describe_schedule,
     find_trainable,
     has_probe,
     plan_param_groups,
@@ -85,3 +87,37 @@ def test_weights_that_are_good_already_are_moved_more_carefully() -> None:
     assert choose_default_lr("scratch", resnet) == 1e-3
     for strategy in ("finetune", "probe_then_finetune"):
         assert choose_default_lr(strategy, resnet) == choose_default_lr(strategy, small) == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rows", "expected", "text"),
+    [
+        # 54 and 198 of 60 and 220 photographs, 1,260 of 1,400
+        ("probe_then_finetune", 20, (10, 8), "10 epochs in batches of 8"),
+        ("probe_then_finetune", 54, (10, 8), "10 epochs in batches of 8"),
+        ("probe_then_finetune", 198, (10, 16), "10 epochs in batches of 16"),
+        ("probe_then_finetune", 1_260, (4, 64), "4 epochs in batches of 64"),
+        ("probe_then_finetune", 100_000, (4, 64), "4 epochs in batches of 64"),
+        ("finetune", 54, (10, 8), "batches of 8"),
+        ("scratch", 54, (10, 64), None),
+        ("probe", 54, (10, 64), None),
+    ],
+)
+def test_few_images_take_more_epochs_and_smaller_batches(
+    strategy: Strategy, rows: int, expected: tuple[int, int], text: str | None
+) -> None:
+    asked = TrainConfig.model_validate({"data": "train.csv", "output": "out"})
+    chosen = choose_schedule(asked, strategy, rows)
+    assert (chosen.epochs, chosen.batch_size) == expected
+    note = None if text is None else f"{text}, chosen for fine-tuning with {rows:,} training images"
+    assert describe_schedule(asked, chosen, strategy, rows) == note
+
+
+def test_a_schedule_that_is_set_is_kept_and_every_worker_has_an_image() -> None:
+    request = {"data": "train.csv", "output": "out", "scale": {"num_workers": 6, "accumulate": 2}}
+    asked = TrainConfig.model_validate(request)
+    assert choose_schedule(asked, "probe_then_finetune", 54).batch_size == 12
+    asked = asked.model_copy(update={"epochs": 3, "batch_size": 32})
+    chosen = choose_schedule(asked, "probe_then_finetune", 54)
+    assert (chosen.epochs, chosen.batch_size) == (3, 32)
+    assert describe_schedule(asked, chosen, "probe_then_finetune", 54) is None
