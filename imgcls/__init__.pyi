@@ -172,8 +172,10 @@ def relabel(config: RelabelConfig, /) -> PredictResult: ...
 def relabel(
     *,
     source: str | PathLike[str],
-    model: str | PathLike[str],
     output: str | PathLike[str],
+    model: str | None | PathLike[str] = ...,
+    labels: ManifestConfig | None | Mapping[str, object] | str | PathLike[str] = ...,
+    k: int = ...,
     source_model: str | None | PathLike[str] = ...,
     top_k: int | None = ...,
     threshold: float | None = ...,

@@ -8,7 +8,14 @@ from __future__ import annotations
 import datetime
 from typing import ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from imgcls.config import Names, Section, UnitFloat
 from imgcls.data.decoding.preprocess import DecodeMode
@@ -152,16 +159,21 @@ class EmbeddingRunConfig(PredictConfig):
 
 
 class RelabelConfig(Section):
-    """Label a committed run with another head, from its embeddings."""
+    """Label a committed run with another head or by labeled images, from its embeddings."""
 
     positional: ClassVar[tuple[str, ...]] = ("source",)
 
     source: str
     """The run: output folder of `imgcls predict --embeddings`."""
-    model: str
-    """Bundle of the same network with another head, such as of `imgcls train --strategy probe`."""
     output: str
     """Folder to write. An unfinished run in it is resumed."""
+    model: str | None = None
+    """Bundle of the same network with another head, such as of `imgcls train --strategy probe`."""
+    labels: ManifestConfig | None = None
+    """Labeled images of the run, instead of a model: each image gets the labels of the k most
+    similar ones."""
+    k: PositiveInt = 20
+    """Number of labeled neighbors of an image, with labels."""
     source_model: str | None = None
     """Bundle that made the run. Default: the folder that was passed to `imgcls predict`."""
     top_k: int | None = Field(default=None, ge=1, le=20)
@@ -177,3 +189,9 @@ class RelabelConfig(Section):
     overwrite: bool = False
     """Delete the run in the output folder and start over."""
     storage: StorageConfig = StorageConfig()
+
+    @model_validator(mode="after")
+    def _check_source(self) -> RelabelConfig:
+        if (self.model is None) == (self.labels is None):
+            raise ValueError("pass either model or labels")
+        return self

@@ -1,4 +1,4 @@
-"""The job of `imgcls relabel`: label a committed run with another head, from its embeddings.
+"""The job of `imgcls relabel`: label a committed run again, from its embeddings.
 
 No image is read, and Ray is not needed. Part by part, the manifest columns of the run are kept and
 its predictions replaced; a run that was interrupted is resumed at its first missing part.
@@ -16,13 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from imgcls import log
 from imgcls.cluster import interrupts
 from imgcls.config import requested
-from imgcls.data.manifests.manifest import normalize_labels
+from imgcls.data.manifests.manifest import normalize_labels, resolve_paths
 from imgcls.data.manifests.schemas import conform_table, widen_dictionaries
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import OK, RequestError
@@ -31,15 +29,13 @@ from imgcls.execution.runner import add_resume_hint
 from imgcls.formatting import format_count
 from imgcls.inference import commit, rollup
 from imgcls.inference.config import RelabelConfig
+from imgcls.inference.labelers import HeadLabeler, Labeler, NeighborLabeler
 from imgcls.inference.nights import compute_next_sequence
 from imgcls.inference.result import PredictResult
 from imgcls.metrics import PredictionCounts
 from imgcls.metrics.columns import encode_classes
-from imgcls.models.bundle import Bundle, load_bundle
-from imgcls.models.linear_head import check_same_embeddings, load_linear_head
-from imgcls.models.task import ScoreScaling, find_task
 from imgcls.runs import layout
-from imgcls.runs.committed import CommittedRun, load_source_bundle, open_run
+from imgcls.runs.committed import CommittedRun, open_run
 from imgcls.runs.lease import Lease
 from imgcls.runs.provenance import build_provenance
 from imgcls.runs.schema import PREDICTION_COLUMNS, build_prediction_schema
@@ -51,14 +47,15 @@ _SOURCE_KEYS = ("run_id", "committed")
 
 
 def relabel(config: RelabelConfig | None = None, /, **settings: Any) -> PredictResult:
-    """Label a committed run with another head, from its embeddings.
+    """Label a committed run with another head or by labeled images, from its embeddings.
 
     Parameters
     ----------
     config : RelabelConfig, optional
         The whole request, instead of `settings`.
     **settings
-        The keys of `imgcls relabel`. `source`, `model` and `output` are required.
+        The keys of `imgcls relabel`. `source`, `output` and one of `model` and `labels` are
+        required.
 
     Returns
     -------
@@ -68,7 +65,8 @@ def relabel(config: RelabelConfig | None = None, /, **settings: Any) -> PredictR
     Raises
     ------
     RequestError
-        The run has no embeddings, or they are not those of the bundle's network.
+        The run has no embeddings, or they are not those of the bundle's network or of the labeled
+        images.
     RunFailed
         The run was interrupted. Call it again to resume.
 
@@ -85,11 +83,8 @@ def relabel(config: RelabelConfig | None = None, /, **settings: Any) -> PredictR
         interrupts.Interruption().handle_signals() as interruption,
     ):
         run = open_run(config.source)
-        bundle = load_bundle(config.model)
         _check_source(run)
-        check_same_embeddings(bundle, load_source_bundle(run, config.source_model, "source-model"))
-        precisions = run.success_record["precision"]  # several on a mixed cluster
-        head = load_linear_head(bundle, precisions[0] if len(precisions) == 1 else "fp32")
+        labeler = (HeadLabeler if config.labels is None else NeighborLabeler)(config, run)
         output = filesystem.absolute(config.output)
         if output == run.url:
             raise RequestError("output: is the run to label again; pass another --output")
@@ -97,8 +92,7 @@ def relabel(config: RelabelConfig | None = None, /, **settings: Any) -> PredictR
         lease = Lease.acquire(output)
         try:
             with add_resume_hint(output, lease):
-                job = _Relabeling(config, run, bundle, head, output, lease, interruption)
-                return job.run()
+                return _Relabeling(config, run, labeler, output, lease, interruption).run()
         finally:
             lease.release()
 
@@ -120,31 +114,26 @@ class _Relabeling:
         self,
         config: RelabelConfig,
         run: CommittedRun,
-        bundle: Bundle,
-        head: nn.Linear,
+        labeler: Labeler,
         output: str,
         lease: Lease,
         interruption: interrupts.Interruption,
     ) -> None:
         self._config = config
         self._source = run
-        self._bundle = bundle
-        self._head = head
+        self._labeler = labeler
         self._output = output
         self._lease = lease
         self._interruption = interruption
-        self._task = find_task(bundle.spec)
-        self._scaling = ScoreScaling.from_spec(bundle.spec)
-        self._thresholds = bundle.spec.resolve_thresholds(config.threshold)
         self._top_k = config.top_k or run.top_k
         kind = run.schema.field("embedding").type
         self._schema = build_prediction_schema(
             labeled=run.label_column is not None,
-            scores=len(bundle.spec.classes) if config.scores else None,
+            scores=len(labeler.classes) if config.scores else None,
             scores_type=config.scores_type,
             embedding=kind.list_size if config.embeddings else None,
             embedding_type="float16" if pa.types.is_float16(kind.value_type) else "float32",
-            task=self._task,
+            task=labeler.task,
         )
 
     def run(self) -> PredictResult:
@@ -165,7 +154,7 @@ class _Relabeling:
                 return PredictResult(output, rows, None)
         plan = replace(parse_plan(self._source.run_record), run_id=identity.compute_run_id())
         record = self._write_record(identity, plan) if stored is None else stored
-        counts = PredictionCounts.empty(tuple(self._bundle.spec.classes))
+        counts = PredictionCounts.empty(tuple(self._labeler.classes))
         for part, url in enumerate(self._source.files):
             self._lease.check()
             counts += self._label_part(plan, part, url)
@@ -177,13 +166,11 @@ class _Relabeling:
         settings = {k: v for k, v in then["settings"].items() if k != "has_predictions"}
         return RunIdentity(
             manifest=then["manifest"],
-            bundle={"sha256": self._bundle.sha256},
+            bundle={"sha256": self._labeler.sha256},
             settings={
                 **settings,
                 "top_k": self._top_k,
-                "threshold": (
-                    self._bundle.spec.threshold if config.threshold is None else config.threshold
-                ),
+                "threshold": self._labeler.threshold,
                 "scores": config.scores_type if config.scores else False,
                 "embeddings": then["settings"]["embeddings"] if config.embeddings else False,
                 # after `predict --retry-errors`, the same run has other rows and another commit
@@ -195,11 +182,11 @@ class _Relabeling:
         record = {
             "identity": asdict(identity),
             "plan": asdict(plan),
-            "classes": self._bundle.spec.classes,
+            "classes": self._labeler.classes,
             "provenance": build_provenance(
                 # the manifest is that of the run; its other settings are shown in reports
                 self._source.provenance["config"]
-                | {"model": self._bundle.url}
+                | {"model": self._labeler.model}
                 | {"relabel": self._config.model_dump(mode="json", exclude={"storage"})}
             ),
             "sequence": compute_next_sequence(self._output, None),
@@ -209,7 +196,7 @@ class _Relabeling:
 
     def _label_part(self, plan: Plan, part: int, url: str) -> PredictionCounts:
         target = layout.part_url(self._output, part)
-        label_column, classes = self._source.label_column, self._bundle.spec.classes
+        label_column, classes = self._source.label_column, self._labeler.classes
         if filesystem.exists(target):
             return rollup.count_part(self._output, part, label_column, classes)
         counts = PredictionCounts.empty(tuple(classes))
@@ -232,17 +219,22 @@ class _Relabeling:
         embedding = table["embedding"].combine_chunks()
         has_embedding = embedding.is_valid().to_numpy(zero_copy_only=False)
         vectors = embedding.flatten().to_numpy(zero_copy_only=False, writable=True)
-        scores = self._compute_scores(vectors.reshape(-1, self._head.in_features))
+        urls = None
+        if self._labeler.needs_urls:
+            paths = table[self._source.path_column].filter(pa.array(has_embedding))
+            urls = resolve_paths(paths, self._source.root)
+        width = embedding.type.list_size
+        scores = self._labeler.compute_scores(vectors.reshape(-1, width), urls)
         codes = None
         if self._source.label_column is not None:
             labels = normalize_labels(table[self._source.label_column])
             labels = pa.chunked_array([labels])
-            codes = encode_classes(labels, self._bundle.spec.classes)[has_embedding]
+            codes = encode_classes(labels, self._labeler.classes)[has_embedding]
         columns: dict[str, pa.Array | pa.ChunkedArray] = dict(
-            self._task.build_columns(
+            self._labeler.task.build_columns(
                 scores,
-                self._bundle.spec.classes,
-                self._thresholds,
+                self._labeler.classes,
+                self._labeler.thresholds,
                 top_k=self._top_k,
                 codes=codes,
                 scores_type=self._config.scores_type if self._config.scores else None,
@@ -262,14 +254,6 @@ class _Relabeling:
             column = columns[field.name] if field.name in columns else table[field.name]
             kept = kept.append_column(field, column.cast(field.type))
         return kept
-
-    @torch.inference_mode()
-    def _compute_scores(self, embeddings: np.ndarray) -> np.ndarray:
-        """(N, C) float32 scores of (N, E) embeddings."""
-        features = torch.from_numpy(embeddings).float()
-        logits = F.linear(features, self._head.weight, self._head.bias)
-        found: np.ndarray = self._task.compute_scores(logits, self._scaling).numpy()
-        return found
 
     def _commit(
         self, record: dict[str, Any], plan: Plan, counts: PredictionCounts, started_at: float

@@ -7,25 +7,21 @@ a minute for a million images.
 
 from __future__ import annotations
 
-import os
 import time
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from imgcls import log
 from imgcls.cluster.interrupts import Interruption
-from imgcls.data.manifests.manifest import resolve_paths
 from imgcls.data.storage import filesystem
-from imgcls.errors import OK, OutputError, RequestError, RunFailed, TooManyErrors
+from imgcls.errors import OutputError, RequestError, RunFailed, TooManyErrors
 from imgcls.models import zoo
 from imgcls.models.bundle import Bundle, load_bundle_weights
 from imgcls.models.linear_head import load_linear_head
 from imgcls.runs import layout
-from imgcls.runs.committed import CommittedRun, iter_tables, load_source_bundle, open_run
+from imgcls.runs.committed import CommittedRun, load_source_bundle, open_run
+from imgcls.runs.embeddings import gather_embeddings
 from imgcls.runs.lease import Lease
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import ModelConfig, TrainConfig
@@ -39,12 +35,6 @@ from imgcls.training.optim.loss import compute_class_weights
 from imgcls.training.publish import find_finished, publish_bundle
 from imgcls.training.result import TrainResult
 from imgcls.training.setup import TrainSetup, check_enough_left
-
-Floats = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
-_BATCH_ROWS = 16_384
-_PATH_ROWS = 1_000_000
-"""Rows of the run whose paths are found at a time: each time all paths are hashed."""
 
 
 def train_head(config: TrainConfig) -> TrainResult:
@@ -134,7 +124,12 @@ def _fit_and_publish(
     setup: TrainSetup, run: CommittedRun, lease: Lease, interruption: Interruption
 ) -> TrainResult:
     config, examples, began = setup.config, setup.examples, time.monotonic()
-    vectors, index, failures = gather_embeddings(run, examples)
+    vectors, index, reasons = gather_embeddings(run, examples.rows.column("url"))
+    lacking = examples.rows.take(pa.array(list(reasons), pa.int64())).to_pylist()
+    failures = tuple(
+        DecodeFailure(row["url"], row["label"], row["held"], reason)
+        for row, reason in zip(lacking, reasons.values(), strict=True)
+    )
     interruption.check()
     _check_failures(config, examples, run, failures)
     log.show(
@@ -176,84 +171,6 @@ def _fit_and_publish(
         f"head fitted, l2 {head.l2:g}, val acc {100 * epoch.val_accuracy:.1f} % -> {config.output}"
     )
     return TrainResult(config.output, [epoch], epoch, sum(failed))
-
-
-def gather_embeddings(
-    run: CommittedRun, examples: Examples
-) -> tuple[Floats, Indices, tuple[DecodeFailure, ...]]:
-    """The embeddings of the examples, found by the absolute path of their image.
-
-    Returns (U, E) float32, one per path; (rows,) int64, the index of each row in it, negative for a
-    row without an embedding; and these rows, in row order.
-    """
-    encoded = _normalize(examples.rows.column("url")).combine_chunks().dictionary_encode()
-    urls = encoded.dictionary
-    places, statuses = _find_paths(run, urls)
-    vectors = np.zeros((len(urls), run.schema.field("embedding").type.list_size), np.float32)
-    has_vector = np.zeros(len(urls), bool)
-    first = 0
-    for table in iter_tables(run, ["embedding"], _BATCH_ROWS):
-        place = places[first : first + table.num_rows]
-        column = table["embedding"].combine_chunks()
-        has_value = column.is_valid().to_numpy(zero_copy_only=False)
-        values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, vectors.shape[1])
-        wanted = place[has_value] >= 0
-        # a path in several rows is one image, which has one embedding
-        target = place[has_value][wanted]
-        vectors[target] = values[wanted]
-        has_vector[target] = True
-        first += table.num_rows
-    index = encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False).copy()
-    is_found = index >= 0
-    is_found[is_found] = has_vector[index[is_found]]
-    lacking = np.flatnonzero(~is_found)
-    rows = examples.rows.take(pa.array(lacking)).to_pylist()
-    failures = tuple(
-        DecodeFailure(row["url"], row["label"], row["held"], _explain(statuses, int(place)))
-        for row, place in zip(rows, index[lacking], strict=True)
-    )
-    index[lacking] = -1
-    return vectors, index, failures
-
-
-def _find_paths(run: CommittedRun, urls: pa.Array) -> tuple[Indices, list[str | None]]:
-    """Where the rows of a run are among `urls`, and the status of each of these.
-
-    Returns (rows of the run,) int64, negative for other paths; and a status by index in `urls`,
-    None for those that are not in the run.
-    """
-    places = [np.empty(0, np.int64)]
-    statuses = np.full(len(urls), None, object)
-    for table in iter_tables(run, [run.path_column, "status"], _PATH_ROWS):
-        paths = _normalize(resolve_paths(table[run.path_column], run.root))
-        found = pc.index_in(paths, value_set=urls).combine_chunks().cast(pa.int64()).fill_null(-1)
-        place = found.to_numpy(zero_copy_only=False)
-        status = table["status"].cast(pa.string()).to_numpy(zero_copy_only=False)
-        statuses[place[place >= 0]] = status[place >= 0]
-        places.append(place)
-    return np.concatenate(places), statuses.tolist()
-
-
-def _explain(statuses: list[str | None], place: int) -> str:
-    """Why an image has no embedding."""
-    if place < 0:
-        return "has no path"
-    status = statuses[place]
-    if status is None:
-        return "is not in the run"
-    return "has no embedding, beyond the range of float16" if status == OK else status
-
-
-def _normalize(urls: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Paths on a disk without `.`, `..` and `//`, so that each image has one path."""
-    text = urls.cast(pa.large_string())
-    if not pc.any(pc.match_substring_regex(text, r"^/(.*/)?\.{0,2}(/|$)")).as_py():
-        return text
-    paths = [
-        os.path.normpath("/" + path.lstrip("/")) if path and path.startswith("/") else path
-        for path in text.to_pylist()
-    ]
-    return pa.chunked_array([pa.array(paths, text.type)])
 
 
 def _check_failures(

@@ -24,10 +24,8 @@ from imgcls.errors import (
 from imgcls.inference.relabel import relabel
 from imgcls.models.bundle import load_bundle, load_bundle_weights
 from imgcls.runs import layout
-from imgcls.runs.committed import open_run
 from imgcls.training.checkpoints import Checkpoints, TrainProgress
 from imgcls.training.data.examples import read_examples
-from imgcls.training.head_training import gather_embeddings
 from imgcls.training.optim import linear_probe
 from imgcls.training.optim.linear_probe import ProbeFeatures
 from imgcls.training.search_space import TuneConfig, check_space
@@ -174,20 +172,6 @@ def test_rows_without_an_embedding_are_left_out_up_to_the_allowed_share(
     assert result.failed == 3
     assert result.history[0].train_rows + result.history[0].val_rows == 119
     assert "left out:" in capsys.readouterr().out
-
-
-def test_paths_are_found_by_the_file_that_they_name(tmp_path: Path, bundle: Path) -> None:
-    vectors = commit_run(tmp_path / "run", bundle, 20)
-    rows = [("../../1.jpg", "a"), ("/x/.././/2.jpg", "b"), ("/3.jpg", "a"), ("//4.jpg", "b")]
-    labels = write_manifest(tmp_path / "labels.csv", rows, ("path", "label"))
-    source = {"path": str(labels), "root": "/no/folder"}
-    data = TrainConfig.model_validate(
-        {"data": {"train": source, "val_fraction": 0.5}, "output": "b"}
-    ).data
-    run = open_run(str(tmp_path / "run"))
-    found, index, failures = gather_embeddings(run, read_examples(data))
-    assert not failures
-    np.testing.assert_array_equal(found[index], vectors[1:5])
 
 
 def test_embeddings_that_overflow_give_no_bundle(tmp_path: Path, bundle: Path) -> None:

@@ -1,0 +1,94 @@
+"""Embeddings of some images of a committed run, found by the absolute paths of the images."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imgcls.data.manifests.manifest import resolve_paths
+from imgcls.errors import OK
+from imgcls.runs.committed import CommittedRun, iter_tables
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+_BATCH_ROWS = 16_384
+_PATH_ROWS = 1_000_000
+"""Rows of the run whose paths are found at a time: each time all paths are hashed."""
+
+
+def gather_embeddings(
+    run: CommittedRun, urls: pa.ChunkedArray
+) -> tuple[Floats, Indices, dict[int, str]]:
+    """The embeddings of the images at N URLs, which may be null or repeated.
+
+    Returns (U, E) float32, one per different URL; (N,) int64, the index in it of each of the N,
+    negative for one without an embedding; and by the position of these, in order, the reason.
+    """
+    encoded = normalize_urls(urls).combine_chunks().dictionary_encode()
+    names = encoded.dictionary
+    places, statuses = _find_paths(run, names)
+    vectors = np.zeros((len(names), run.schema.field("embedding").type.list_size), np.float32)
+    has_vector = np.zeros(len(names), bool)
+    first = 0
+    for table in iter_tables(run, ["embedding"], _BATCH_ROWS):
+        place = places[first : first + table.num_rows]
+        column = table["embedding"].combine_chunks()
+        has_value = column.is_valid().to_numpy(zero_copy_only=False)
+        values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, vectors.shape[1])
+        wanted = place[has_value] >= 0
+        # a path in several rows is one image, which has one embedding
+        target = place[has_value][wanted]
+        vectors[target] = values[wanted]
+        has_vector[target] = True
+        first += table.num_rows
+    index = encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False).copy()
+    is_found = index >= 0
+    is_found[is_found] = has_vector[index[is_found]]
+    lacking = np.flatnonzero(~is_found)
+    reasons = {int(row): _explain(statuses, int(index[row])) for row in lacking}
+    index[lacking] = -1
+    return vectors, index, reasons
+
+
+def _find_paths(run: CommittedRun, urls: pa.Array) -> tuple[Indices, list[str | None]]:
+    """Where the rows of a run are among `urls`, and the status of each of these.
+
+    Returns (rows of the run,) int64, negative for other paths; and a status by index in `urls`,
+    None for those that are not in the run.
+    """
+    places = [np.empty(0, np.int64)]
+    statuses = np.full(len(urls), None, object)
+    for table in iter_tables(run, [run.path_column, "status"], _PATH_ROWS):
+        paths = normalize_urls(resolve_paths(table[run.path_column], run.root))
+        found = pc.index_in(paths, value_set=urls).combine_chunks().cast(pa.int64()).fill_null(-1)
+        place = found.to_numpy(zero_copy_only=False)
+        status = table["status"].cast(pa.string()).to_numpy(zero_copy_only=False)
+        statuses[place[place >= 0]] = status[place >= 0]
+        places.append(place)
+    return np.concatenate(places), statuses.tolist()
+
+
+def _explain(statuses: list[str | None], place: int) -> str:
+    """Why an image has no embedding."""
+    if place < 0:
+        return "has no path"
+    status = statuses[place]
+    if status is None:
+        return "is not in the run"
+    return "has no embedding, beyond the range of float16" if status == OK else status
+
+
+def normalize_urls(urls: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Paths on a disk without `.`, `..` and `//`, so that each image has one path."""
+    text = urls.cast(pa.large_string())
+    if not pc.any(pc.match_substring_regex(text, r"^/(.*/)?\.{0,2}(/|$)")).as_py():
+        return text
+    paths = [
+        os.path.normpath("/" + path.lstrip("/")) if path and path.startswith("/") else path
+        for path in text.to_pylist()
+    ]
+    return pa.chunked_array([pa.array(paths, text.type)])
