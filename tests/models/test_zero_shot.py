@@ -215,3 +215,11 @@ def test_the_command_takes_names_and_the_bundle_needs_no_text_tower(
     assert sorted(found.topk_labels) == sorted(CLASSES)
     keys = load_bundle(str(tmp_path / "bundle")).spec.provenance["zero_shot"]
     assert len(keys["templates"]) == 80
+
+
+def test_only_the_input_size_of_a_tower_can_be_set(folder: Path) -> None:
+    architecture = zoo.resolve_architecture(
+        "open_clip:test-clip", {"timm_model_name": "hf-hub:a/b"}
+    )
+    with pytest.raises(BundleError, match="has no option 'timm_model_name'"):
+        zoo.build_network(architecture, 2)

@@ -24,6 +24,7 @@ from imgcls.models.bundle import Architecture
 from imgcls.models.libraries.base import NetworkLibrary
 
 OPEN_CLIP_PREFIX = "open_clip:"
+_SIZE_OPTION = "image_size"
 _VISUAL = "visual."
 """Prefix of the vision tower's weights in a checkpoint of both towers."""
 _RESIZE_MODES: dict[str, ResizeMode] = {"shortest": "crop", "squash": "squash", "longest": "pad"}
@@ -82,7 +83,7 @@ class OpenClipLibrary(NetworkLibrary):
         return dict(load_both_towers(name, weights).state_dict())
 
     def find_size_option(self, architecture: Architecture, size: int) -> str | None:
-        return "image_size"
+        return _SIZE_OPTION
 
     def convert_weights(
         self, network: nn.Module, state: Mapping[str, torch.Tensor]
@@ -184,7 +185,13 @@ def list_imagenet_templates() -> list[str]:
 
 
 def _read_config(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Configuration of a model; `options` replaces settings of its vision tower."""
+    """Configuration of a model, whose only option is `image_size`; BundleError for others."""
+    unknown = sorted(set(options) - {_SIZE_OPTION})
+    if unknown:
+        raise BundleError(
+            f"model {OPEN_CLIP_PREFIX}{name}: has no option {unknown[0]!r}; check model.options "
+            f"(valid: {_SIZE_OPTION})"
+        )
     config: dict[str, Any] = copy.deepcopy(_import_open_clip().get_model_config(name))
     config["vision_cfg"] = {"image_size": 224, **config["vision_cfg"], **options}
     return config

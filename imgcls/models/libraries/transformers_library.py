@@ -26,10 +26,12 @@ from imgcls.models.libraries.base import NetworkLibrary, Snapshot
 TRANSFORMERS_PREFIX = "transformers:"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _UNUSED_KEYS = (
-    *("model_type", "architectures", "transformers_version", "_name_or_path", "text_config"),
+    *("model_type", "architectures", "transformers_version", "text_config"),
     *("num_labels", "id2label", "label2id", "dtype", "torch_dtype"),
 )
 """Of a configuration, which the network does not depend on, or `num_classes` sets."""
+_CODE_KEYS = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config")
+"""Of a configuration, which can name code in a repository, and others by an underscore."""
 _BILINEAR = 2
 """In Pillow's numbers, which the preprocessing of transformers uses."""
 _SQUASH_FROM = 384
@@ -94,7 +96,9 @@ class TransformersLibrary(NetworkLibrary):
         return Snapshot(
             url=url,
             name=TRANSFORMERS_PREFIX + kind,
-            options={key: value for key, value in config.items() if key not in _UNUSED_KEYS},
+            options={
+                key: value for key, value in _remove_code(config).items() if key not in _UNUSED_KEYS
+            },
             load_preprocess=partial(_read_preprocess, url),
         )
 
@@ -111,10 +115,12 @@ class TransformersNetwork(nn.Module):
         transformers = _import_transformers()
         self.classifier: nn.Linear | None = None
         if type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-            self.model = transformers.AutoModelForImageClassification.from_config(config)
+            self.model = transformers.AutoModelForImageClassification.from_config(
+                config, trust_remote_code=False
+            )
         else:
             config = getattr(config, "vision_config", config)
-            self.model = transformers.AutoModel.from_config(config)
+            self.model = transformers.AutoModel.from_config(config, trust_remote_code=False)
             self.classifier = nn.Linear(_get_width(config), num_classes)
         parameters = inspect.signature(self.model.forward).parameters
         if "pixel_values" not in parameters or "pixel_attention_mask" in parameters:
@@ -155,12 +161,21 @@ class TransformersNetwork(nn.Module):
         return {f"model.{key}": value for key, value in found.items()}
 
 
+def _remove_code(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a configuration without those that make transformers load code."""
+    return {
+        key: _remove_code(value) if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if key not in _CODE_KEYS and not key.startswith("_")
+    }
+
+
 def _build_config(name: str, options: Mapping[str, Any]) -> Any:
     """The configuration of a type; raises BundleError for options that it does not take."""
     transformers = _import_transformers()
     try:
         with _silence():
-            return transformers.AutoConfig.for_model(name, **options)
+            return transformers.AutoConfig.for_model(name, **_remove_code(options))
     except Exception as error:
         raise BundleError(
             f"model {TRANSFORMERS_PREFIX}{name}: {one_line(error)}; check model.options"

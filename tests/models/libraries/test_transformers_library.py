@@ -232,3 +232,24 @@ def test_a_type_alone_has_random_weights_and_the_preprocessing_of_its_type() -> 
     wrong = zoo.resolve_architecture("transformers:vit", {**SMALL_VIT, "hidden_size": "wide"})
     with pytest.raises(BundleError, match=r"hidden_size.*check model.options"):
         zoo.build_network(wrong, 4)
+
+
+def test_a_configuration_loads_no_code_of_a_repository(tmp_path: Path) -> None:
+    save(tmp_path, "clip")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    code = {
+        "auto_map": {"AutoModelForImageClassification": "someone/repository--code.Model"},
+        "attn_implementation": "someone/kernels",
+        "_attn_implementation": "someone/kernels",
+    }
+    config |= code
+    config["vision_config"] |= code
+    path.write_text(json.dumps(config))
+    architecture, network, _ = build(tmp_path, 3)
+    assert "someone" not in json.dumps(architecture.options)
+    # nor do the options of a bundle
+    named = architecture.model_copy(update={"options": {**architecture.options, **code}})
+    assert type(zoo.build_network(named, 3)) is type(network)
+    with torch.inference_mode():
+        assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
