@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -16,6 +18,7 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
 
 from imgcls.metrics.calibration import bin_edges
 from imgcls.metrics.counts import CORRECT, UNLABELED, WRONG, PredictionCounts
@@ -50,6 +53,12 @@ _STYLE: Any = {
     "ytick.color": _INK,
 }
 _SIZE = (5.2, 3.6)
+_PALETTE = (
+    *("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#76b7b2"),
+    *("#edc948", "#e15759", "#9c755f", "#ff9da7", "#bab0ac"),
+)
+"""Colors of classes, of which every page background differs."""
+_MAX_NAME = 24
 
 
 def plot_reliability(calibration: pa.Table) -> str:
@@ -142,6 +151,30 @@ def plot_confidence_histogram(counts: PredictionCounts) -> str:
         if below.any():
             axis.legend(loc="upper left")
         return _render_svg(figure)
+
+
+def plot_embedding_map(points: NDArray[np.float32], groups: Sequence[str]) -> str:
+    """Scatter plot of points in two dimensions, colored by group.
+
+    points: (N, 2)
+    groups: (N,) names; the most frequent have colors of their own, the others share one
+    """
+    common = [name for name, _ in Counter(groups).most_common(len(_PALETTE))]
+    names = np.array(groups, object)
+    with matplotlib.rc_context(_STYLE):
+        figure, axis = _new_figure()
+        others = ~np.isin(names, common)
+        if others.any():
+            axis.scatter(*points[others].T, s=6, color=_FAINT, label="other classes")
+        for name, color in zip(common, _PALETTE, strict=False):
+            axis.scatter(*points[names == name].T, s=6, color=color, label=_shorten(name))
+        axis.set(xticks=[], yticks=[], xlabel="component 1", ylabel="component 2")
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+        return _render_svg(figure)
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 3] + "..."
 
 
 def plot_training_curves(history: Any, best: int) -> str:

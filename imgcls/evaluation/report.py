@@ -21,6 +21,7 @@ from imgcls.errors import RequestError, StorageError
 from imgcls.evaluation import charts, confusion_plot
 from imgcls.evaluation.compute import Evaluation, compute_evaluation
 from imgcls.evaluation.config import ReportConfig
+from imgcls.evaluation.embedding_map import compute_map
 from imgcls.html import render_page
 from imgcls.metrics import tables
 from imgcls.metrics.formatting import (
@@ -102,7 +103,7 @@ def render_run(evaluation: Evaluation) -> str:
         "issues": evaluation.label_issues.slice(0, evaluation.config.gallery),
         "uncertain": evaluation.uncertain,
     }
-    values |= _build_galleries(evaluation, lists)
+    values |= _build_map(evaluation, lists)
     values["issue_count"] = evaluation.label_issues.num_rows
     values["sections"] = list(_list_sections(values))
     return render_page(_TEMPLATES, "run.html.j2", values)
@@ -260,6 +261,34 @@ def _build_galleries(evaluation: Evaluation, lists: Mapping[str, pa.Table]) -> d
     return values
 
 
+def _build_map(evaluation: Evaluation, lists: Mapping[str, pa.Table]) -> dict[str, Any]:
+    """The galleries, with those of clusters, and the embedding map of a run with embeddings."""
+    found = compute_map(evaluation.run)
+    if found is None:
+        return {**_build_galleries(evaluation, lists), "map": None}
+    names = [f"cluster{number}" for number in range(len(found.clusters))]
+    pictures = {name: each.images for name, each in zip(names, found.clusters, strict=True)}
+    galleries = _build_galleries(evaluation, {**lists, **pictures})
+    return {
+        **galleries,
+        "map": charts.plot_embedding_map(found.points, found.predicted),
+        "map_rows": len(found.points),
+        "map_explained": _format_percent(found.explained),
+        "clusters": [
+            {
+                "rows": each.rows,
+                "share": _format_percent(each.share),
+                "label": each.label,
+                "purity": _format_percent(each.purity),
+                "accuracy": _format_percent(each.accuracy),
+                "confidence": _format_percent(each.mean_confidence),
+                "images": galleries[name],
+            }
+            for name, each in zip(names, found.clusters, strict=True)
+        ],
+    }
+
+
 def _list_sections(values: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     sections = {
         "confusion": ("Confusion matrix", values["has_labels"]),
@@ -269,6 +298,7 @@ def _list_sections(values: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         "mistakes": ("Worst mistakes", values["mistakes"]),
         "issues": ("Possible label errors", values["issues"]),
         "uncertain": ("Least confident", values["uncertain"]),
+        "map": ("Similar images", values["map"]),
         "errors": ("Errors", True),
         "numbers": ("All metrics", True),
         "made": ("Provenance", True),

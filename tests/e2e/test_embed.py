@@ -74,8 +74,15 @@ def test_images_are_embedded_then_a_head_is_trained_and_labels_them(
         *("--data.max-error-rate", 0.05, "--data.val", manifest),
     )
     assert trained.returncode == 0, trained.stderr
-    labeled = run_here("relabel", output, "--model", head, "--output", tmp_path / "labels")
+    labeled = run_here(
+        *("relabel", output, "--model", head, "--output", tmp_path / "labels", "--embeddings")
+    )
     assert labeled.returncode == 0, labeled.stderr
+    reported = run_here("report", tmp_path / "labels")
+    assert reported.returncode == 0, reported.stderr
+    report = (tmp_path / "labels" / "report.html").read_text()
+    assert "Embeddings of 59 images in two principal components" in report
+    assert 'id="gallery-cluster-1"' in report
     # the colors of the images show their classes
     ranks = table(tmp_path / "labels")["label_rank"].drop_null().to_numpy()
     assert (ranks == 1).mean() >= 0.95
