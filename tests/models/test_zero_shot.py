@@ -16,6 +16,7 @@ from imgcls.models import zoo
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
 from imgcls.models.config import ZeroShotConfig
+from imgcls.models.libraries.open_clip_library import _check_activation
 from imgcls.models.linear_head import load_linear_head
 from imgcls.models.zero_shot import make_zero_shot
 from imgcls.training import network as networks
@@ -215,6 +216,13 @@ def test_the_command_takes_names_and_the_bundle_needs_no_text_tower(
     assert sorted(found.topk_labels) == sorted(CLASSES)
     keys = load_bundle(str(tmp_path / "bundle")).spec.provenance["zero_shot"]
     assert len(keys["templates"]) == 80
+
+
+def test_weights_of_another_activation_are_refused_before_they_are_downloaded() -> None:
+    with pytest.raises(BundleError, match="QuickGELU.*; pass open_clip:ViT-B-32-quickgelu"):
+        zoo.load_weights("openai", zoo.resolve_architecture("open_clip:ViT-B-32"))
+    _check_activation("ViT-B-32-quickgelu", "openai")
+    _check_activation("ViT-B-32", "laion2b_s34b_b79k")
 
 
 def test_only_the_input_size_of_a_tower_can_be_set(folder: Path) -> None:

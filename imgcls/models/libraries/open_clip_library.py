@@ -80,6 +80,7 @@ class OpenClipLibrary(NetworkLibrary):
     def load_weights(self, name: str, weights: str) -> dict[str, torch.Tensor] | None:
         if weights not in self.list_weights(name):
             return None
+        _check_activation(name, weights)
         return dict(load_both_towers(name, weights).state_dict())
 
     def find_size_option(self, architecture: Architecture, size: int) -> str | None:
@@ -98,6 +99,23 @@ class OpenClipLibrary(NetworkLibrary):
         kept = {key: value for key, value in state.items() if key.startswith(own)}
         resize_pos_embed(kept, network)
         return kept
+
+
+def _check_activation(name: str, weights: str) -> None:
+    """Raise BundleError for weights trained with QuickGELU for a model without it.
+
+    open_clip only warns, and the features are then slightly wrong.
+    """
+    open_clip = _import_open_clip()
+    has_quick = [
+        each.get("quick_gelu", False)
+        for each in (open_clip.get_pretrained_cfg(name, weights), open_clip.get_model_config(name))
+    ]
+    if has_quick == [True, False]:
+        raise BundleError(
+            f"model.weights {weights}: were trained with QuickGELU, which {name} does not have; "
+            f"pass {OPEN_CLIP_PREFIX}{name}-quickgelu"
+        )
 
 
 class OpenClipNetwork(nn.Module):
