@@ -219,7 +219,7 @@ def test_the_command_takes_names_and_the_bundle_needs_no_text_tower(
 
 
 def test_weights_of_another_activation_are_refused_before_they_are_downloaded() -> None:
-    with pytest.raises(BundleError, match="QuickGELU.*; pass open_clip:ViT-B-32-quickgelu"):
+    with pytest.raises(BundleError, match=r"QuickGELU.*; pass open_clip:ViT-B-32-quickgelu"):
         zoo.load_weights("openai", zoo.resolve_architecture("open_clip:ViT-B-32"))
     _check_activation("ViT-B-32-quickgelu", "openai")
     _check_activation("ViT-B-32", "laion2b_s34b_b79k")
