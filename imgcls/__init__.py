@@ -11,7 +11,7 @@ LAZY_EXPORTS = {
     "Classifier": ("imgcls.models.classifier", "Classifier"),
     "Client": ("imgcls.client", "Client"),
     "check": ("imgcls.curation.check", "check"),
-    "embed": ("imgcls.inference.predict", "embed"),
+    "embed": ("imgcls.inference.embed", "embed"),
     "evaluate": ("imgcls.evaluation.evaluate", "evaluate"),
     "find_similar": ("imgcls.evaluation.similar", "find_similar"),
     "label": ("imgcls.inference.predict", "predict"),

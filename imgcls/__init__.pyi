@@ -16,7 +16,7 @@ from imgcls.inference.result import PredictResult
 from imgcls.models.bundle import load_bundle as load_bundle
 from imgcls.models.classifier import Classifier as Classifier
 from imgcls.training.augment.recipe import AugmentConfig
-from imgcls.training.config import DataConfig, EarlyStoppingConfig, FinetuneConfig, LossConfig, ModelConfig, OptimConfig, ProbeConfig, TrackConfig, TrainConfig, TrainScaleConfig
+from imgcls.training.config import DataConfig, EarlyStoppingConfig, FinetuneConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, ProbeConfig, TrackConfig, TrainConfig, TrainScaleConfig
 from imgcls.training.result import TrainResult
 from os import PathLike
 from pyarrow.lib import Table
@@ -194,9 +194,10 @@ def train(
     data: DataConfig | Mapping[str, object] | str | PathLike[str],
     output: str | PathLike[str],
     model: ModelConfig | Mapping[str, object] | str | PathLike[str] = ...,
-    strategy: Literal['scratch', 'probe', 'finetune', 'probe_then_finetune'] | None = ...,
+    strategy: Literal['scratch', 'probe', 'finetune', 'probe_then_finetune', 'lora'] | None = ...,
     probe: ProbeConfig | Mapping[str, object] = ...,
     finetune: FinetuneConfig | Mapping[str, object] = ...,
+    lora: LoraConfig | Mapping[str, object] = ...,
     augment: AugmentConfig | Mapping[str, object] | str | PathLike[str] = ...,
     loss: LossConfig | Mapping[str, object] = ...,
     optim: OptimConfig | Mapping[str, object] = ...,

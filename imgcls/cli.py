@@ -50,11 +50,11 @@ COMMANDS = {
     "embed": Command(
         "compute the embeddings of images, with any backbone",
         "imgcls.inference.config.EmbedConfig",
-        "imgcls.inference.predict.embed",
+        "imgcls.inference.embed.embed",
         "imgcls embed demo/digits-test.csv --model demo/bundle --output demo/embedded",
     ),
     "relabel": Command(
-        "label a run with another head, from its embeddings",
+        "label a run with another head or by labeled images, from its embeddings",
         "imgcls.inference.config.RelabelConfig",
         "imgcls.inference.relabel.relabel",
         "imgcls relabel demo/labels --model demo/calibrated --output demo/relabeled",

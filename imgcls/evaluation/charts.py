@@ -49,6 +49,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "imgcls",
     "text.color": _INK,
+    "text.parse_math": False,  # a class may have a dollar sign
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
@@ -163,13 +164,18 @@ def plot_embedding_map(points: NDArray[np.float32], groups: Sequence[str]) -> st
     names = np.array(groups, object)
     with matplotlib.rc_context(_STYLE):
         figure, axis = _new_figure()
+        shown = {
+            _shorten(name): axis.scatter(*points[names == name].T, s=6, color=color)
+            for name, color in zip(common, _PALETTE, strict=False)
+        }
         others = ~np.isin(names, common)
         if others.any():
-            axis.scatter(*points[others].T, s=6, color=_FAINT, label="other classes")
-        for name, color in zip(common, _PALETTE, strict=False):
-            axis.scatter(*points[names == name].T, s=6, color=color, label=_shorten(name))
+            shown["other classes"] = axis.scatter(*points[others].T, s=6, color=_FAINT)
         axis.set(xticks=[], yticks=[], xlabel="component 1", ylabel="component 2")
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+        # matplotlib leaves out labels of the points that begin with an underscore
+        handles, labels = list(shown.values()), list(shown)
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "markerscale": 2}
+        axis.legend(handles, labels, **place)
         return _render_svg(figure)
 
 

@@ -18,6 +18,7 @@ from imgcls.errors import RequestError
 from imgcls.evaluation import row_lookup
 from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate, aggregate_run
 from imgcls.evaluation.config import EvaluationOptions
+from imgcls.evaluation.embedding_map import EmbeddingMap, compute_map
 from imgcls.evaluation.label_join import JoinedLabels, resolve_labels, select_run_columns
 from imgcls.metrics import tables
 from imgcls.metrics.confusion import ClassCounts
@@ -58,6 +59,8 @@ class Evaluation:
     mistakes, uncertain, label_issues : pyarrow.Table
         Wrong rows with the highest confidence, rows with the lowest confidence, and rows whose
         label the model contradicts.
+    embedding_map : EmbeddingMap or None
+        Sample of the embeddings; None for a run without any.
     storage : StorageConfig
         Storage settings that the evaluation was made with; images are read with them.
     """
@@ -74,6 +77,7 @@ class Evaluation:
     mistakes: pa.Table
     uncertain: pa.Table
     label_issues: pa.Table
+    embedding_map: EmbeddingMap | None
     storage: StorageConfig = field(default_factory=current_settings, repr=False)
 
     def get_metric(self, name: str) -> Metric | None:
@@ -163,6 +167,7 @@ def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool
         mistakes=mistakes,
         uncertain=uncertain,
         label_issues=row_lookup.rank_label_issues(found, issues),
+        embedding_map=compute_map(run, label_column, joined),
     )
 
 

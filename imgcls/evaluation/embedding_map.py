@@ -6,6 +6,7 @@ Both show groups of similar images that classes do not: a camera, a background, 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls.data.manifests.manifest import normalize_labels
+from imgcls.evaluation.label_join import JOINED_COLUMN, JoinedLabels
 from imgcls.evaluation.row_lookup import read_part_rows
 from imgcls.models.scores import normalize_embeddings
-from imgcls.runs.committed import CommittedRun
+from imgcls.runs.committed import CommittedRun, cast_string_views
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
@@ -69,11 +71,23 @@ class EmbeddingMap:
     explained: float
 
 
-def compute_map(run: CommittedRun, *, seed: int = 0) -> EmbeddingMap | None:
-    """The map of a run; None without embeddings of at least three images with a prediction."""
+def compute_map(
+    run: CommittedRun, label_column: str | None, joined: JoinedLabels | None, *, seed: int = 0
+) -> EmbeddingMap | None:
+    """The map of a run; None without embeddings of at least three images with a prediction.
+
+    label_column, joined: labels, as `label_join.resolve_labels` returns them
+    """
     if "embedding" not in run.schema.names or run.merged_runs:
         return None
-    table = _sample_rows(run, np.random.default_rng(seed))
+    names = [run.path_column, "predicted_label", "confidence", "embedding"]
+    if joined is not None:
+        names += [*joined.required_columns, "status"]
+    elif label_column is not None:
+        names += [label_column, "label_score"]
+    table = _sample_rows(run, list(dict.fromkeys(names)), np.random.default_rng(seed))
+    if joined is not None:
+        table, label_column = joined.rejoin(table), JOINED_COLUMN
     if table.num_rows < 3:
         return None
     vectors = np.stack(table["embedding"].combine_chunks().to_numpy(zero_copy_only=False))
@@ -81,9 +95,9 @@ def compute_map(run: CommittedRun, *, seed: int = 0) -> EmbeddingMap | None:
     predicted = table["predicted_label"].cast(pa.string()).to_pylist()
     count = min(MAX_CLUSTERS, max(2, 2 * len(set(predicted))), len(components) - 1)
     assigned, centers = cluster_points(components, count, np.random.default_rng(seed))
-    rows = _select_shown(run, table)
+    rows = _select_shown(run, table, label_column)
     clusters = [
-        _describe_cluster(rows, components, np.flatnonzero(assigned == number), center)
+        _describe_cluster(rows, run.classes, components, np.flatnonzero(assigned == number), center)
         for number, center in enumerate(centers)
     ]
     order = sorted(range(len(clusters)), key=lambda number: _rank(clusters[number]))
@@ -140,15 +154,13 @@ def _square_distances(points: Floats, centers: Floats) -> Floats:
     return distances
 
 
-def _sample_rows(run: CommittedRun, rng: np.random.Generator) -> pa.Table:
+def _sample_rows(run: CommittedRun, names: list[str], rng: np.random.Generator) -> pa.Table:
     """At most MAX_ROWS rows with a prediction and an embedding, in row order."""
-    names = [run.path_column, "predicted_label", "confidence", "embedding"]
-    names += [] if run.label_column is None else [run.label_column, "label_score"]
     ranges = run.split_row_groups(max(1, run.rows // MAX_RANGES))
     places = np.unique(np.linspace(0, len(ranges) - 1, MAX_RANGES).round().astype(int))
     chosen = [ranges[place] for place in places] if ranges else []
     total = sum(each.rows for each in chosen)
-    tables = [run.schema.empty_table().select(names)]
+    tables = [cast_string_views(run.schema.empty_table().select(names))]
     for each in chosen:
         wanted = min(each.rows, max(1, round(MAX_ROWS * each.rows / total)))
         position = each.first_row + np.sort(rng.choice(each.rows, wanted, replace=False))
@@ -157,9 +169,9 @@ def _sample_rows(run: CommittedRun, rng: np.random.Generator) -> pa.Table:
     return table.filter(pc.and_(table["embedding"].is_valid(), table["predicted_label"].is_valid()))
 
 
-def _select_shown(run: CommittedRun, table: pa.Table) -> pa.Table:
+def _select_shown(run: CommittedRun, table: pa.Table, label_column: str | None) -> pa.Table:
     nothing = pa.nulls(table.num_rows, pa.string())
-    label = None if run.label_column is None else normalize_labels(table[run.label_column])
+    label = None if label_column is None else normalize_labels(table[label_column])
     has_score = label is not None
     return pa.table(
         {
@@ -173,13 +185,19 @@ def _select_shown(run: CommittedRun, table: pa.Table) -> pa.Table:
 
 
 def _describe_cluster(
-    rows: pa.Table, components: Floats, members: Indices, center: Floats
+    rows: pa.Table,
+    classes: Sequence[str],
+    components: Floats,
+    members: Indices,
+    center: Floats,
 ) -> Cluster:
     own = rows.take(pa.array(members))
     distance = _square_distances(components[members], center[None])[:, 0]
     nearest = np.argsort(distance, kind="stable")[:_SHOWN_IMAGES]
     (label, count), *_ = Counter(own["predicted_label"].to_pylist()).most_common(1)
-    accuracy: Any = pc.mean(pc.equal(own["label"], own["predicted_label"]).cast(pa.float64()))
+    # as in the metrics, labels that are no class of the model do not count
+    known = own.filter(pc.is_in(own["label"], value_set=pa.array(classes, pa.string())))
+    accuracy: Any = pc.mean(pc.equal(known["label"], known["predicted_label"]).cast(pa.float64()))
     return Cluster(
         rows=len(members),
         share=len(members) / rows.num_rows,

@@ -21,7 +21,6 @@ from imgcls.errors import RequestError, StorageError
 from imgcls.evaluation import charts, confusion_plot
 from imgcls.evaluation.compute import Evaluation, compute_evaluation
 from imgcls.evaluation.config import ReportConfig
-from imgcls.evaluation.embedding_map import compute_map
 from imgcls.html import render_page
 from imgcls.metrics import tables
 from imgcls.metrics.formatting import (
@@ -263,7 +262,7 @@ def _build_galleries(evaluation: Evaluation, lists: Mapping[str, pa.Table]) -> d
 
 def _build_map(evaluation: Evaluation, lists: Mapping[str, pa.Table]) -> dict[str, Any]:
     """The galleries, with those of clusters, and the embedding map of a run with embeddings."""
-    found = compute_map(evaluation.run)
+    found = evaluation.embedding_map
     if found is None:
         return {**_build_galleries(evaluation, lists), "map": None}
     names = [f"cluster{number}" for number in range(len(found.clusters))]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcls import log
@@ -33,6 +34,9 @@ DEFAULT_MAX_ERRORS = 10
 """Default of `max_errors` with `since`: a night may have so few images that one broken one exceeds
 any rate."""
 
+_ROW_METRICS = ["rows", "ok", "error_rate"]
+"""Metrics of a run without predictions."""
+
 _ERRORS_SCHEMA = pa.schema(
     [("row", pa.int64()), ("path", pa.string()), ("status", pa.string()), ("error", pa.string())]
 )
@@ -43,9 +47,13 @@ def write_metric_tables(
 ) -> pa.Table:
     """Write `metrics/*.parquet`; returns the summary.
 
-    For embeddings alone, whose counts have no classes, `errors.parquet` and an empty summary.
+    For embeddings alone, whose counts have no classes, the summary has the numbers of rows.
     """
     summary = tables.compute_summary(counts, top_k=top_k)
+    if not counts.classes:
+        names = summary["metric"]
+        is_row_metric = pc.is_in(names, value_set=pa.array(_ROW_METRICS))
+        summary = summary.filter(pc.or_(is_row_metric, pc.starts_with(names, "status_")))
     made = {"summary": summary}
     if counts.classes:
         made |= {
@@ -220,6 +228,12 @@ def check_drift(
                 "images and metrics/drift.parquet, then rerun with a higher --max-psi, or with "
                 "another --reference"
             )
+
+
+def remove_staging(output: str) -> None:
+    """Remove the files that a committed run does not need."""
+    for name in (layout.STAGING_FOLDER, layout.PROGRESS_FILE):
+        filesystem.remove(filesystem.join(output, name))
 
 
 @contextlib.contextmanager

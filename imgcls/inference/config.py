@@ -179,7 +179,8 @@ class RelabelConfig(Section):
     top_k: int | None = Field(default=None, ge=1, le=20)
     """Number of labels kept per image. Default: as in the run."""
     threshold: UnitFloat | None = None
-    """Minimum confidence of an accepted prediction. Default: the bundle's threshold."""
+    """Minimum confidence of an accepted prediction. Default: the bundle's threshold; 0 with labels.
+    """
     scores: bool = False
     """Also write the score of every class."""
     scores_type: Literal["float32", "float16"] = "float32"
@@ -194,4 +195,9 @@ class RelabelConfig(Section):
     def _check_source(self) -> RelabelConfig:
         if (self.model is None) == (self.labels is None):
             raise ValueError("pass either model or labels")
+        if self.labels is not None and self.embeddings:
+            raise ValueError(
+                "embeddings: are those of the source's bundle, which a run with labels does not "
+                "name; use the source for them"
+            )
         return self

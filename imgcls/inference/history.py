@@ -73,6 +73,11 @@ def compact(config: CompactConfig) -> str:
             f"{config.source}: holds no committed run, nothing to merge. Pass a folder "
             "of outputs of `imgcls predict`"
         )
+    if len({run.has_predictions for run in runs}) > 1:
+        raise RequestError(
+            f"{config.source}: holds runs of `imgcls predict` and of `imgcls embed`; keep them in "
+            "folders of their own"
+        )
     schema = _unify_run_schemas(runs)
     lease = Lease.acquire(output)
     try:

@@ -73,6 +73,7 @@ class SinceRequest:
         relabel: bool,
         retry_failed: bool,
         exclude: str | None,
+        has_predictions: bool = True,
     ) -> SinceRequest:
         """Find the earlier runs and the columns to compare.
 
@@ -80,10 +81,13 @@ class SinceRequest:
         relabel:      also select rows that another bundle has labeled
         retry_failed: also select broken images that have not changed
         exclude:      folder of a run that does not count as an earlier one
+        has_predictions: false to compare with runs of embeddings alone; others do not count
         Raises OutputError when there is no earlier run, ManifestError when a version column is
         missing.
         """
-        past_runs = find_past_runs(config.path, exclude=exclude)
+        past_runs = find_past_runs(config.path, exclude=exclude).select(
+            has_predictions=has_predictions
+        )
         runs = past_runs.committed
         if not runs:
             since = filesystem.absolute(config.path)

@@ -117,8 +117,9 @@ class NeighborLabeler(Labeler):
         self._urls = normalize_urls(urls).take(pa.array(np.flatnonzero(is_found)[first]))
         self._k = min(config.k, len(places) - 1)
         self.model = manifest.source
-        identity = [run.bundle_sha256, manifest.fingerprint(), config.k]
-        self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        identity = [run.bundle_sha256, manifest.describe_identity(), config.k]
+        text = json.dumps(identity, sort_keys=True)
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         self.task = SINGLE_LABEL
         self.threshold = config.threshold or 0.0
         self.thresholds = [self.threshold] * len(self.classes)

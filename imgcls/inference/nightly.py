@@ -92,6 +92,7 @@ class NightlyRequest:
                 relabel=self.relabel,
                 retry_failed=self.retry_failed,
                 exclude=exclude,
+                has_predictions=self.settings.get("has_predictions", True),
             )
         )
 

@@ -12,7 +12,7 @@ import datetime
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from imgcls import log
@@ -92,6 +92,24 @@ class PastRuns:
 
     committed: tuple[CommittedRun, ...]
     unfinished: tuple[PlannedRun, ...]
+
+    def select(self, *, has_predictions: bool) -> PastRuns:
+        """The runs with predictions, or those with embeddings alone; a note names the others."""
+        command = "embed" if has_predictions else "predict"
+        _log_run_names(
+            f"ignored, of `imgcls {command}`",
+            [run.url for run in self.committed if run.has_predictions != has_predictions],
+        )
+        return replace(
+            self,
+            committed=tuple(r for r in self.committed if r.has_predictions == has_predictions),
+            unfinished=tuple(
+                run
+                for run in self.unfinished
+                if has_predictions
+                == run.run_record["identity"]["settings"].get("has_predictions", True)
+            ),
+        )
 
     @property
     def last_sequence(self) -> int:

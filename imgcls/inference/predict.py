@@ -36,8 +36,6 @@ from imgcls.formatting import format_count
 from imgcls.inference import autotune, commit, rollup
 from imgcls.inference.autotune import TunedSettings
 from imgcls.inference.benchmark import BENCHMARK_IMAGES, BenchmarkInput
-from imgcls.inference.config import EmbedConfig as EmbedConfig
-from imgcls.inference.config import EmbeddingRunConfig
 from imgcls.inference.config import PredictConfig as PredictConfig
 from imgcls.inference.known_images import TRANSIENT_STATUSES
 from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load_planned_manifest
@@ -51,6 +49,7 @@ from imgcls.inference.requests import (
     is_on_web,
     iter_image_urls,
     limit_chunk_rows,
+    open_reference,
     resolve_settings,
 )
 from imgcls.inference.result import PredictResult as PredictResult
@@ -61,7 +60,6 @@ from imgcls.metrics import PredictionCounts
 from imgcls.models.bundle import Bundle
 from imgcls.models.device_support import check_device
 from imgcls.runs import layout
-from imgcls.runs.committed import open_run
 from imgcls.runs.lease import Lease
 from imgcls.runs.provenance import build_provenance
 from imgcls.runs.schema import build_prediction_schema
@@ -124,39 +122,6 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
         return result
 
 
-def embed(config: EmbedConfig | None = None, /, **settings: Any) -> PredictResult:
-    """Compute the embeddings of the images of a manifest and commit the table.
-
-    Parameters
-    ----------
-    config : EmbedConfig, optional
-        The whole request, instead of `settings`.
-    **settings
-        The keys of `imgcls embed`, nested or dotted. `manifest`, `model` and `output` are required;
-        the model may be a classifier or a backbone without classes.
-
-    Returns
-    -------
-    PredictResult
-        Where the table is. Its column `embedding` is the input of the network's final layer, null
-        for an image that cannot be used.
-
-    Raises
-    ------
-    RequestError, TooManyErrors, RunFailed
-        As `predict`.
-
-    Examples
-    --------
-    >>> import imgcls
-    >>> imgcls.embed(manifest="photos.csv", model="backbone", output="out")  # doctest: +SKIP
-    """
-    config = requested(
-        EmbedConfig, config, settings, 'embed(manifest="photos.csv", model="bundle", output="out")'
-    )
-    return predict(EmbeddingRunConfig.from_request(config))
-
-
 def resolve_output(output: str, date: datetime.date | None) -> str:
     """The output folder with {date} replaced by YYYY-MM-DD."""
     return output.replace("{date}", format_date(date))
@@ -194,7 +159,7 @@ def _label_new(
 
     def return_committed(output: str, rows: int) -> PredictResult:
         outputs.append(output)
-        _remove_staging(output)  # after a kill at the end
+        commit.remove_staging(output)  # after a kill at the end
         return PredictResult(output, rows, None)
 
     return label_new(request, label, return_committed)
@@ -240,9 +205,7 @@ class _PredictRun:
         self.started_at = started_at
         self.classes = bundle.spec.classes if config.has_predictions else []
         self.label_column = job.manifest.label_column if config.has_predictions else None
-        self.reference = open_run(config.reference) if config.reference is not None else None
-        if self.reference is not None:
-            self.reference.check_predictions()
+        self.reference = open_reference(config)
 
     def run(self) -> PredictResult:
         """Plan or resume the run, label what is missing, commit."""
@@ -301,7 +264,11 @@ class _PredictRun:
         if layout.is_committed(self.output) and not self.config.retry_errors:
             # a run of an earlier version has no values of settings that were added since
             known = stored["identity"]["settings"]
-            settings = {key: value for key, value in identity.settings.items() if key in known}
+            settings = {
+                key: value
+                for key, value in identity.settings.items()
+                if key in known or key == "has_predictions"
+            }
             identity = replace(identity, settings=settings)
         identity.check_same_run(self.output, stored["identity"])
 
@@ -314,7 +281,7 @@ class _PredictRun:
 
     def _return_committed(self, stored: dict[str, Any]) -> PredictResult:
         rows = parse_plan(stored).rows
-        _remove_staging(self.output)  # after a kill at the end
+        commit.remove_staging(self.output)  # after a kill at the end
         log.emit(
             "committed",
             f"{self.output}: committed before, {format_count(rows, 'row')}; nothing to do",
@@ -525,12 +492,6 @@ class _PredictRun:
             precision=sorted(job_run.details.get("precision", ())),
             engine=sorted(job_run.details.get("engine", ())),
         )
-        _remove_staging(output)
+        commit.remove_staging(output)
         log.emit("committed", f"{format_count(counts.rows, 'row')}: {output}", rows=counts.rows)
         return PredictResult(output, counts.rows, counts)
-
-
-def _remove_staging(output: str) -> None:
-    """Remove the files that a committed run does not need."""
-    for name in (layout.STAGING_FOLDER, layout.PROGRESS_FILE):
-        filesystem.remove(filesystem.join(output, name))

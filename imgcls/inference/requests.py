@@ -39,6 +39,7 @@ from imgcls.models.bundle import Bundle, load_bundle, require_int8, resolve_int8
 from imgcls.models.openvino_package import check_engine
 from imgcls.publishing.publish import check_target
 from imgcls.runs import layout
+from imgcls.runs.committed import CommittedRun, open_run
 from imgcls.runs.schema import (
     PREDICTION_COLUMNS,
     PROVENANCE_COLUMNS,
@@ -273,3 +274,12 @@ def limit_chunk_rows(config: PredictConfig, bundle: Bundle) -> int:
     if may_use_gpus(config):
         return DEFAULT_CHUNK_ROWS
     return min(MAX_CHUNK_ROWS, MAX_CHUNK_SCORES // bundle.spec.num_outputs)
+
+
+def open_reference(config: PredictConfig) -> CommittedRun | None:
+    """The run to measure drift against; raises RequestError if it has no predictions."""
+    if config.reference is None:
+        return None
+    run = open_run(config.reference)
+    run.check_predictions()
+    return run

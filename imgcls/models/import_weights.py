@@ -12,7 +12,7 @@ from imgcls import log
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
-from imgcls.errors import BundleError, ConfigError
+from imgcls.errors import BundleError, ConfigError, one_line
 from imgcls.models import zoo
 from imgcls.models.bundle import Bundle, BundleSpec, check_bundle_output, save_bundle
 from imgcls.models.class_list import read_class_list
@@ -56,10 +56,24 @@ def import_model(config: ImportConfig) -> Bundle:
     else:
         zoo.apply_weights(network, state, replace_head=True)
         _clear_heads(network)
+    if config.crop is not None:
+        _check_input_size(network, config.crop)
     bundle = save_bundle(output, spec, network.state_dict())
     number = f"{len(classes):,} classes" if classes else "a backbone, for `imgcls embed`"
     log.show(f"bundle  {output}  ({config.arch}, {number})")
     return bundle
+
+
+@torch.inference_mode()
+def _check_input_size(network: nn.Module, crop: int) -> None:
+    """Raise BundleError for a network that cannot process images of this size."""
+    try:
+        network.eval()(torch.zeros(1, 3, crop, crop))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise BundleError(
+            f"crop {crop}: {type(network).__name__} cannot process images of this size "
+            f"({one_line(error)}); pass another --crop, or its option for the input size"
+        ) from error
 
 
 @torch.no_grad()

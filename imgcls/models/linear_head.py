@@ -34,9 +34,13 @@ def load_linear_head(bundle: Bundle, precision: RunPrecision = "fp32") -> nn.Lin
     crop = bundle.spec.preprocess.crop
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn((2, 3, crop, crop), generator=generator)
+    weights = {key: value.clone() for key, value in layer.state_dict().items()}
     with torch.inference_mode():
+        for parameter in layer.parameters():  # that of a backbone is 0, which shows nothing
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
         logits, features = HeadNetwork(network, in_fp32=False)(inputs)
         again = F.linear(features, layer.weight, layer.bias)
+    layer.load_state_dict(weights)
     if logits.shape != again.shape or not torch.allclose(logits, again, _TOLERANCE, _TOLERANCE):
         raise BundleError(f"{problem} by layer {name} alone; {_REMEDY}")
     # as in `HeadNetwork`, which multiplies the rounded weights in float32

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from imgcls.data.storage import filesystem
-from imgcls.errors import BundleError, StorageError, request_error
+from imgcls.errors import BundleError, StorageError, StorageForbidden, request_error
 from imgcls.models.bundle import BUNDLE_FILE, WEIGHTS_FILE, read_description
 from imgcls.models.libraries.base import Snapshot
 from imgcls.models.libraries.registry import LIBRARIES, find_library
@@ -37,7 +37,7 @@ def find_folder(name: str) -> str | None:
 
 def load_snapshot(url: str) -> Snapshot:
     """Read the configuration of a snapshot. Raises BundleError."""
-    if filesystem.exists(filesystem.join(url, BUNDLE_FILE)):
+    if _has_file(url, BUNDLE_FILE):
         return _read_bundle(url)
     snapshot = _parse_config(url, _read_config(url))
     if snapshot is not None:
@@ -69,12 +69,20 @@ def find_snapshot_of_weights(weights: str | None) -> Snapshot | None:
     if not folder or name not in WEIGHTS_FILES:
         return None
     try:
-        if filesystem.exists(filesystem.join(folder, BUNDLE_FILE)):
+        if _has_file(folder, BUNDLE_FILE):
             return _read_bundle(folder)
-        has_config = filesystem.exists(filesystem.join(folder, CONFIG_FILE))
+        has_config = _has_file(folder, CONFIG_FILE)
     except StorageError as error:
         raise request_error(BundleError, f"model.weights {weights}: {error}", error) from error
     return _parse_config(folder, _read_config(folder)) if has_config else None
+
+
+def _has_file(folder: str, name: str) -> bool:
+    """S3 answers "forbidden" for a key that does not exist to who may not list the bucket."""
+    try:
+        return filesystem.exists(filesystem.join(folder, name))
+    except StorageForbidden:
+        return False
 
 
 def _read_bundle(url: str) -> Snapshot:
@@ -83,6 +91,7 @@ def _read_bundle(url: str) -> Snapshot:
     architecture = spec.architecture
     return Snapshot(
         url=url,
+        source=architecture.source,
         name=find_library(architecture).prefix + architecture.name,
         options=architecture.options,
         load_preprocess=lambda: spec.preprocess,

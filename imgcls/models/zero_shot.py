@@ -77,7 +77,7 @@ def _read_templates(config: ZeroShotConfig) -> list[str]:
     templates = [line.strip() for line in lines if line.strip()]
     for text in templates:
         # any other brace would be a field of the text, too
-        if text.count(_CLASS) != 1 or "{" in text.replace(_CLASS, ""):
+        if text.count(_CLASS) != 1 or {"{", "}"} & set(text.replace(_CLASS, "")):
             raise BundleError(
                 f"templates {config.templates}: {text!r} has no {{}} for the class name, or "
                 "another brace; write one text per line, such as: a photo of a {}."

@@ -69,7 +69,9 @@ def resolve_snapshot(
         weights = find_weights(snapshot)
     stored = dict(snapshot.options)
     if image_size is not None:
-        stored.pop("img_size", None)
+        architecture = resolve_architecture(snapshot.name)
+        option = find_library(architecture).find_size_option(architecture, image_size)
+        stored = {k: v for k, v in stored.items() if k not in ("img_size", option)}
     return snapshot.name, weights, {**stored, **options}
 
 
@@ -97,7 +99,7 @@ def get_default_preprocess(architecture: Architecture, weights: str | None = Non
         weights of torchvision and open_clip, or the default ones of timm, are assumed
     """
     library, snapshot = find_library(architecture), find_snapshot_of_weights(weights)
-    if snapshot is not None and resolve_architecture(snapshot.name).source == library.source:
+    if snapshot is not None and snapshot.source == library.source:
         return snapshot.load_preprocess()
     return library.get_preprocess(architecture, weights)
 

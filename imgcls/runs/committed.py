@@ -83,9 +83,14 @@ class CommittedRun:
         kind = self.schema.field("scores").type
         return bool(pa.types.is_fixed_size_list(kind) and kind.list_size == len(self.classes))
 
+    @property
+    def has_predictions(self) -> bool:
+        """Whether this is a run of `imgcls predict`, not of `imgcls embed`."""
+        return "predicted_label" in self.schema.names
+
     def check_predictions(self) -> None:
         """Raise RequestError for a run of `imgcls embed`."""
-        if "predicted_label" not in self.schema.names:
+        if not self.has_predictions:
             raise RequestError(
                 f"{self.url}: has embeddings alone, no predictions; label it with `imgcls relabel "
                 f"{self.url} --model BUNDLE`, and pass that run"

@@ -70,7 +70,7 @@ class ModelConfig(Section):
     """JPEG decoding: exact at full size, or fast at 1/2, 1/4 or 1/8 of the size of large ones."""
 
 
-Strategy = Literal["scratch", "probe", "finetune", "probe_then_finetune"]
+Strategy = Literal["scratch", "probe", "finetune", "probe_then_finetune", "lora"]
 
 
 class ProbeConfig(Section):
@@ -93,6 +93,15 @@ class FinetuneConfig(Section):
     """Batch normalization: frozen keeps the pretrained statistics, train uses each batch's."""
     unfreeze_every: PositiveInt | None = None
     """Epochs after which the next lower layer is unfrozen, from the head down (default: at once)"""
+
+
+class LoraConfig(Section):
+    """Strategy lora: low-rank adapters (Hu et al. 2022), which are merged into the weights."""
+
+    rank: PositiveInt = 8
+    """Rank of an adapter: a layer of N inputs and M outputs gets rank * (N + M) parameters."""
+    alpha: PositiveFloat = 16.0
+    """Scale of the adapters; their output is multiplied by alpha / rank."""
 
 
 class LossConfig(Section):
@@ -118,8 +127,8 @@ class OptimConfig(Section):
     name: OptimizerName = "adamw"
     """adamw (Loshchilov & Hutter 2019), or sgd with Nesterov momentum, which needs a higher lr."""
     lr: PositiveFloat | None = None
-    """Peak learning rate, of the head if rates differ. Default: 3e-4 from weights; from scratch
-    3e-3 for small_cnn and 1e-3 for others."""
+    """Peak learning rate, of the head if rates differ. Default: 3e-4 from weights and 1e-3 with
+    adapters; from scratch 3e-3 for small_cnn and 1e-3 for others."""
     scale_lr_from: PositiveInt | None = None
     """Linear scaling rule: the batch_size that optim.lr is for; the rate scales with batch_size."""
     schedule: ScheduleName = "cosine"
@@ -281,6 +290,7 @@ class TrainConfig(Section):
     """Training strategy. Default: probe_then_finetune with model.weights, scratch without."""
     probe: ProbeConfig = ProbeConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    lora: LoraConfig = LoraConfig()
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()

@@ -23,6 +23,7 @@ from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, load_source_bundle, open_run
 from imgcls.runs.embeddings import gather_embeddings
 from imgcls.runs.lease import Lease
+from imgcls.training import network as networks
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import ModelConfig, TrainConfig
 from imgcls.training.data.batches import DecodeFailure
@@ -92,10 +93,15 @@ def _open_source(config: TrainConfig) -> tuple[CommittedRun, Bundle]:
 
 
 def _resolve_setup(config: TrainConfig, run: CommittedRun, source: Bundle) -> TrainSetup:
+    config = config.model_copy(  # they have no effect, and are as in earlier versions
+        update={"epochs": config.num_epochs, "batch_size": config.images_per_step}
+    )
     examples = read_examples(config.data)
     architecture = source.spec.architecture
     network = zoo.build_network(architecture, len(examples.classes))
     zoo.apply_weights(network, load_bundle_weights(source), replace_head=True)
+    # sets auxiliary heads to 0, which are random where the classes are others
+    coefficients = networks.compute_head_coefficients(network, source.spec.preprocess)
     base.check_loggers(config.track, config.output)
     embeddings = {name: run.success_record[name] for name in ("run_id", "committed")}
     return TrainSetup(
@@ -108,7 +114,7 @@ def _resolve_setup(config: TrainConfig, run: CommittedRun, source: Bundle) -> Tr
         class_weights=compute_class_weights(
             config.loss, examples.classes, examples.count_per_class(held=False)
         ),
-        head_coefficients=(1.0,),
+        head_coefficients=coefficients,
         identity={
             "settings": config.identity(),
             "data": {

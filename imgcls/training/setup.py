@@ -20,6 +20,7 @@ from torch import nn
 from imgcls import log
 from imgcls.cluster.ray_data import DataExecution
 from imgcls.data.decoding.preprocess import Preprocess
+from imgcls.data.optional_packages import import_package
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError, TooManyErrors
 from imgcls.models.bundle import Architecture
@@ -32,6 +33,7 @@ from imgcls.training.data.cached import CachedImages, decode_images, find_store_
 from imgcls.training.data.examples import Examples, read_examples
 from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.loggers import base
+from imgcls.training.optim.lora import list_adapted_layers
 from imgcls.training.optim.loss import compute_class_weights
 from imgcls.training.optim.strategy import (
     choose_default_lr,
@@ -101,6 +103,9 @@ def resolve_setup(config: TrainConfig) -> TrainSetup:
         architecture, config.model.weights, len(examples.classes), seed=config.seed
     )
     networks.set_regularization(network, config.model)
+    if strategy == "lora":
+        list_adapted_layers(network)
+        import_package("peft", "LoraConfig", "strategy lora", "lora")
     networks.check_can_train(network, preprocess, smallest)
     coefficients: tuple[float, ...] = ()
     if has_probe(strategy):

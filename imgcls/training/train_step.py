@@ -23,6 +23,7 @@ from imgcls.training.config import Strategy, TrainConfig
 from imgcls.training.data.batches import Batch
 from imgcls.training.depthwise import use_float32_depthwise
 from imgcls.training.optim import strategy
+from imgcls.training.optim.lora import add_adapters, merge_adapters
 from imgcls.training.optim.loss import TrainingLoss
 from imgcls.training.optim.optimizer import (
     ModelEma,
@@ -82,6 +83,8 @@ class TrainStep:
         self._syncs_norms = config.scale.sync_batchnorm and context.world_size > 1
         if config.scale.sync_batchnorm:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        if strategy_ == "lora":
+            add_adapters(network, config.lora, seed=config.seed)
         if context.device.type == "cpu" and context.precision == "bf16":
             use_float32_depthwise(network)
         self.network = network
@@ -192,6 +195,11 @@ class TrainStep:
             "optimizer": copy_optimizer_state(self.optimizer),
             "scaler": self._scaler.state_dict(),
         }
+
+    def get_weights(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Weights of the evaluated network in a state, with its adapters merged."""
+        weights: dict[str, torch.Tensor] = state["average"] or state["network"]
+        return merge_adapters(weights, self.config.lora) if self._strategy == "lora" else weights
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])

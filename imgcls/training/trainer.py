@@ -191,8 +191,8 @@ class Trainer:
         self.control.mark_saved()
         if self.rank == 0:
             state = self.train_step.state_dict()
-            kept = state["average"] or state["network"]
-            self.checkpoints.save(progress, state, kept if best else None)
+            kept = self.train_step.get_weights(state) if best else None
+            self.checkpoints.save(progress, state, kept)
 
     def _sync_control(self, progress: TrainProgress, totals: StepTotals | None = None) -> None:
         """Save or stop if the workers agree to; `progress` and `totals` are the state to save."""

@@ -51,6 +51,8 @@ def test_images_are_embedded_then_a_head_is_trained_and_labels_them(
     stored = np.array(found["embedding"].slice(0, 5).to_pylist(), np.float32)
     np.testing.assert_allclose(stored, classifier.embed(paths), rtol=2e-3, atol=1e-3)
     assert parquet(output / "metrics" / "errors.parquet")["row"].to_pylist() == [7]
+    summary = parquet(output / "metrics" / "summary.parquet")["metric"].to_pylist()
+    assert set(summary) == {"rows", "ok", "status_not_an_image", "error_rate"}
 
     again = run_here(*arguments, "--max-error-rate", 0.05, "--precision", "fp32")
     assert "committed before" in again.stdout
@@ -94,5 +96,12 @@ def test_images_are_embedded_then_a_head_is_trained_and_labels_them(
     assert predicted.returncode == 0, predicted.stderr
     names = [table(tmp_path / each)["predicted_label"] for each in ("labels", "predicted")]
     assert names[0].to_pylist() == names[1].to_pylist()
+    # a run with predictions is not one of embeddings alone
+    refused = run_here(
+        *("embed", manifest, "--model", head, "--output", tmp_path / "predicted"),
+        *("--max-error-rate", 0.05, "--precision", "fp32"),
+    )
+    assert refused.returncode == 2
+    assert "has_predictions" in refused.stderr
     similar = run_here("similar", output, "--to", tmp_path / "images" / "00000.jpg", "--k", 1)
     assert "1  1.0000  images/00000.jpg" in similar.stdout, similar.stderr

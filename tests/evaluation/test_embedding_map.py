@@ -11,8 +11,11 @@ import pytest
 
 from imgcls.evaluation import embedding_map
 from imgcls.evaluation.charts import plot_embedding_map
+from imgcls.evaluation.config import LabelTableConfig
 from imgcls.evaluation.embedding_map import cluster_points, compute_map, project
+from imgcls.evaluation.label_join import resolve_labels
 from imgcls.runs.committed import CommittedRun, open_run
+from tests.conftest import write_manifest
 from tests.runs.embedded import CLASSES, commit_run, save_with_head
 
 
@@ -89,7 +92,7 @@ def pc_ok(table: pa.Table) -> np.ndarray:
 
 
 def test_the_least_accurate_cluster_comes_first(run: CommittedRun) -> None:
-    found = compute_map(run)
+    found = compute_map(run, "label", None)
     assert found is not None
     assert len(found.points) == 39, "row 5 failed"
     assert found.explained > 0.9
@@ -102,9 +105,39 @@ def test_the_least_accurate_cluster_comes_first(run: CommittedRun) -> None:
     assert first.images.num_rows == 4
     for number, cluster in enumerate(found.clusters):
         assert (found.cluster == number).sum() == cluster.rows
-    again = compute_map(run)
+    again = compute_map(run, "label", None)
     assert again is not None
     assert (again.points == found.points).all()
+
+
+def test_without_labels_there_is_no_accuracy_and_unknown_labels_do_not_count(
+    run: CommittedRun, tmp_path: Path
+) -> None:
+    unlabeled = compute_map(run, None, None)
+    assert unlabeled is not None
+    assert {each.accuracy for each in unlabeled.clusters} == {None}
+    assert unlabeled.clusters[0].mean_confidence == pytest.approx(0.6), "the least confident"
+    for file in (tmp_path / "run" / "predictions").iterdir():
+        table = pq.read_table(file)
+        label = pa.array(["fox"] * table.num_rows, pa.string_view())
+        path = table["path"].cast(pa.string_view())
+        table = table.set_column(table.schema.get_field_index("label"), "label", label)
+        pq.write_table(table.set_column(table.schema.get_field_index("path"), "path", path), file)
+    unknown = compute_map(open_run(run.url), "label", None)
+    assert unknown is not None
+    assert {each.accuracy for each in unknown.clusters} == {None}
+
+
+def test_joined_labels_take_the_place_of_those_of_the_run(
+    run: CommittedRun, tmp_path: Path
+) -> None:
+    rows = [(f"{row}.jpg", "red") for row in range(40)]
+    labels = write_manifest(tmp_path / "labels.csv", rows, ("path", "label"))
+    column, joined = resolve_labels(run, LabelTableConfig(path=str(labels)), None, required=True)
+    found = compute_map(run, column, joined)
+    assert found is not None
+    assert (found.clusters[0].label, found.clusters[0].accuracy) == ("blue", 0.0)
+    assert found.clusters[-1].accuracy == 1.0
 
 
 def test_a_large_run_is_sampled_over_its_whole_length(
@@ -112,7 +145,9 @@ def test_a_large_run_is_sampled_over_its_whole_length(
 ) -> None:
     monkeypatch.setattr(embedding_map, "MAX_ROWS", 10)
     monkeypatch.setattr(embedding_map, "MAX_RANGES", 3)
-    table = embedding_map._sample_rows(run, np.random.default_rng(0))
+    table = embedding_map._sample_rows(
+        run, ["path", "predicted_label", "embedding"], np.random.default_rng(0)
+    )
     assert 8 <= table.num_rows <= 12
     rows = [int(path.removesuffix(".jpg")) for path in table["path"].to_pylist()]
     assert rows == sorted(set(rows))
@@ -123,7 +158,7 @@ def test_a_large_run_is_sampled_over_its_whole_length(
 def test_a_run_without_embeddings_has_no_map(tmp_path: Path, run: CommittedRun) -> None:
     bundle = save_with_head(tmp_path / "other", CLASSES, head_seed=1)
     commit_run(tmp_path / "unlabeled", bundle, 20)  # without a prediction
-    assert compute_map(open_run(str(tmp_path / "unlabeled"))) is None
+    assert compute_map(open_run(str(tmp_path / "unlabeled")), "label", None) is None
 
 
 def test_the_chart_names_the_classes_and_gathers_the_rare_ones() -> None:
@@ -135,4 +170,7 @@ def test_the_chart_names_the_classes_and_gathers_the_rare_ones() -> None:
     assert "class 1" in chart
     few = plot_embedding_map(points, ["cat"] * 60 + ["<dog>"] * 60)
     assert "other classes" not in few
+    odd = plot_embedding_map(points, ["$_a_$"] * 60 + ["_background"] * 60)
+    assert "$_a_$" in odd
+    assert "_background" in odd
     assert "&lt;dog&gt;" in few

@@ -71,8 +71,9 @@ def test_the_same_request_is_done_and_another_k_is_refused(
     tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commit_run(tmp_path / "run", bundle, ROWS)
-    rows = [(f"{row}.jpg", "ab"[row % 2]) for row in range(20)] + [("elsewhere.jpg", "a")]
-    labels = write_labels(tmp_path, rows)
+    rows = [(f"{row}.jpg", "ab"[row % 2], "ba"[row % 2]) for row in range(20)]
+    rows.append(("elsewhere.jpg", "a", "b"))
+    labels = str(write_manifest(tmp_path / "labels.csv", rows, ("path", "label", "other")))
     first = label(tmp_path / "run", labels, tmp_path / "out", k=3)
     printed = capsys.readouterr().out
     assert "labels: 19 images of 2 classes, 3 neighbors per image" in printed
@@ -83,6 +84,15 @@ def test_the_same_request_is_done_and_another_k_is_refused(
     assert "committed before" in capsys.readouterr().out
     with pytest.raises(RequestError, match="bundle"):
         label(tmp_path / "run", labels, tmp_path / "out", k=4)
+    # the same file with another column of labels
+    with pytest.raises(RequestError, match="bundle"):
+        relabel(
+            source=str(tmp_path / "run"),
+            labels={"path": labels, "root": "/", "label_column": "other"},
+            output=str(tmp_path / "out"),
+            scores=True,
+            k=3,
+        )
     # more neighbors than labeled images: all of the others
     label(tmp_path / "run", labels, tmp_path / "all", k=500)
     assert "18 neighbors per image" in capsys.readouterr().out
@@ -107,7 +117,16 @@ def test_labels_that_cannot_be_used_are_refused(
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
-@pytest.mark.parametrize("given", [{}, {"model": "m", "labels": "l.csv"}])
-def test_a_run_is_labeled_by_a_model_or_by_labels(tmp_path: Path, given: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="pass either model or labels"):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "pass either model or labels"),
+        ({"model": "m", "labels": "l.csv"}, "pass either model or labels"),
+        ({"labels": "l.csv", "embeddings": True}, "embeddings: are those of the source's bundle"),
+    ],
+)
+def test_a_run_is_labeled_by_a_model_or_by_labels(
+    tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
         relabel(source="run", output=str(tmp_path), **given)

@@ -91,6 +91,20 @@ def test_a_backbone_is_the_same_bundle_from_weights_with_and_without_a_head(
     assert "is missing in the file" in capsys.readouterr().err
 
 
+def test_an_input_size_that_the_network_cannot_process_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = zoo.build_network(zoo.resolve_architecture("vit_b_16", {"image_size": 32}), 3)
+    torch.save(made.state_dict(), tmp_path / "weights.pth")
+    command = ["model", "import", "--arch", "vit_b_16", "--weights", str(tmp_path / "weights.pth")]
+    command += ["--output", str(tmp_path / "bundle"), "--crop", "48"]
+    assert cli.main([*command, "--options.image_size", "32"]) == 2
+    assert (
+        "crop 48: VisionTransformer cannot process images of this size" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "bundle").exists()
+
+
 @pytest.mark.shared
 def test_the_installed_command_imports_real_weights(shared: Path, tmp_path: Path) -> None:
     done = imgcls(

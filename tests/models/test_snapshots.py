@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from imgcls.errors import BundleError
-from imgcls.models import zoo
-from imgcls.models.bundle import load_bundle, load_bundle_weights
+from imgcls.errors import BundleError, StorageForbidden
+from imgcls.models import snapshots, zoo
+from imgcls.models.bundle import BundleSpec, load_bundle, load_bundle_weights, save_bundle
 from imgcls.models.snapshots import find_folder, find_snapshot_of_weights, load_snapshot
 from imgcls.training import network as networks
 from imgcls.training.config import ModelConfig
@@ -134,6 +134,46 @@ def test_a_file_of_weights_has_the_preprocessing_of_its_folder_or_none(tmp_path:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BundleError, match=r"a folder with a network has timm's or "):
         find_snapshot_of_weights(file)
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "mine"}', '{"architecture": "resnet18_mine"}'])
+def test_a_folder_of_another_library_does_not_concern_a_network(
+    tmp_path: Path, config: str
+) -> None:
+    (tmp_path / "config.json").write_text(config)
+    architecture = zoo.resolve_architecture("resnet18")
+    found = zoo.get_default_preprocess(architecture, f"{tmp_path}/model.safetensors")
+    assert found == zoo.get_default_preprocess(architecture, "other.pth")
+
+
+def test_a_folder_that_may_not_be_listed_is_taken_for_one_without_a_description(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(url: str) -> bool:
+        raise StorageForbidden(f"{url}: access is refused")
+
+    monkeypatch.setattr(snapshots.filesystem, "exists", refuse)
+    assert find_snapshot_of_weights(f"{tmp_path}/model.safetensors") is None
+    with pytest.raises(BundleError, match="no such file; a folder with a network has"):
+        load_snapshot(str(tmp_path))
+
+
+def test_the_input_size_of_a_bundle_can_be_changed(tmp_path: Path) -> None:
+    options = {"image_size": 64, "dropout": 0.0}
+    architecture = zoo.resolve_architecture("vit_b_32", options)
+    with torch.device("meta"):
+        state = zoo.build_network(architecture, 2).state_dict()
+    weights = {key: torch.zeros(value.shape) for key, value in state.items()}
+    preprocess = zoo.get_default_preprocess(architecture).model_copy(update={"crop": 64})
+    spec = BundleSpec(architecture=architecture, classes=["a", "b"], preprocess=preprocess)
+    save_bundle(str(tmp_path / "bundle"), spec, weights)
+    asked = ModelConfig(name=f"{tmp_path}/bundle", weights="pretrained", image_size=96)
+    resolved = networks.resolve_snapshot(asked)
+    architecture, preprocess = networks.resolve_model(resolved)
+    assert (architecture.options, preprocess.crop) == ({"image_size": 96, "dropout": 0.0}, 96)
+    # and kept where it is not
+    resolved = networks.resolve_snapshot(asked.model_copy(update={"image_size": None}))
+    assert networks.resolve_model(resolved)[0].options["image_size"] == 64
 
 
 class HubHandler(BaseHTTPRequestHandler):

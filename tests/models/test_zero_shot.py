@@ -165,6 +165,7 @@ def test_a_bundle_is_where_a_training_begins(folder: Path, tmp_path: Path) -> No
         ({"classes": ["no.txt"]}, "classes: .*no.txt"),
         ({"templates": "no.txt"}, "templates: .*no.txt"),
         ({"templates": "wrong"}, "has no {} for the class name, or another brace"),
+        ({"templates": "brace"}, "has no {} for the class name, or another brace"),
         ({"weights": "vision"}, r"weights could not be loaded .*; pass a file with the state dict"),
         ({"weights": "no.pth"}, r"model.weights: .*no.pth"),
     ],
@@ -173,9 +174,10 @@ def test_a_wrong_request_makes_no_bundle(
     change: dict[str, Any], message: str, folder: Path, tmp_path: Path
 ) -> None:
     model, weights = save_weights(tmp_path, "test-clip")
-    if change.get("templates") == "wrong":
+    texts = {"wrong": "a photo of a {0}\n", "brace": "a photo of a {}, :}\n"}
+    if change.get("templates") in texts:
+        (tmp_path / "wrong.txt").write_text(texts[change["templates"]])
         change = {"templates": str(tmp_path / "wrong.txt")}
-        (tmp_path / "wrong.txt").write_text("a photo of a {0}\n")
     if change.get("weights") == "vision":
         change = {"weights": str(tmp_path / "vision.safetensors")}
         vision = {k: v for k, v in model.state_dict().items() if k.startswith("visual.")}

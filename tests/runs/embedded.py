@@ -105,3 +105,16 @@ def commit_run(
     }  # fmt: skip
     (folder / layout.SUCCESS_FILE).write_text(json.dumps(success))
     return vectors.astype(np.float32)
+
+
+def drop_predictions(folder: Path) -> None:
+    """Make a run of `commit_run` one of `imgcls embed`."""
+    for file in (folder / layout.PREDICTIONS_FOLDER).iterdir():
+        table = pq.read_table(file)
+        kept = build_prediction_schema(labeled=False, has_predictions=False, embedding=1).names
+        names = [name for name in table.schema.names if name in (*kept, "path", "label", "camera")]
+        pq.write_table(table.select(names), file)
+    run = layout.load_run(str(folder))
+    assert run is not None
+    run["identity"]["settings"]["has_predictions"] = False
+    layout.write_run(str(folder), {**run, "classes": []})

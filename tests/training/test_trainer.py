@@ -215,6 +215,49 @@ def test_a_run_that_is_resumed_ends_with_the_weights_of_one_that_was_not(
     assert all(torch.equal(after[name], wanted[name]) for name in wanted)
 
 
+def test_adapters_are_trained_resumed_and_merged_into_plain_weights(
+    build_trainer: Callable[..., Trainer],
+) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("timm")
+
+    def build_transformer() -> nn.Module:
+        torch.manual_seed(1)
+        options = {"img_size": SIDE, "patch_size": SIDE // 2, "depth": 1, "embed_dim": 24}
+        name = "timm:vit_tiny_patch16_224"
+        return zoo.build_network(zoo.resolve_architecture(name, options), CLASSES)
+
+    whole = build_trainer(build_transformer(), "lora", epochs=3)
+    expected = whole.run(lambda epoch: None)
+    assert [epoch.phase for epoch in expected.history] == ["probe", "train", "train", "train"]
+    trained, before = whole.train_step.network.state_dict(), build_transformer().state_dict()
+    kept = "blocks.0.mlp.fc1"
+    assert torch.equal(trained[f"{kept}.base_layer.weight"], before[f"{kept}.weight"])
+    assert trained[f"{kept}.lora_B.default.weight"].abs().max() > 0
+
+    whole.checkpoints.start_run({})
+    first = build_trainer(build_transformer(), "lora", epochs=3)
+    for _ in range(2):
+        first._run_next_epoch()
+    first.checkpoints.wait_until_saved()
+    resumed = build_trainer(build_transformer(), "lora", epochs=3)
+    result = resumed.run(lambda epoch: None)
+    for here, there in zip(result.history, expected.history, strict=True):
+        assert (here.train_loss, here.val_loss) == (there.train_loss, there.val_loss)
+
+    found = resumed.checkpoints.load_latest()
+    assert found is not None
+    plain = build_transformer()
+    plain.load_state_dict(resumed.checkpoints.load_best_weights(found[0]))
+    # the evaluated network has the adapters
+    plain.load_state_dict(resumed.train_step.get_weights(resumed.train_step.state_dict()))
+    assert not torch.equal(plain.state_dict()[f"{kept}.weight"], before[f"{kept}.weight"])
+    inputs = resumed.train_step.normalize_inputs(Dataset(4, seed=3).pixels)
+    with torch.inference_mode():
+        theirs = resumed.train_step.eval_network.eval()(inputs)
+        torch.testing.assert_close(plain.eval()(inputs), theirs, rtol=1e-4, atol=1e-5)
+
+
 # ---------------------------------------------------------------------- on a GPU
 
 

@@ -22,12 +22,14 @@ class Snapshot:
     """A network in a folder, with its weights.
 
     url:             of the folder
+    source:          of the network's library
     name:            of the architecture, as `model.name` takes it
     options:         arguments of its constructor, without the number of classes
     load_preprocess: gives the preprocessing of the weights; raises BundleError
     """
 
     url: str
+    source: NetworkSource
     name: str
     options: Mapping[str, Any]
     load_preprocess: Callable[[], Preprocess]

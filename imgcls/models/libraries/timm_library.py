@@ -122,6 +122,7 @@ class TimmLibrary(NetworkLibrary):
         described = described if isinstance(described, dict) else config
         return Snapshot(
             url=url,
+            source=self.source,
             name=TIMM_PREFIX + name,
             options={key: value for key, value in arguments.items() if key != "num_classes"},
             load_preprocess=partial(_resolve_preprocess, name, described),

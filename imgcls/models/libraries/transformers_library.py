@@ -32,8 +32,14 @@ _UNUSED_KEYS = (
 """Of a configuration, which the network does not depend on, or `num_classes` sets."""
 _CODE_KEYS = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config")
 """Of a configuration, which can name code in a repository, and others by an underscore."""
-_BILINEAR = 2
-"""In Pillow's numbers, which the preprocessing of transformers uses."""
+_FILTERS: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}
+"""By Pillow's numbers, which the preprocessing of transformers uses."""
+_PROCESSORS = (
+    *("ViTImageProcessor", "BitImageProcessor", "CLIPImageProcessor", "SiglipImageProcessor"),
+    *("ConvNextImageProcessor", "DINOv3ViTImageProcessor", "BeitImageProcessor"),
+)
+"""Image processors that resize, crop and normalize. Others also flip the channels (MobileViT),
+normalize twice (EfficientNet) or resize to another size than they name (LeViT)."""
 _SQUASH_FROM = 384
 """ConvNeXt's preprocessing does not crop from this size, in pixels."""
 
@@ -95,6 +101,7 @@ class TransformersLibrary(NetworkLibrary):
             return None
         return Snapshot(
             url=url,
+            source=self.source,
             name=TRANSFORMERS_PREFIX + kind,
             options={
                 key: value for key, value in _remove_code(config).items() if key not in _UNUSED_KEYS
@@ -219,6 +226,12 @@ def _convert_processor(place: str, processor: Any) -> Preprocess:
 
     Raises BundleError if it does something else.
     """
+    name = type(processor).__name__
+    if name not in _PROCESSORS:
+        raise BundleError(
+            f"{place}: the preprocessing of {name} is not supported; choose a network with one of "
+            f"{', '.join(_PROCESSORS)}"
+        )
     size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
     shortest, height = size.get("shortest_edge"), size.get("height")
     share = getattr(processor, "crop_pct", None)
@@ -245,17 +258,17 @@ def _convert_processor(place: str, processor: Any) -> Preprocess:
         or (mode == "squash" and resize != target)
         or scale is None
         or abs(255 * scale - 1) > 1e-3
+        or int(processor.resample) not in _FILTERS
     ):
         raise BundleError(
-            f"{place}: its preprocessing (size {size}, crop {crop}, rescale factor {scale}) is not "
-            "supported; choose another network"
+            f"{place}: its preprocessing (size {size}, crop {crop}, rescale factor {scale}, filter "
+            f"{processor.resample}) is not supported; choose another network"
         )
-    interpolation: Interpolation = "bilinear" if int(processor.resample) == _BILINEAR else "bicubic"
     normalizes = processor.do_normalize
     return Preprocess(
         resize=resize,
         crop=target,
-        interpolation=interpolation,
+        interpolation=_FILTERS[int(processor.resample)],
         mode=mode,
         mean=tuple(processor.image_mean) if normalizes else (0.0, 0.0, 0.0),
         std=tuple(processor.image_std) if normalizes else (1.0, 1.0, 1.0),

@@ -1,4 +1,4 @@
-"""Training strategies: from scratch, linear probe, fine-tuning, or a probe and then fine-tuning.
+"""Training strategies: from scratch, linear probe, fine-tuning, both, or adapters after a probe.
 
 A strategy determines the learning rates of the layers, and which parameters are trainable in which
 epoch. The probe itself is in `linear_probe`.
@@ -20,6 +20,7 @@ from imgcls.training.config import (
     Strategy,
     TrainConfig,
 )
+from imgcls.training.optim.lora import is_adapter
 from imgcls.training.optim.param_groups import ParamGroup, build_param_groups, split_layers
 
 MIN_EPOCHS, SEEN_IMAGES = 4, 5_000
@@ -48,6 +49,8 @@ def choose_default_lr(strategy: Strategy, architecture: Architecture) -> float:
 
     small_cnn, with a norm after every convolution, needs 3e-3 to reach its best accuracy.
     """
+    if strategy == "lora":
+        return 1e-3
     if strategy != "scratch":
         return 3e-4
     return 3e-3 if architecture.name == "small_cnn" else 1e-3
@@ -62,9 +65,9 @@ def choose_schedule(config: TrainConfig, strategy: Strategy, rows: int) -> Train
     batches of 54.
     """
     epochs, batch_size = config.num_epochs, config.images_per_step
-    if config.epochs is None and strategy == "probe_then_finetune":
+    if config.epochs is None and has_probe(strategy) and strategy != "probe":
         epochs = max(MIN_EPOCHS, min(DEFAULT_EPOCHS, math.ceil(SEEN_IMAGES / rows)))
-    if config.batch_size is None and strategy in ("finetune", "probe_then_finetune"):
+    if config.batch_size is None and strategy not in ("scratch", "probe"):
         smallest = config.scale.max_workers * config.scale.accumulate
         fitting = 2 ** int(math.log2(max(1, rows // MIN_STEPS)))
         batch_size = max(smallest, MIN_BATCH_SIZE, min(DEFAULT_BATCH_SIZE, fitting))
@@ -76,9 +79,9 @@ def describe_schedule(
 ) -> str | None:
     """The values that `choose_schedule` has chosen by the number of images; None without any."""
     parts = []
-    if asked.epochs is None and strategy == "probe_then_finetune":
+    if asked.epochs is None and has_probe(strategy) and strategy != "probe":
         parts.append(f"{chosen.epochs} epochs")
-    if asked.batch_size is None and strategy in ("finetune", "probe_then_finetune"):
+    if asked.batch_size is None and strategy not in ("scratch", "probe"):
         parts.append(f"batches of {chosen.batch_size}")
     if not parts:
         return None
@@ -86,7 +89,7 @@ def describe_schedule(
 
 
 def has_probe(strategy: Strategy) -> bool:
-    return strategy in ("probe", "probe_then_finetune")
+    return strategy in ("probe", "probe_then_finetune", "lora")
 
 
 def plan_param_groups(
@@ -95,9 +98,19 @@ def plan_param_groups(
     """Parameter groups of a strategy."""
     if strategy == "scratch":
         return build_param_groups(network)
+    if strategy == "lora":
+        adapters = tuple(name for name, _ in network.named_parameters() if is_adapter(name))
+        return [
+            ParamGroup(adapters, 1.0, has_weight_decay=False),
+            *(group for group in build_param_groups(network) if _is_head(network, group)),
+        ]
     return build_param_groups(
         network, backbone_scale=config.backbone_lr_scale, layer_decay=config.layer_decay
     )
+
+
+def _is_head(network: nn.Module, group: ParamGroup) -> bool:
+    return set(group.names) <= set(split_layers(network)[-1])
 
 
 def find_frozen_norms(
@@ -131,6 +144,8 @@ def find_trainable(
 ) -> set[str]:
     """Names of the trainable parameters of an epoch, counted from 1."""
     layers = split_layers(network)
+    if strategy == "lora":
+        return {name for layer in layers for name in layer if is_adapter(name)} | set(layers[-1])
     if strategy == "scratch" or config.unfreeze_every is None:
         return {name for layer in layers for name in layer}
     # the head was just fitted by the probe, so the layer below it starts with it

@@ -206,7 +206,12 @@ def test_weights_that_lack_a_layer_and_networks_of_other_inputs_are_refused(tmp_
     [
         ({"do_resize": False}, r"its preprocessing .* is not supported"),
         ({"size": {"shortest_edge": 224}}, r"its preprocessing .* is not supported"),
-        ({"rescale_factor": 1.0}, r"rescale factor 1.0\) is not supported"),
+        ({"rescale_factor": 1.0}, r"rescale factor 1.0, filter 2\) is not supported"),
+        ({"resample": 1}, r"filter 1\) is not supported"),
+        # flips the channels, normalizes twice, resizes to another size than it names
+        ({"image_processor_type": "MobileViTImageProcessor"}, "of MobileViTImageProcessor is not"),
+        ({"image_processor_type": "EfficientNetImageProcessor"}, "of EfficientNetImage.* is not"),
+        ({"image_processor_type": "LevitImageProcessor"}, "of LevitImageProcessor is not"),
         ({"image_processor_type": "NoSuchProcessor"}, "is no image processor of transformers"),
     ],
 )

@@ -43,8 +43,12 @@ def test_only_scratch_does_without_weights(strategy: Strategy) -> None:
         resolve_strategy(strategy, pretrained=False)
 
 
-def test_the_two_that_probe() -> None:
-    assert [s for s in get_args(Strategy) if has_probe(s)] == ["probe", "probe_then_finetune"]
+def test_the_strategies_that_probe() -> None:
+    assert [s for s in get_args(Strategy) if has_probe(s)] == [
+        "probe",
+        "probe_then_finetune",
+        "lora",
+    ]
 
 
 def test_finetuning_slows_the_layers_below_the_head() -> None:
