@@ -51,7 +51,7 @@ def check_same_embeddings(bundle: Bundle, source: Bundle) -> None:
     """Raise BundleError unless both bundles compute the same embedding of every image.
 
     Compared are the architecture, the preprocessing (how JPEGs are decoded excepted), and every
-    weight but those of the final layer, bit for bit.
+    weight but those of the heads, bit for bit.
     """
     start = f"bundle {bundle.url}: its embeddings are not those of {source.url}"
     ours, theirs = bundle.spec, source.spec
@@ -64,7 +64,7 @@ def check_same_embeddings(bundle: Bundle, source: Bundle) -> None:
     if ours.preprocess.model_copy(update=same_route) != theirs.preprocess:
         raise BundleError(f"{start}: the preprocessing differs; {_REMEDY}")
     network = zoo.build_network(ours.architecture, ours.num_outputs)
-    heads = tuple(f"{name}." for name in zoo.find_heads(network))
+    heads = tuple(f"{name}." for name in zoo.list_head_names(network))  # auxiliary ones, too
     weights, others = load_bundle_weights(bundle), load_bundle_weights(source)
     for name in sorted({*weights, *others}):
         if name.startswith(heads):
