@@ -58,7 +58,7 @@ _PALETTE = (
     *("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#76b7b2"),
     *("#edc948", "#e15759", "#9c755f", "#ff9da7", "#bab0ac"),
 )
-"""Colors of classes, of which every page background differs."""
+"""Colors of classes, which are visible on light and dark pages."""
 _MAX_NAME = 24
 
 

@@ -5,7 +5,7 @@ Both show groups of similar images that classes do not: a camera, a background, 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,26 +160,31 @@ def _sample_rows(run: CommittedRun, names: list[str], rng: np.random.Generator) 
     places = np.unique(np.linspace(0, len(ranges) - 1, MAX_RANGES).round().astype(int))
     chosen = [ranges[place] for place in places] if ranges else []
     total = sum(each.rows for each in chosen)
-    tables = [cast_string_views(run.schema.empty_table().select(names))]
+    positions: dict[int, list[Indices]] = defaultdict(list)
     for each in chosen:
         wanted = min(each.rows, max(1, round(MAX_ROWS * each.rows / total)))
         position = each.first_row + np.sort(rng.choice(each.rows, wanted, replace=False))
-        tables.append(read_part_rows(run.files[each.file], names, position))
+        positions[each.file].append(position)
+    tables = [cast_string_views(run.schema.empty_table().select(names))]
+    for file, parts in positions.items():
+        tables.append(read_part_rows(run.files[file], names, np.concatenate(parts)))
     table = pa.concat_tables(tables).unify_dictionaries()
     return table.filter(pc.and_(table["embedding"].is_valid(), table["predicted_label"].is_valid()))
 
 
 def _select_shown(run: CommittedRun, table: pa.Table, label_column: str | None) -> pa.Table:
-    nothing = pa.nulls(table.num_rows, pa.string())
-    label = None if label_column is None else normalize_labels(table[label_column])
-    has_score = label is not None
+    label = score = None
+    if label_column is not None:
+        label, score = normalize_labels(table[label_column]), table["label_score"]
     return pa.table(
         {
             "path": table[run.path_column].cast(pa.string()),
-            "label": nothing if label is None else label.cast(pa.string()),
+            "label": pa.nulls(table.num_rows, pa.string())
+            if label is None
+            else label.cast(pa.string()),
             "predicted_label": table["predicted_label"].cast(pa.string()),
             "confidence": table["confidence"],
-            "label_score": table["label_score"] if has_score else nothing.cast(pa.float32()),
+            "label_score": pa.nulls(table.num_rows, pa.float32()) if score is None else score,
         }
     )
 

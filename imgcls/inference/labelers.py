@@ -16,7 +16,12 @@ import torch
 from torch.nn import functional as F
 
 from imgcls import log
-from imgcls.data.manifests.manifest import normalize_labels, open_manifest, resolve_paths
+from imgcls.data.manifests.manifest import (
+    Manifest,
+    normalize_labels,
+    open_manifest,
+    resolve_paths,
+)
 from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import ManifestError, RequestError
 from imgcls.formatting import format_count
@@ -34,6 +39,7 @@ TEMPERATURE = 0.07
 _BLOCK_VALUES = 16_000_000
 """Number of similarities in memory at a time: 64 MB."""
 _MAX_LISTED = 3
+_KEYS = KeyNames("labels")
 
 
 class Labeler(ABC):
@@ -101,9 +107,9 @@ class NeighborLabeler(Labeler):
     def __init__(self, config: RelabelConfig, run: CommittedRun) -> None:
         """Raises ManifestError for labels that cannot be used, RequestError without embeddings."""
         assert config.labels is not None
-        manifest = open_manifest(config.labels, keys=KeyNames("labels"))
+        manifest = open_manifest(config.labels, keys=_KEYS)
         place = f"labels {manifest.source}"
-        urls, labels = _read_labels(config, place)
+        urls, labels = _read_labels(manifest, place)
         vectors, index, reasons = gather_embeddings(run, urls)
         if reasons:
             _log_left_out(place, run, urls, reasons)
@@ -114,7 +120,8 @@ class NeighborLabeler(Labeler):
         places, first = np.unique(index[is_found], return_index=True)
         self._codes = torch.from_numpy(codes[is_found][first].astype(np.int64))
         self._vectors = torch.from_numpy(normalize_embeddings(vectors[places]))
-        self._urls = normalize_urls(urls).take(pa.array(np.flatnonzero(is_found)[first]))
+        known = normalize_urls(urls).take(pa.array(np.flatnonzero(is_found)[first]))
+        self._urls = known.combine_chunks()
         self._k = min(config.k, len(places) - 1)
         self.model = manifest.source
         identity = [run.bundle_sha256, manifest.describe_identity(), config.k]
@@ -131,7 +138,7 @@ class NeighborLabeler(Labeler):
     @torch.inference_mode()
     def compute_scores(self, embeddings: Floats, urls: pa.ChunkedArray | None) -> Floats:
         assert urls is not None
-        own = pc.index_in(normalize_urls(urls), value_set=self._urls.combine_chunks())
+        own = pc.index_in(normalize_urls(urls), value_set=self._urls)
         own = own.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         scores = torch.zeros((len(embeddings), len(self.classes)))
         vectors = torch.from_numpy(normalize_embeddings(embeddings))
@@ -148,11 +155,8 @@ class NeighborLabeler(Labeler):
         return found
 
 
-def _read_labels(config: RelabelConfig, place: str) -> tuple[pa.ChunkedArray, pa.Array]:
+def _read_labels(manifest: Manifest, place: str) -> tuple[pa.ChunkedArray, pa.Array]:
     """URL and label of the labeled rows of `labels`; raises ManifestError without any."""
-    assert config.labels is not None
-    keys = KeyNames("labels")
-    manifest = open_manifest(config.labels, keys=keys)
     if manifest.label_column is None:
         raise ManifestError(
             f"{place}: no label column (found: {', '.join(manifest.schema.names)}); set "
@@ -161,7 +165,7 @@ def _read_labels(config: RelabelConfig, place: str) -> tuple[pa.ChunkedArray, pa
     urls: list[pa.Array] = []
     labels: list[pa.Array] = []
     for batch in manifest.batches():
-        label = normalize_labels(batch.column(manifest.label_column), keys).cast(pa.string())
+        label = normalize_labels(batch.column(manifest.label_column), _KEYS).cast(pa.string())
         has_label = label.is_valid()
         paths = pa.chunked_array([batch.column(manifest.path_column).filter(has_label)])
         urls += resolve_paths(paths, manifest.root).cast(pa.large_string()).chunks

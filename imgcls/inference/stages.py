@@ -357,7 +357,7 @@ def _build_table(
     if spec.has_predictions:
         columns["accepted"] = pc.fill_null(columns["accepted"], False)
     else:
-        _mark_overflow(prepared, columns["embedding"], ok)
+        _mark_overflow(prepared, columns["embedding"], ok, spec.embeddings)
     columns["row"] = pa.array([start + offset for offset in offsets], pa.int64())
     columns["width"] = pa.array(prepared.width, pa.int32())
     columns["height"] = pa.array(prepared.height, pa.int32())
@@ -391,15 +391,17 @@ def _build_predictions(
 
 
 def _mark_overflow(
-    prepared: PreparedImages, embeddings: pa.Array, ok: npt.NDArray[np.bool_]
+    prepared: PreparedImages,
+    embeddings: pa.Array,
+    ok: npt.NDArray[np.bool_],
+    dtype: EmbeddingType | None,
 ) -> None:
     """Set an error on the rows whose only result is an embedding beyond the range of its type."""
     has_value = embeddings.is_valid().to_numpy(zero_copy_only=False)
+    remedy = "; pass --dtype float32" if dtype == "float16" else ""
     for row in np.flatnonzero(ok & ~has_value):
-        prepared.set_error(
-            int(row),
-            NotFinite("the embedding is beyond the range of float16; pass --dtype float32"),
-        )
+        error = NotFinite(f"the embedding is beyond the range of {dtype}{remedy}")
+        prepared.set_error(int(row), error)
 
 
 def _build_embeddings(

@@ -52,9 +52,9 @@ def import_model(config: ImportConfig) -> Bundle:
         log.emit("note", note)
     if classes:
         _check_class_count(network, matched.state, config, len(classes))
-        zoo.apply_weights(network, state, replace_head=False)
+        zoo.apply_weights(network, matched.state, replace_head=False)
     else:
-        zoo.apply_weights(network, state, replace_head=True)
+        zoo.apply_weights(network, matched.state, replace_head=True)
         _clear_heads(network)
     if config.crop is not None:
         _check_input_size(network, config.crop)

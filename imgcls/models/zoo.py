@@ -6,7 +6,6 @@ their preprocessing. Weights either match or are rejected with the keys that do 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Mapping, Set
@@ -21,7 +20,7 @@ from imgcls.data.storage import filesystem
 from imgcls.errors import BundleError, StorageError, request_error
 from imgcls.models.bundle import Architecture
 from imgcls.models.finite import check_finite_tensors
-from imgcls.models.libraries.base import PRETRAINED
+from imgcls.models.libraries.base import PRETRAINED, suggest_names
 from imgcls.models.libraries.registry import LIBRARIES, find_library
 from imgcls.models.snapshots import (
     find_folder,
@@ -45,10 +44,10 @@ def resolve_architecture(name: str, options: Mapping[str, Any] | None = None) ->
             own = name.removeprefix(library.prefix)
             library.check_name(own)
             return Architecture(source=library.source, name=own, options=given)
-        if not library.prefix and name in library.list_names():
+    for library in LIBRARIES:
+        if name in library.list_names():
             return Architecture(source=library.source, name=name, options=given)
-    near = difflib.get_close_matches(name, list_architectures(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "see `imgcls model list`"
+    hint = suggest_names(name, list_architectures(), "see `imgcls model list`")
     raise BundleError(f"model {name!r}: no such architecture; {hint}")
 
 

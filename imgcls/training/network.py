@@ -70,7 +70,7 @@ def build_initial_network(
     if weights is not None:
         state = zoo.load_weights(weights, architecture)
         matched = zoo.match_weights(network, state)
-        left = zoo.apply_weights(network, state, replace_head=True)
+        left = zoo.apply_weights(network, matched.state, replace_head=True)
         absent = [key for key in left if key not in matched.state]
         notes = matched.describe_changes()
         if absent:

@@ -20,7 +20,6 @@ from torch import nn
 from imgcls import log
 from imgcls.cluster.ray_data import DataExecution
 from imgcls.data.decoding.preprocess import Preprocess
-from imgcls.data.optional_packages import import_package
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError, TooManyErrors
 from imgcls.models.bundle import Architecture
@@ -33,7 +32,7 @@ from imgcls.training.data.cached import CachedImages, decode_images, find_store_
 from imgcls.training.data.examples import Examples, read_examples
 from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.loggers import base
-from imgcls.training.optim.lora import list_adapted_layers
+from imgcls.training.optim.lora import check_can_adapt
 from imgcls.training.optim.loss import compute_class_weights
 from imgcls.training.optim.strategy import (
     choose_default_lr,
@@ -104,8 +103,7 @@ def resolve_setup(config: TrainConfig) -> TrainSetup:
     )
     networks.set_regularization(network, config.model)
     if strategy == "lora":
-        list_adapted_layers(network)
-        import_package("peft", "LoraConfig", "strategy lora", "lora")
+        check_can_adapt(network)
     networks.check_can_train(network, preprocess, smallest)
     coefficients: tuple[float, ...] = ()
     if has_probe(strategy):

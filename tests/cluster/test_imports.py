@@ -40,10 +40,14 @@ PROCESSES = {
 """What processes of each kind import, step by step, and what they must not have imported then."""
 
 
-def run(script: str) -> str:
-    done = subprocess.run(
+def execute(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
+
+
+def run(script: str) -> str:
+    done = execute(script)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -91,7 +95,5 @@ def test_a_process_with_duckdb_reports_no_leak() -> None:
         "import duckdb\n"
         "duckdb.sql('select 1').fetchall()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    done = execute(script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

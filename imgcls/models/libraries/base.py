@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
 from imgcls.data.decoding.preprocess import Preprocess
+from imgcls.errors import BundleError
 from imgcls.models.bundle import Architecture, NetworkSource
 
 PRETRAINED = "pretrained"
@@ -104,3 +108,19 @@ class NetworkLibrary(ABC):
     def read_snapshot(self, url: str, config: Mapping[str, Any]) -> Snapshot | None:
         """The network of a folder with this `config.json`; None if another library wrote it."""
         return None
+
+
+def import_library(package: str, prefix: str, extra: str) -> ModuleType:
+    """Import the package of a library; raises BundleError with the extra that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise BundleError(
+            f"model {prefix}...: requires {package}; run: pip install 'imgcls[{extra}]'"
+        ) from error
+
+
+def suggest_names(name: str, known: Sequence[str], otherwise: str, *, prefix: str = "") -> str:
+    """The names of `known` that are most like an unknown one, for a message; else `otherwise`."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(prefix + each for each in near)}?" if near else otherwise

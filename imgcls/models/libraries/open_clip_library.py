@@ -8,7 +8,6 @@ head. The text tower is needed only to compute class vectors.
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from imgcls.data.decoding.preprocess import Interpolation, Preprocess, ResizeMode
 from imgcls.errors import BundleError, one_line
 from imgcls.models.bundle import Architecture
-from imgcls.models.libraries.base import NetworkLibrary
+from imgcls.models.libraries.base import NetworkLibrary, import_library, suggest_names
 
 OPEN_CLIP_PREFIX = "open_clip:"
 _SIZE_OPTION = "image_size"
@@ -42,9 +41,7 @@ class OpenClipLibrary(NetworkLibrary):
         known = _import_open_clip().list_models()
         if name in known:
             return
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        names = " or ".join(f"{self.prefix}{each}" for each in near)
-        hint = f"did you mean {names}?" if near else "see open_clip.list_models()"
+        hint = suggest_names(name, known, "see open_clip.list_models()", prefix=self.prefix)
         raise BundleError(f"model {self.prefix}{name}: open_clip has no such model; {hint}")
 
     def build(self, name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
@@ -216,11 +213,4 @@ def _read_config(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _import_open_clip() -> ModuleType:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise BundleError(
-            f"model {OPEN_CLIP_PREFIX}...: requires open_clip; run: pip install 'imgcls[open-clip]'"
-        ) from error
-    module: ModuleType = open_clip
-    return module
+    return import_library("open_clip", OPEN_CLIP_PREFIX, "open-clip")

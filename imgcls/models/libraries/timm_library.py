@@ -5,7 +5,6 @@ The only module that imports timm.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -18,7 +17,13 @@ from torch import nn
 from imgcls.data.decoding.preprocess import Interpolation, Preprocess, ResizeMode
 from imgcls.errors import BundleError, first_line
 from imgcls.models.bundle import Architecture
-from imgcls.models.libraries.base import PRETRAINED, NetworkLibrary, Snapshot
+from imgcls.models.libraries.base import (
+    PRETRAINED,
+    NetworkLibrary,
+    Snapshot,
+    import_library,
+    suggest_names,
+)
 
 TIMM_PREFIX = "timm:"
 _RESIZE_MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "border": "pad"}
@@ -44,9 +49,7 @@ class TimmLibrary(NetworkLibrary):
                     "these"
                 )
             return
-        near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
-        names = " or ".join(f"{TIMM_PREFIX}{each}" for each in near)
-        hint = f"did you mean {names}?" if near else "see timm.list_models()"
+        hint = suggest_names(base, known, "see timm.list_models()", prefix=TIMM_PREFIX)
         raise BundleError(
             f"model {TIMM_PREFIX}{name}: timm {timm.__version__} has no such network; {hint}"
         )
@@ -174,11 +177,4 @@ def _resolve_preprocess(name: str, pretrained: Mapping[str, Any]) -> Preprocess:
 
 
 def _import_timm() -> ModuleType:
-    try:
-        import timm
-    except ImportError as error:
-        raise BundleError(
-            f"model {TIMM_PREFIX}...: requires timm; run: pip install 'imgcls[timm]'"
-        ) from error
-    module: ModuleType = timm
-    return module
+    return import_library("timm", TIMM_PREFIX, "timm")

@@ -21,7 +21,7 @@ from imgcls.data.decoding.preprocess import Interpolation, Preprocess, ResizeMod
 from imgcls.data.storage import filesystem
 from imgcls.errors import BundleError, StorageError, one_line, request_error
 from imgcls.models.bundle import Architecture
-from imgcls.models.libraries.base import NetworkLibrary, Snapshot
+from imgcls.models.libraries.base import NetworkLibrary, Snapshot, import_library
 
 TRANSFORMERS_PREFIX = "transformers:"
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -291,12 +291,4 @@ def _silence() -> Iterator[None]:
 
 
 def _import_transformers() -> ModuleType:
-    try:
-        import transformers
-    except ImportError as error:
-        raise BundleError(
-            f"model {TRANSFORMERS_PREFIX}...: requires transformers; run: pip install "
-            "'imgcls[transformers]'"
-        ) from error
-    module: ModuleType = transformers
-    return module
+    return import_library("transformers", TRANSFORMERS_PREFIX, "transformers")

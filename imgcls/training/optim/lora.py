@@ -24,16 +24,21 @@ def add_adapters(network: nn.Module, config: LoraConfig, *, seed: int) -> None:
 
     Raises RequestError if peft is not installed, BundleError for a network without linear layers.
     """
-    peft = import_package("peft", "LoraConfig", "strategy lora", "lora")
-    names = list_adapted_layers(network)
+    names = check_can_adapt(network)
+    import peft
+
     settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, network)
 
 
-def list_adapted_layers(network: nn.Module) -> list[str]:
-    """Names of the linear layers that get adapters; raises BundleError if there are none."""
+def check_can_adapt(network: nn.Module) -> list[str]:
+    """The names of the linear layers that get adapters.
+
+    Raises RequestError if peft is not installed, BundleError for a network without linear layers.
+    """
+    import_package("peft", "LoraConfig", "strategy lora", "lora")
     heads = zoo.list_head_names(network)
     # a subclass, such as that of torch's attention, may use its weight without calling the layer
     found = [

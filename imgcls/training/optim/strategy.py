@@ -65,9 +65,9 @@ def choose_schedule(config: TrainConfig, strategy: Strategy, rows: int) -> Train
     batches of 54.
     """
     epochs, batch_size = config.num_epochs, config.images_per_step
-    if config.epochs is None and has_probe(strategy) and strategy != "probe":
+    if _chooses_epochs(config, strategy):
         epochs = max(MIN_EPOCHS, min(DEFAULT_EPOCHS, math.ceil(SEEN_IMAGES / rows)))
-    if config.batch_size is None and strategy not in ("scratch", "probe"):
+    if _chooses_batch_size(config, strategy):
         smallest = config.scale.max_workers * config.scale.accumulate
         fitting = 2 ** int(math.log2(max(1, rows // MIN_STEPS)))
         batch_size = max(smallest, MIN_BATCH_SIZE, min(DEFAULT_BATCH_SIZE, fitting))
@@ -79,13 +79,21 @@ def describe_schedule(
 ) -> str | None:
     """The values that `choose_schedule` has chosen by the number of images; None without any."""
     parts = []
-    if asked.epochs is None and has_probe(strategy) and strategy != "probe":
+    if _chooses_epochs(asked, strategy):
         parts.append(f"{chosen.epochs} epochs")
-    if asked.batch_size is None and strategy not in ("scratch", "probe"):
+    if _chooses_batch_size(asked, strategy):
         parts.append(f"batches of {chosen.batch_size}")
     if not parts:
         return None
     return f"{' in '.join(parts)}, chosen for fine-tuning with {rows:,} training images"
+
+
+def _chooses_epochs(config: TrainConfig, strategy: Strategy) -> bool:
+    return config.epochs is None and strategy in ("probe_then_finetune", "lora")
+
+
+def _chooses_batch_size(config: TrainConfig, strategy: Strategy) -> bool:
+    return config.batch_size is None and strategy not in ("scratch", "probe")
 
 
 def has_probe(strategy: Strategy) -> bool:
@@ -100,17 +108,14 @@ def plan_param_groups(
         return build_param_groups(network)
     if strategy == "lora":
         adapters = tuple(name for name, _ in network.named_parameters() if is_adapter(name))
+        head = set(split_layers(network)[-1])
         return [
             ParamGroup(adapters, 1.0, has_weight_decay=False),
-            *(group for group in build_param_groups(network) if _is_head(network, group)),
+            *(group for group in build_param_groups(network) if head.issuperset(group.names)),
         ]
     return build_param_groups(
         network, backbone_scale=config.backbone_lr_scale, layer_decay=config.layer_decay
     )
-
-
-def _is_head(network: nn.Module, group: ParamGroup) -> bool:
-    return set(group.names) <= set(split_layers(network)[-1])
 
 
 def find_frozen_norms(
