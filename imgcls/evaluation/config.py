@@ -206,6 +206,9 @@ class SimilarConfig(Section):
     """Number of similar images per image."""
     model: str | None = None
     """Bundle that made the run. Default: the folder that was passed to `imgcls predict`."""
+    index: str | None = None
+    """Folder of an approximate index, built there once: for repeated searches of a large run.
+    Default: compare every embedding."""
     output: str | None = None
     """Parquet file to write the table to as well."""
     storage: StorageConfig = StorageConfig()

@@ -1,34 +1,31 @@
 """Images of a run that are similar to given ones, by the embeddings that the run has kept.
 
-The search is exact: every embedding of the run is compared, by cosine similarity. One pass reads
-the embeddings, a second one the other columns of the rows that were found.
+Without an index the search is exact: every embedding of the run is compared, by cosine similarity.
+One pass reads the embeddings, a second one the other columns of the rows that were found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.config import requested
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.evaluation.config import SimilarConfig
+from imgcls.evaluation.embedding_index import search_index
 from imgcls.evaluation.row_lookup import read_part_rows
 from imgcls.models.classifier import Classifier
 from imgcls.models.scores import normalize_embeddings
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, load_source_bundle, open_run
+from imgcls.runs.embeddings import iter_unit_embeddings
 
 Floats = npt.NDArray[np.float32]
-_BATCH_ROWS = 16_384
 _PREDICTED = ("predicted_label", "confidence")
 """Columns of the result that a run of `imgcls embed` does not have."""
-_MIN_LENGTH = 1e-12
 
 
 def find_similar(config: SimilarConfig | None = None, /, **settings: object) -> pa.Table:
@@ -52,7 +49,7 @@ def find_similar(config: SimilarConfig | None = None, /, **settings: object) -> 
     Raises
     ------
     RequestError
-        The run has no embeddings, or its bundle is not found.
+        The run has no embeddings, its bundle is not found, or the index is of another run.
     StorageError, ImageError
         An image of `to` cannot be read or decoded.
 
@@ -71,7 +68,10 @@ def _find(config: SimilarConfig) -> pa.Table:
     run.check_embeddings()
     classifier = Classifier(load_source_bundle(run, config.model, "model"))
     queries = normalize_embeddings(classifier.embed(config.to))
-    similarity, file, position = find_nearest(run, queries, config.k)
+    if config.index is None:
+        similarity, file, position = find_nearest(run, queries, config.k)
+    else:
+        similarity, file, position = search_index(config.index, run, queries, config.k)
     table = _build_table(config.to, run, similarity, file, position)
     if config.output is not None:
         layout.write_table(filesystem.absolute(config.output), table)
@@ -91,7 +91,7 @@ def find_nearest(
     count = len(queries)
     best = np.empty((count, 0), np.float32)
     file, position = (np.empty((count, 0), np.int64) for _ in range(2))
-    for number, start, rows, vectors in _iter_embeddings(run):
+    for number, start, rows, vectors in iter_unit_embeddings(run):
         found = queries @ vectors.T
         joined = np.concatenate([best, found], axis=1)
         # stable: of equal similarities, the earlier row first
@@ -103,25 +103,6 @@ def find_nearest(
             np.take_along_axis(each, order, axis=1) for each in (joined, files, positions)
         )
     return best, file, position
-
-
-def _iter_embeddings(
-    run: CommittedRun,
-) -> Iterator[tuple[int, int, npt.NDArray[np.int64], Floats]]:
-    """Batches of embeddings: index of the file, first position in it, offsets, (N, E) vectors."""
-    for number, url in enumerate(run.files):
-        start = 0
-        with filesystem.open_read(url) as stream:
-            file = pq.ParquetFile(stream)
-            for batch in file.iter_batches(_BATCH_ROWS, columns=["embedding"]):
-                column = batch.column("embedding")
-                rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-                flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-                vectors = flat.reshape(len(rows), -1) if len(rows) else flat.reshape(0, 1)
-                is_kept = np.linalg.norm(vectors, axis=1) > _MIN_LENGTH
-                if is_kept.any():
-                    yield number, start, rows[is_kept], normalize_embeddings(vectors[is_kept])
-                start += batch.num_rows
 
 
 def _build_table(

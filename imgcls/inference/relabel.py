@@ -6,9 +6,11 @@ its predictions replaced; a run that was interrupted is resumed at its first mis
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -155,9 +157,8 @@ class _Relabeling:
         plan = replace(parse_plan(self._source.run_record), run_id=identity.compute_run_id())
         record = self._write_record(identity, plan) if stored is None else stored
         counts = PredictionCounts.empty(tuple(self._labeler.classes))
-        for part, url in enumerate(self._source.files):
-            self._lease.check()
-            counts += self._label_part(plan, part, url)
+        for part in self._label_parts(plan):
+            counts += part
         return self._commit(record, plan, counts, started_at)
 
     def _build_identity(self) -> RunIdentity:
@@ -194,7 +195,18 @@ class _Relabeling:
         layout.write_run(self._output, record)
         return record
 
+    def _label_parts(self, plan: Plan) -> Iterator[PredictionCounts]:
+        """The counts of the parts, in order; several are labeled at a time."""
+        files = self._source.files
+        threads = max(1, min(len(os.sched_getaffinity(0)), len(files)))
+        pool = storage_settings.create_thread_pool(threads, "relabel")
+        try:
+            yield from pool.map(partial(self._label_part, plan), range(len(files)), files)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
     def _label_part(self, plan: Plan, part: int, url: str) -> PredictionCounts:
+        self._lease.check()
         target = layout.part_url(self._output, part)
         label_column, classes = self._source.label_column, self._labeler.classes
         if filesystem.exists(target):

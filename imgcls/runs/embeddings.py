@@ -1,21 +1,26 @@
-"""Embeddings of some images of a committed run, found by the absolute paths of the images."""
+"""Embeddings of a committed run: all of them, or those of images at given paths."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from imgcls.data.manifests.manifest import resolve_paths
+from imgcls.data.storage import filesystem
 from imgcls.errors import OK
+from imgcls.models.scores import normalize_embeddings
 from imgcls.runs.committed import CommittedRun, iter_tables
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 _BATCH_ROWS = 16_384
+_MIN_LENGTH = 1e-12
 _PATH_ROWS = 1_000_000
 """Rows of the run whose paths are found at a time: each time all paths are hashed."""
 
@@ -80,6 +85,28 @@ def _explain(statuses: list[str | None], place: int) -> str:
     if status is None:
         return "is not in the run"
     return "has no embedding, beyond the range of float16" if status == OK else status
+
+
+def iter_unit_embeddings(
+    run: CommittedRun,
+) -> Iterator[tuple[int, int, Indices, Floats]]:
+    """Batches of embeddings: index of the file, first position in it, offsets, (N, E) vectors.
+
+    The vectors have length 1; rows without an embedding, or with one of length 0, are left out.
+    """
+    for number, url in enumerate(run.files):
+        start = 0
+        with filesystem.open_read(url) as stream:
+            file = pq.ParquetFile(stream)
+            for batch in file.iter_batches(_BATCH_ROWS, columns=["embedding"]):
+                column = batch.column("embedding")
+                rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+                flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+                vectors = flat.reshape(len(rows), -1) if len(rows) else flat.reshape(0, 1)
+                is_kept = np.linalg.norm(vectors, axis=1) > _MIN_LENGTH
+                if is_kept.any():
+                    yield number, start, rows[is_kept], normalize_embeddings(vectors[is_kept])
+                start += batch.num_rows
 
 
 def normalize_urls(urls: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -16,6 +16,7 @@ from imgcls.evaluation import similar
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
 from imgcls.models.scores import normalize_embeddings
+from imgcls.runs import embeddings
 from imgcls.runs.committed import open_run
 from tests.conftest import COLORS, draw
 from tests.evaluation import runs
@@ -36,7 +37,7 @@ def add_embeddings(table: pa.Table, vectors: np.ndarray, lost: tuple[int, ...] =
 def test_the_nearest_rows_are_those_of_all_pairs(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(similar, "_BATCH_ROWS", 37)
+    monkeypatch.setattr(embeddings, "_BATCH_ROWS", 37)
     rng = np.random.default_rng(3)
     vectors = rng.normal(size=(500, 6)).astype(kind)
     vectors[200] = 0

@@ -119,6 +119,77 @@ def test_scores_are_those_of_open_clip(
     assert load_linear_head(load_bundle(str(tmp_path / "bundle"))).weight.shape == (3, 16)
 
 
+def convert_to_transformers(state: dict[str, torch.Tensor]) -> Any:
+    """transformers' model of `CONFIG` with weights of open_clip."""
+    transformers = pytest.importorskip("transformers")
+    tower = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2}
+    tower |= {"num_hidden_layers": 1, "hidden_act": "gelu"}
+    config = transformers.CLIPConfig(
+        text_config={**tower, "eos_token_id": 49407},
+        vision_config={**tower, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    names = {
+        "logit_scale": "logit_scale",
+        "text_projection": "text_projection.weight",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "ln_final.": "text_model.final_layer_norm.",
+        "visual.proj": "visual_projection.weight",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.conv1.": "vision_model.embeddings.patch_embedding.",
+        "visual.ln_pre.": "vision_model.pre_layrnorm.",
+        "visual.ln_post.": "vision_model.post_layernorm.",
+        "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+        "transformer.resblocks.": "text_model.encoder.layers.",
+    }
+    parts = {"ln_1.": "layer_norm1.", "ln_2.": "layer_norm2.", "mlp.c_fc.": "mlp.fc1."}
+    parts |= {"mlp.c_proj.": "mlp.fc2.", "attn.out_proj.": "self_attn.out_proj."}
+    converted = {}
+    for key, value in state.items():
+        if key == "attn_mask":
+            continue
+        start = max((each for each in names if key.startswith(each)), key=len)
+        name = names[start] + key.removeprefix(start)
+        for old, new in parts.items():
+            name = name.replace(old, new)
+        if ".attn.in_proj_" in name:
+            for letter, third in zip("qkv", value.chunk(3), strict=True):
+                own = name.replace("attn.in_proj_", f"self_attn.{letter}_proj.")
+                converted[own] = third
+        else:
+            converted[name] = value.T if key in ("text_projection", "visual.proj") else value
+    model = transformers.CLIPModel(config)
+    model.load_state_dict(converted)
+    return model.eval()
+
+
+def test_scores_are_those_of_transformers(folder: Path, tmp_path: Path) -> None:
+    model, weights = save_weights(tmp_path, "test-clip")
+    (tmp_path / "templates.txt").write_text("a photo of a {}.")
+    make_zero_shot(
+        ZeroShotConfig(
+            arch="open_clip:test-clip",
+            weights=str(weights),
+            classes=CLASSES,
+            templates=str(tmp_path / "templates.txt"),
+            output=str(tmp_path / "bundle"),
+        )
+    )
+    classifier = Classifier.load(str(tmp_path / "bundle"), precision="fp32", device="cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
+    preprocess = classifier.preprocess
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    tokens = open_clip.get_tokenizer("test-clip")([f"a photo of a {each}." for each in CLASSES])
+    with torch.no_grad():
+        expected = convert_to_transformers(model.state_dict())(
+            input_ids=tokens, pixel_values=(torch.from_numpy(pixels) / 255 - mean) / std
+        ).logits_per_image.softmax(dim=-1)
+    assert expected.std() > 0.01, "scores that do not differ compare nothing"
+    assert classifier.classify(pixels).scores == pytest.approx(expected.numpy(), abs=1e-4)
+
+
 def test_a_bundle_is_where_a_training_begins(folder: Path, tmp_path: Path) -> None:
     _, weights = save_weights(tmp_path, "test-clip")
     request = ZeroShotConfig(
