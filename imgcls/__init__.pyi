@@ -16,19 +16,7 @@ from imgcls.inference.result import PredictResult
 from imgcls.models.bundle import load_bundle as load_bundle
 from imgcls.models.classifier import Classifier as Classifier
 from imgcls.training.augment.recipe import AugmentConfig
-from imgcls.training.config import (
-    DataConfig,
-    EarlyStoppingConfig,
-    FinetuneConfig,
-    LoraConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    ProbeConfig,
-    TrackConfig,
-    TrainConfig,
-    TrainScaleConfig,
-)
+from imgcls.training.config import DataConfig, EarlyStoppingConfig, FinetuneConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, ProbeConfig, TrackConfig, TrainConfig, TrainScaleConfig
 from imgcls.training.result import TrainResult
 from os import PathLike
 from pyarrow.lib import Table
@@ -52,61 +40,16 @@ def check(
     storage: StorageConfig | Mapping[str, object] = ...,
     against: list[str] | str | PathLike[str] = ...,
     model: str | None | PathLike[str] = ...,
-    decode: Literal["exact", "fast"] | None = ...,
-    engine: Literal["auto", "torch", "openvino"] = ...,
-    drop: list[
-        Literal[
-            "unreadable",
-            "wrong-extension",
-            "tiny",
-            "extreme-aspect",
-            "odd-size",
-            "near-black",
-            "near-white",
-            "low-information",
-            "blurry",
-            "greyscale",
-            "rotated",
-            "exact-duplicates",
-            "near-duplicates",
-            "similar",
-            "leakage",
-            "label-conflict",
-            "label-error",
-            "outlier",
-        ]
-    ]
-    | str
-    | PathLike[str] = ...,
-    fail_on: list[
-        Literal[
-            "unreadable",
-            "wrong-extension",
-            "tiny",
-            "extreme-aspect",
-            "odd-size",
-            "near-black",
-            "near-white",
-            "low-information",
-            "blurry",
-            "greyscale",
-            "rotated",
-            "exact-duplicates",
-            "near-duplicates",
-            "similar",
-            "leakage",
-            "label-conflict",
-            "label-error",
-            "outlier",
-        ]
-    ]
-    | str
-    | PathLike[str] = ...,
+    decode: Literal['exact', 'fast'] | None = ...,
+    engine: Literal['auto', 'torch', 'openvino'] = ...,
+    drop: list[Literal['unreadable', 'wrong-extension', 'tiny', 'extreme-aspect', 'odd-size', 'near-black', 'near-white', 'low-information', 'blurry', 'greyscale', 'rotated', 'exact-duplicates', 'near-duplicates', 'similar', 'leakage', 'label-conflict', 'label-error', 'outlier']] | str | PathLike[str] = ...,
+    fail_on: list[Literal['unreadable', 'wrong-extension', 'tiny', 'extreme-aspect', 'odd-size', 'near-black', 'near-white', 'low-information', 'blurry', 'greyscale', 'rotated', 'exact-duplicates', 'near-duplicates', 'similar', 'leakage', 'label-conflict', 'label-error', 'outlier']] | str | PathLike[str] = ...,
     rules: RulesConfig | Mapping[str, object] = ...,
     duplicates: DuplicatesConfig | Mapping[str, object] = ...,
     labels: LabelErrorsConfig | Mapping[str, object] = ...,
     gallery: int = ...,
 ) -> CheckResult: ...
+
 @overload
 def embed(config: EmbedConfig, /) -> PredictResult: ...
 @overload
@@ -117,24 +60,7 @@ def embed(
     output: str | PathLike[str],
     max_error_rate: float = ...,
     max_errors: int | None = ...,
-    max_error_rates: dict[
-        Literal[
-            "missing",
-            "forbidden",
-            "opted_out",
-            "throttled",
-            "unavailable",
-            "empty",
-            "truncated",
-            "not_an_image",
-            "unsupported",
-            "too_large",
-            "unreadable",
-            "not_finite",
-            "crashed",
-        ],
-        float,
-    ] = ...,
+    max_error_rates: dict[Literal['missing', 'forbidden', 'opted_out', 'throttled', 'unavailable', 'empty', 'truncated', 'not_an_image', 'unsupported', 'too_large', 'unreadable', 'not_finite', 'crashed'], float] = ...,
     summary_json: str | None | PathLike[str] = ...,
     publish: str | None | PathLike[str] = ...,
     since: SinceConfig | None | Mapping[str, object] | str | PathLike[str] = ...,
@@ -144,21 +70,22 @@ def embed(
     retry_errors: bool = ...,
     overwrite: bool = ...,
     limit: int | None = ...,
-    decode: Literal["exact", "fast"] | None = ...,
-    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = ...,
-    engine: Literal["auto", "torch", "openvino"] = ...,
-    compile: Literal["auto", "always", "never"] = ...,
+    decode: Literal['exact', 'fast'] | None = ...,
+    precision: Literal['auto', 'fp32', 'bf16', 'fp16', 'int8'] = ...,
+    engine: Literal['auto', 'torch', 'openvino'] = ...,
+    compile: Literal['auto', 'always', 'never'] = ...,
     max_pixels: int = ...,
     max_bytes: int = ...,
     chunk_rows: int | None = ...,
     part_rows: int = ...,
     progress_seconds: float = ...,
-    log: Literal["text", "json"] = ...,
+    log: Literal['text', 'json'] = ...,
     lease_seconds: float = ...,
     scale: ScaleConfig | Mapping[str, object] = ...,
     storage: StorageConfig | Mapping[str, object] = ...,
-    dtype: Literal["float32", "float16"] = ...,
+    dtype: Literal['float32', 'float16'] = ...,
 ) -> PredictResult: ...
+
 @overload
 def evaluate(config: EvaluateConfig, /) -> Evaluation: ...
 @overload
@@ -175,14 +102,15 @@ def evaluate(
     model: str | None | PathLike[str] = ...,
     output: str | None | PathLike[str] = ...,
     scores: bool = ...,
-    decode: Literal["exact", "fast"] | None = ...,
-    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = ...,
-    engine: Literal["auto", "torch", "openvino"] = ...,
+    decode: Literal['exact', 'fast'] | None = ...,
+    precision: Literal['auto', 'fp32', 'bf16', 'fp16', 'int8'] = ...,
+    engine: Literal['auto', 'torch', 'openvino'] = ...,
     max_error_rate: float = ...,
     overwrite: bool = ...,
     scale: ScaleConfig | Mapping[str, object] = ...,
     storage: StorageConfig | Mapping[str, object] = ...,
 ) -> Evaluation: ...
+
 @overload
 def find_similar(config: SimilarConfig, /) -> Table: ...
 @overload
@@ -196,6 +124,7 @@ def find_similar(
     output: str | None | PathLike[str] = ...,
     storage: StorageConfig | Mapping[str, object] = ...,
 ) -> Table: ...
+
 @overload
 def label(config: PredictConfig, /) -> PredictResult: ...
 @overload
@@ -206,24 +135,7 @@ def label(
     output: str | PathLike[str],
     max_error_rate: float = ...,
     max_errors: int | None = ...,
-    max_error_rates: dict[
-        Literal[
-            "missing",
-            "forbidden",
-            "opted_out",
-            "throttled",
-            "unavailable",
-            "empty",
-            "truncated",
-            "not_an_image",
-            "unsupported",
-            "too_large",
-            "unreadable",
-            "not_finite",
-            "crashed",
-        ],
-        float,
-    ] = ...,
+    max_error_rates: dict[Literal['missing', 'forbidden', 'opted_out', 'throttled', 'unavailable', 'empty', 'truncated', 'not_an_image', 'unsupported', 'too_large', 'unreadable', 'not_finite', 'crashed'], float] = ...,
     summary_json: str | None | PathLike[str] = ...,
     publish: str | None | PathLike[str] = ...,
     since: SinceConfig | None | Mapping[str, object] | str | PathLike[str] = ...,
@@ -233,27 +145,28 @@ def label(
     retry_errors: bool = ...,
     overwrite: bool = ...,
     limit: int | None = ...,
-    decode: Literal["exact", "fast"] | None = ...,
-    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = ...,
-    engine: Literal["auto", "torch", "openvino"] = ...,
-    compile: Literal["auto", "always", "never"] = ...,
+    decode: Literal['exact', 'fast'] | None = ...,
+    precision: Literal['auto', 'fp32', 'bf16', 'fp16', 'int8'] = ...,
+    engine: Literal['auto', 'torch', 'openvino'] = ...,
+    compile: Literal['auto', 'always', 'never'] = ...,
     max_pixels: int = ...,
     max_bytes: int = ...,
     chunk_rows: int | None = ...,
     part_rows: int = ...,
     progress_seconds: float = ...,
-    log: Literal["text", "json"] = ...,
+    log: Literal['text', 'json'] = ...,
     lease_seconds: float = ...,
     scale: ScaleConfig | Mapping[str, object] = ...,
     storage: StorageConfig | Mapping[str, object] = ...,
     top_k: int = ...,
     threshold: float | None = ...,
-    embeddings: bool | Literal["float32", "float16"] = ...,
+    embeddings: bool | Literal['float32', 'float16'] = ...,
     scores: bool = ...,
-    scores_type: Literal["float32", "float16"] = ...,
+    scores_type: Literal['float32', 'float16'] = ...,
     reference: str | None | PathLike[str] = ...,
     max_psi: float | None = ...,
 ) -> PredictResult: ...
+
 @overload
 def relabel(config: RelabelConfig, /) -> PredictResult: ...
 @overload
@@ -268,11 +181,12 @@ def relabel(
     top_k: int | None = ...,
     threshold: float | None = ...,
     scores: bool = ...,
-    scores_type: Literal["float32", "float16"] = ...,
+    scores_type: Literal['float32', 'float16'] = ...,
     embeddings: bool = ...,
     overwrite: bool = ...,
     storage: StorageConfig | Mapping[str, object] = ...,
 ) -> PredictResult: ...
+
 @overload
 def train(config: TrainConfig, /) -> TrainResult: ...
 @overload
@@ -281,7 +195,7 @@ def train(
     data: DataConfig | Mapping[str, object] | str | PathLike[str],
     output: str | PathLike[str],
     model: ModelConfig | Mapping[str, object] | str | PathLike[str] = ...,
-    strategy: Literal["scratch", "probe", "finetune", "probe_then_finetune", "lora"] | None = ...,
+    strategy: Literal['scratch', 'probe', 'finetune', 'probe_then_finetune', 'lora'] | None = ...,
     probe: ProbeConfig | Mapping[str, object] = ...,
     finetune: FinetuneConfig | Mapping[str, object] = ...,
     lora: LoraConfig | Mapping[str, object] = ...,
@@ -294,9 +208,9 @@ def train(
     track: TrackConfig | Mapping[str, object] = ...,
     overwrite: bool = ...,
     epochs: int | None = ...,
-    best_by: Literal["val_loss", "val_accuracy"] = ...,
+    best_by: Literal['val_loss', 'val_accuracy'] = ...,
     batch_size: int | None = ...,
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = ...,
+    precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = ...,
     seed: int = ...,
     checkpoint_minutes: float = ...,
     find_lr: bool = ...,
