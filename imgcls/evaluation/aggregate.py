@@ -36,6 +36,7 @@ from imgcls.metrics.columns import (
     take_scores,
 )
 from imgcls.metrics.discrimination import ScoreCounts
+from imgcls.metrics.label_sets import SET_COLUMN, SetCounts
 from imgcls.metrics.selective import SelectiveCounts
 from imgcls.runs.committed import CommittedRun, RowGroupRange, cast_string_views
 
@@ -56,6 +57,7 @@ class AggregateSpec:
     label_column: column of the true labels; None for an unlabeled run
     slice_by: columns to slice by: counts are also kept for each of their values
     scores: whether to count the scores of all classes
+    sets: whether to count the label sets
     gallery: rows to keep of each kind that the report shows
     issues: maximum number of possible label errors to keep
     """
@@ -64,6 +66,7 @@ class AggregateSpec:
     label_column: str | None
     slice_by: tuple[str, ...] = ()
     scores: bool = False
+    sets: bool = False
     gallery: int = 24
     issues: int = 100_000
 
@@ -106,6 +109,7 @@ class RunAggregate:
         self.counts = PredictionCounts.empty(spec.classes)
         self.selective = SelectiveCounts.empty(spec.classes)
         self.scores = ScoreCounts.empty(spec.classes) if spec.scores else None
+        self.sets = SetCounts.empty(spec.classes) if spec.sets else None
         self.label_score_sum, self.label_score_rows = np.zeros(size), np.zeros(size, np.int64)
         self.slices: dict[str, dict[str, PredictionCounts]] = {n: {} for n in spec.slice_by}
         self.mistakes, self.uncertain = TopRows(spec.gallery), TopRows(spec.gallery)
@@ -127,6 +131,8 @@ class RunAggregate:
         self._keep_top_rows(rows, file, start)
         if self.scores is not None:
             self._count_scores(table, rows, self.scores)
+        if self.sets is not None:
+            self._count_sets(table, rows, self.sets)
         for column in spec.slice_by:
             self._count_slices(table, column)
 
@@ -136,6 +142,8 @@ class RunAggregate:
         self.selective += other.selective
         if self.scores is not None and other.scores is not None:
             self.scores += other.scores
+        if self.sets is not None and other.sets is not None:
+            self.sets += other.sets
         self.label_score_sum = self.label_score_sum + other.label_score_sum
         self.label_score_rows = self.label_score_rows + other.label_score_rows
         for column, found in other.slices.items():
@@ -172,6 +180,13 @@ class RunAggregate:
             )
         except ValueError as error:
             raise RequestError(f"column 'scores': {error}") from error
+
+    def _count_sets(self, table: pa.Table, rows: OkRows, counts: SetCounts) -> None:
+        column = table[SET_COLUMN].take(pa.array(rows.position))
+        try:
+            self.sets = counts + SetCounts.from_column(column, rows.label, counts.classes)
+        except ValueError as error:
+            raise RequestError(f"the label sets cannot be evaluated: {error}") from error
 
     def _count_slices(self, table: pa.Table, column: str) -> None:
         text = pc.fill_null(normalize_labels(table[column]), NO_VALUE).dictionary_encode()
@@ -273,6 +288,8 @@ def list_columns(spec: AggregateSpec, joined: JoinedLabels | None = None) -> lis
         names += [spec.label_column, "label_score", "label_rank"]
     if spec.scores:
         names.append("scores")
+    if spec.sets:
+        names.append(SET_COLUMN)
     return list(dict.fromkeys(names))
 
 

@@ -1,4 +1,4 @@
-"""Calibrate the confidence of a bundle and choose acceptance thresholds, on a held-out run.
+"""Calibrate a bundle, choose acceptance thresholds and label sets, on a held-out run.
 
 Fits a temperature (or a scale and a bias per class) to the scores of a run, so no image is read
 again, and writes a new bundle. Errors after fitting are cross-fitted: each half of the rows is
@@ -22,11 +22,18 @@ from imgcls.errors import OK, RequestError
 from imgcls.evaluation.aggregate import read_piece
 from imgcls.evaluation.config import CalibrateConfig
 from imgcls.evaluation.label_join import JoinedLabels, resolve_labels
+from imgcls.evaluation.label_set_calibration import (
+    ScaledRows,
+    SetQuality,
+    choose_label_sets,
+    cross_evaluate,
+    log_label_sets,
+)
 from imgcls.metrics import expected_calibration_error, selective
 from imgcls.metrics.columns import Ints, OkRows, encode_classes, take_scores
 from imgcls.metrics.selective import SelectiveCounts, Threshold
+from imgcls.models.acceptance import NEVER_ACCEPT
 from imgcls.models.bundle import (
-    NEVER_ACCEPT,
     Bundle,
     BundleSpec,
     check_bundle_output,
@@ -63,6 +70,9 @@ class Calibration:
         Expected calibration error, as fractions; `ece_after` is cross-fitted.
     thresholds : list of Threshold
         Chosen thresholds: none, one for all classes, or one per class.
+    label_set_quality : SetQuality or None
+        Cross-fitted coverage and size of the label sets; None if none were chosen, or for too few
+        rows.
     unchanged_reason : str or None
         Why the confidences are those of the old bundle; None if they were fitted.
     """
@@ -72,6 +82,7 @@ class Calibration:
     ece_before: float
     ece_after: float
     thresholds: list[Threshold]
+    label_set_quality: SetQuality | None = None
     unchanged_reason: str | None = None
 
 
@@ -93,7 +104,7 @@ class HeldOutScores:
 
 @with_config_storage
 def calibrate(config: CalibrateConfig) -> Calibration:
-    """Calibrate a bundle, choose thresholds, and write the new bundle.
+    """Calibrate a bundle, choose thresholds and label sets, and write the new bundle.
 
     Parameters
     ----------
@@ -108,8 +119,8 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     Raises
     ------
     RequestError
-        If the run was made by another bundle, has no labels or no scores, or no threshold reaches
-        the target precision.
+        If the run was made by another bundle, has no labels or no scores, no threshold reaches the
+        target precision, or there are too few rows for the label sets.
     OutputError
         If the run is not committed, or the output has a bundle.
     """
@@ -122,10 +133,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         raise RequestError(
             f"{bundle.url}: is vector-scaled already; calibrate the bundle it was made from"
         )
-    if config.method == "none" and config.target_precision is None:
-        raise RequestError(
-            "method none: has no effect without --target-precision; pass it, or another --method"
-        )
+    _check_purpose(config)
     rows = load_held_out(run, *resolve_labels(run, config.labels, config.on, required=True))
     before = _compute_ece(rows, _IDENTITY_SCALE, None)
     fit = {"temperature": _fit_temperature_scaling, "vector": fit_vector_scaling}.get(config.method)
@@ -136,6 +144,12 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     same = fit is None or reason is not None
     scaled = find_task(bundle.spec).add_scaling(bundle.spec, *scaling)
     spec = _apply_thresholds(scaled, config, thresholds, same=same)
+    quality, scaled_rows = None, ScaledRows(rows.log_scores, rows.label, *scaling)
+    if config.coverage is not None:
+        spec = spec.model_copy(update={"label_sets": choose_label_sets(config, scaled_rows)})
+        quality = cross_evaluate(config, scaled_rows)
+    elif not same:
+        spec = spec.model_copy(update={"label_sets": None})
     record = {
         "bundle_sha256": bundle.sha256,
         "predictions": run.url,
@@ -145,14 +159,27 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         "ece_before": before,
         "ece_after": after,
         "target_precision": config.target_precision,
+        "coverage": config.coverage,
     }
     spec = spec.model_copy(update={"provenance": spec.provenance | {"calibration": record}})
     made = save_bundle(
         config.output, spec, load_bundle_weights(bundle), int8_model=load_int8_model(bundle)
     )
-    result = Calibration(made, spec.temperature, before, after, thresholds, reason)
+    result = Calibration(made, spec.temperature, before, after, thresholds, quality, reason)
     _log_result(config, bundle, result, len(rows.label))
     return result
+
+
+def _check_purpose(config: CalibrateConfig) -> None:
+    """Raise RequestError for settings that have no effect."""
+    if config.method == "none" and config.target_precision is None and config.coverage is None:
+        raise RequestError(
+            "method none: has no effect without --target-precision or --coverage; pass one, or "
+            "another --method"
+        )
+    if config.coverage is None and (config.coverage_per_class or config.rank_penalty):
+        name = "coverage_per_class" if config.coverage_per_class else "rank_penalty"
+        raise RequestError(f"{name}: has no effect without --coverage; pass --coverage 0.9")
 
 
 def load_held_out(
@@ -396,6 +423,15 @@ def _log_result(config: CalibrateConfig, bundle: Bundle, result: Calibration, ro
             "note",
             f"{len(never):,} of {len(result.thresholds):,} classes never reach the target "
             f"({shown}{', ...' if len(never) > 10 else ''}); their predictions are not accepted",
+        )
+    sets = result.bundle.spec.label_sets
+    if config.coverage is not None and sets is not None:
+        log_label_sets(sets, result.label_set_quality, tuple(bundle.spec.classes))
+    elif bundle.spec.label_sets is not None and sets is None:
+        log.emit(
+            "note",
+            "the old label sets do not apply to the new confidences and are removed; pass "
+            "--coverage to choose new ones",
         )
     changed = bundle.spec.threshold or bundle.spec.thresholds
     if result.unchanged_reason is not None:

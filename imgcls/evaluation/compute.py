@@ -25,6 +25,7 @@ from imgcls.metrics.confusion import ClassCounts
 from imgcls.metrics.discrimination import build_discrimination_table
 from imgcls.metrics.formatting import list_headlines
 from imgcls.metrics.intervals import wilson_interval
+from imgcls.metrics.label_sets import SET_COLUMN, build_set_columns
 from imgcls.metrics.selective import build_coverage_curve
 from imgcls.metrics.tables import Metric
 from imgcls.runs import layout
@@ -140,6 +141,7 @@ def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool
         label_column=label_column,
         slice_by=tuple(config.slice_by),
         scores=run.has_scores and label_column is not None,
+        sets=SET_COLUMN in run.schema.names,
         gallery=config.gallery,
     )
     found = aggregate_run(run, spec, joined)
@@ -158,7 +160,11 @@ def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool
         aggregate=found,
         has_labels=counts.labeled > 0,
         metrics=tables.compute_metrics(
-            counts, top_k=run.top_k, selective=found.selective, scores=found.scores
+            counts,
+            top_k=run.top_k,
+            selective=found.selective,
+            scores=found.scores,
+            sets=found.sets,
         ),
         omitted=list(_explain_omissions(run, found, joined)),
         per_class=_build_per_class(found),
@@ -243,6 +249,9 @@ def _build_per_class(found: RunAggregate) -> pa.Table:
         ranked = build_discrimination_table(found.scores)
         for name in ranked.schema.names[1:]:
             table = table.append_column(name, ranked[name])
+    if found.sets is not None and found.sets.labeled.any():
+        for name, column in build_set_columns(found.sets).items():
+            table = table.append_column(name, column)
     return table
 
 

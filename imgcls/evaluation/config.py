@@ -137,7 +137,7 @@ class CompareConfig(Section):
 
 
 class CalibrateConfig(LabelJoinConfig):
-    """Calibrate confidence, choose acceptance thresholds, and write a new bundle."""
+    """Calibrate confidence, choose acceptance thresholds and label sets, write a new bundle."""
 
     model: str
     """Bundle that predicted the held-out images."""
@@ -153,6 +153,12 @@ class CalibrateConfig(LabelJoinConfig):
     """Choose a threshold per predicted class instead of one for all."""
     min_rows: PositiveInt = 30
     """Minimum number of accepted labeled rows for a threshold."""
+    coverage: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Choose conformal label sets, which include the label with this probability."""
+    coverage_per_class: bool = False
+    """Reach the coverage for the images of each class, not only on average."""
+    rank_penalty: Annotated[float, Field(ge=0.0)] = 0.0
+    """Makes large label sets smaller and small ones larger (RAPS), such as 0.01."""
     overwrite: bool = False
     """Replace an existing bundle."""
     storage: StorageConfig = StorageConfig()

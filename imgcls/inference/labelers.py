@@ -27,6 +27,7 @@ from imgcls.errors import ManifestError, RequestError
 from imgcls.formatting import format_count
 from imgcls.inference.config import RelabelConfig
 from imgcls.models.bundle import load_bundle
+from imgcls.models.label_sets import LabelSets
 from imgcls.models.linear_head import check_same_embeddings, load_linear_head
 from imgcls.models.scores import normalize_embeddings
 from imgcls.models.task import SINGLE_LABEL, ScoreScaling, Task, find_task
@@ -50,6 +51,7 @@ class Labeler(ABC):
     classes:    in the order of the scores
     threshold:  minimum confidence of an accepted prediction, of the classes without their own
     thresholds: by class
+    label_sets: conformal label sets of a bundle that has them
     needs_urls: whether `compute_scores` needs the URLs of the images
     """
 
@@ -59,6 +61,7 @@ class Labeler(ABC):
     threshold: float
     thresholds: list[float]
     task: Task
+    label_sets: LabelSets | None = None
     needs_urls: bool = False
 
     @abstractmethod
@@ -85,6 +88,7 @@ class HeadLabeler(Labeler):
         default = bundle.spec.threshold
         self.threshold = default if config.threshold is None else config.threshold
         self.thresholds = bundle.spec.resolve_thresholds(config.threshold)
+        self.label_sets = bundle.spec.label_sets
 
     @torch.inference_mode()
     def compute_scores(self, embeddings: Floats, urls: pa.ChunkedArray | None) -> Floats:

@@ -420,6 +420,7 @@ class _PredictRun:
         added = build_prediction_schema(
             labeled=spec.label_column is not None,
             has_predictions=spec.has_predictions,
+            has_label_sets=self.bundle.spec.label_sets is not None,
             scores=len(self.classes) if spec.scores else None,
             scores_type=spec.scores_type,
             embedding=find_embedding_width(self.bundle) if spec.embeddings else None,

@@ -131,6 +131,7 @@ class _Relabeling:
         kind = run.schema.field("embedding").type
         self._schema = build_prediction_schema(
             labeled=run.label_column is not None,
+            has_label_sets=labeler.label_sets is not None,
             scores=len(labeler.classes) if config.scores else None,
             scores_type=config.scores_type,
             embedding=kind.list_size if config.embeddings else None,
@@ -249,6 +250,7 @@ class _Relabeling:
                 self._labeler.thresholds,
                 top_k=self._top_k,
                 codes=codes,
+                label_sets=self._labeler.label_sets,
                 scores_type=self._config.scores_type if self._config.scores else None,
             )
         )

@@ -325,6 +325,7 @@ def build_schema(spec: PredictSpec, classifier: Classifier) -> pa.Schema:
     return build_prediction_schema(
         labeled=spec.label_column is not None,
         has_predictions=spec.has_predictions,
+        has_label_sets=classifier.label_sets is not None,
         scores=len(classifier.classes) if spec.scores else None,
         scores_type=spec.scores_type,
         embedding=classifier.embedding_width if spec.embeddings else None,
@@ -386,6 +387,7 @@ def _build_predictions(
         top_k=spec.top_k,
         order=np.concatenate(head.order) if head.order else None,
         codes=codes,
+        label_sets=classifier.label_sets,
         scores_type=spec.scores_type if spec.scores else None,
     )
 

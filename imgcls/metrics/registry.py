@@ -20,6 +20,7 @@ from imgcls.metrics.confusion import ClassCounts, ClassRate, ClassWeighting
 from imgcls.metrics.counts import CORRECT, WRONG, PredictionCounts
 from imgcls.metrics.discrimination import MacroEstimate, ScoreCounts
 from imgcls.metrics.intervals import Interval, wilson_interval
+from imgcls.metrics.label_sets import SetCounts, estimate_mean_size
 from imgcls.metrics.log_loss import log_loss
 from imgcls.metrics.selective import SelectiveCounts, estimate_aurc
 
@@ -53,12 +54,15 @@ class Statistics:
         Counts by confidence threshold.
     scores : ScoreCounts or None
         Counts of the scores of all classes.
+    sets : SetCounts or None
+        Counts of the label sets.
     """
 
     counts: PredictionCounts
     top_k: int = 1
     selective: SelectiveCounts | None = None
     scores: ScoreCounts | None = None
+    sets: SetCounts | None = None
 
     @cached_property
     def macro_means(self) -> dict[str, MacroEstimate]:
@@ -178,6 +182,21 @@ def _brier(statistics: Statistics) -> Estimate | None:
     if statistics.scores is None:
         return None
     found = discrimination.estimate_brier(statistics.scores)
+    return None if found is None else Estimate(*found)
+
+
+def _count_covered(statistics: Statistics) -> tuple[int, int]:
+    sets = statistics.sets
+    return (0, 0) if sets is None else (int(sets.covered.sum()), int(sets.labeled.sum()))
+
+
+def _count_single(statistics: Statistics) -> tuple[int, int]:
+    sizes = None if statistics.sets is None else statistics.sets.sizes
+    return (0, 0) if sizes is None else (int(sizes[1:2].sum()), int(sizes.sum()))
+
+
+def _mean_set_size(statistics: Statistics) -> Estimate | None:
+    found = None if statistics.sets is None else estimate_mean_size(statistics.sets)
     return None if found is None else Estimate(*found)
 
 
@@ -306,6 +325,14 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "area_under_risk_coverage", "mean error rate over all coverages", FromStatistics(_aurc)
     ),
+    MetricSpec("set_coverage", "label sets that include the label", _share(_count_covered)),
+    MetricSpec(
+        "mean_set_size",
+        "mean number of labels",
+        FromStatistics(_mean_set_size),
+        "score",
+    ),
+    MetricSpec("single_label_sets", "label sets with one label", _share(_count_single)),
     MetricSpec(
         "brier_score", "mean squared distance from the label", FromStatistics(_brier), "score"
     ),
@@ -331,6 +358,8 @@ HEADLINES = {
     "expected_calibration_error": "calibration error (ECE)",
     "mean_confidence": "mean confidence",
     "coverage": "accepted",
+    "set_coverage": "label in its label set",
+    "mean_set_size": "labels per label set",
     "error_rate": "without a prediction",
 }
 """Metrics that are logged and shown first in the report, in this order, and their labels."""

@@ -19,6 +19,7 @@ from imgcls.metrics.counts import CORRECT, MAX_RANK, WRONG, PredictionCounts
 from imgcls.metrics.discrimination import ScoreCounts
 from imgcls.metrics.formatting import format_interval, format_value
 from imgcls.metrics.intervals import Interval, bootstrap_intervals, union_interval
+from imgcls.metrics.label_sets import SetCounts
 from imgcls.metrics.registry import (
     METRICS,
     STATUS_PREFIX,
@@ -80,6 +81,7 @@ def compute_metrics(
     top_k: int,
     selective: SelectiveCounts | None = None,
     scores: ScoreCounts | None = None,
+    sets: SetCounts | None = None,
     resamples: int = 200,
 ) -> list[Metric]:
     """Compute every metric of the registry that the counts define.
@@ -94,6 +96,8 @@ def compute_metrics(
         Adds area_under_risk_coverage.
     scores : ScoreCounts, optional
         Adds brier_score, auroc_macro and average_precision_macro.
+    sets : SetCounts, optional
+        Adds set_coverage, mean_set_size and single_label_sets.
     resamples : int, default 200
         Bootstrap resamples; 0 leaves out the intervals that need a bootstrap.
 
@@ -116,7 +120,7 @@ def compute_metrics(
     """
     if not 1 <= top_k <= MAX_RANK:
         raise ValueError(f"top_k is {top_k}; counts keep the rank of a label from 1 to {MAX_RANK}")
-    estimates = _estimate_metrics(Statistics(counts, top_k, selective, scores), resamples)
+    estimates = _estimate_metrics(Statistics(counts, top_k, selective, scores, sets), resamples)
     found = []
     for spec in METRICS:
         estimate = estimates.get(spec.name)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     Field,
     FiniteFloat,
     ValidationError,
@@ -28,15 +26,15 @@ from imgcls.data.decoding.preprocess import DecodeMode, Preprocess
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import StorageConfig, current_settings, use_settings
 from imgcls.errors import BundleError, OutputError, RequestError, StorageError, request_error
+from imgcls.models.acceptance import NEVER_ACCEPT, AcceptanceThreshold
+from imgcls.models.bundle_card import render_minimal_card
 from imgcls.models.finite import check_finite_safetensors
+from imgcls.models.label_sets import LabelSets
 
 if TYPE_CHECKING:
     import torch
 
 BUNDLE_FORMAT_VERSION = 1
-NEVER_ACCEPT = 2.0
-"""Threshold of a class whose predictions are never accepted. It is a number above any confidence,
-rounding included, so that `score >= threshold` is false."""
 BUNDLE_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
 INT8_FILE = "int8.openvino.zip"
@@ -96,15 +94,6 @@ class Int8Calibration(Section):
         return text
 
 
-def _check_threshold(value: float) -> float:
-    if not (0 <= value <= 1 or value == NEVER_ACCEPT):
-        raise ValueError(f"{value:g} is not in [0, 1], nor {NEVER_ACCEPT:g} (never accept)")
-    return value
-
-
-AcceptanceThreshold = Annotated[float, AfterValidator(_check_threshold)]
-
-
 class BundleSpec(Section):
     """Content of `bundle.json`."""
 
@@ -121,6 +110,8 @@ class BundleSpec(Section):
     """Minimum confidence to accept a prediction; 2 accepts none."""
     thresholds: dict[str, AcceptanceThreshold] = {}
     """Thresholds of single predicted classes, instead of `threshold`."""
+    label_sets: LabelSets | None = None
+    """Conformal label sets, written by `imgcls calibrate --coverage`."""
     int8: Int8Calibration | None = None
     """Data for `precision int8`, written by `imgcls model quantize`."""
     provenance: dict[str, Any] = {}
@@ -147,6 +138,9 @@ class BundleSpec(Section):
         sizes = {len(scaling.scale), len(scaling.bias)} if scaling is not None else set()
         if sizes - {len(self.classes)}:
             raise ValueError("vector_scaling: one scale and one bias per class required")
+        sets = self.label_sets
+        if sets is not None and len(sets.thresholds) not in {1, len(self.classes)}:
+            raise ValueError("label_sets: one threshold for all classes, or one per class required")
         return self
 
     @property
@@ -381,74 +375,6 @@ def _restore_never_accept(spec: BundleSpec) -> BundleSpec:
         name: NEVER_ACCEPT if value == 1.0 else value for name, value in spec.thresholds.items()
     }
     return spec.model_copy(update={"thresholds": chosen})
-
-
-def render_minimal_card(spec: BundleSpec) -> str:
-    """README of a bundle without information about the training."""
-    lines = [f"# {render_card_title(spec)}", "", *render_card_description(spec)]
-    if spec.metrics:
-        lines += ["", "| metric | value |", "| --- | --- |"]
-        lines += [
-            f"| {escape_markdown(name)} | {value:.4f} |" for name, value in spec.metrics.items()
-        ]
-    lines += ["", *render_card_usage("predict" if spec.classes else "embed"), ""]
-    return "\n".join(lines)
-
-
-def render_card_title(spec: BundleSpec) -> str:
-    """Markdown title: the network and its number of classes."""
-    number = f"{len(spec.classes):,} classes" if spec.classes else "a backbone"
-    return f"{escape_markdown(spec.architecture.name)}, {number}"
-
-
-def render_card_description(spec: BundleSpec, max_classes: int = 20) -> list[str]:
-    """Markdown lines: classes, preprocessing, calibration and thresholds."""
-    shown = ", ".join(escape_markdown(name) for name in spec.classes[:max_classes])
-    hidden = len(spec.classes) - max_classes
-    more = f" and {hidden:,} more" if hidden > 0 else ""
-    pre = spec.preprocess
-    size = (
-        f"Input: {pre.crop}x{pre.crop} RGB, {pre.mode} from {pre.resize}, {pre.interpolation}; "
-        f"mean {list(pre.mean)}, std {list(pre.std)}."
-    )
-    if not spec.classes:
-        return ["No classes: the network computes embeddings.", "", size]
-    decisions = f"{_describe_calibration(spec)}, acceptance threshold {_describe_acceptance(spec)}."
-    return [f"Classes: {shown}{more}.", "", size, decisions]
-
-
-def _describe_calibration(spec: BundleSpec) -> str:
-    scaled = "" if spec.vector_scaling is None else "Vector scaling, "
-    return f"{scaled}{'t' if scaled else 'T'}emperature {spec.temperature:g}"
-
-
-def _describe_acceptance(spec: BundleSpec, max_classes: int = 20) -> str:
-    chosen = dict(zip(spec.classes, spec.resolve_thresholds(), strict=True))
-    reached = [value for value in chosen.values() if value < NEVER_ACCEPT]
-    never = [escape_markdown(name) for name, value in chosen.items() if value == NEVER_ACCEPT]
-    if not reached:
-        return "none: no prediction is accepted"
-    text = f"{spec.threshold:g}"
-    if spec.thresholds:
-        text = f"per class, {min(reached):g} to {max(reached):g}"
-    if never:
-        hidden = len(never) - max_classes
-        more = f" and {hidden:,} more" if hidden > 0 else ""
-        text += f"; never accepted: {', '.join(never[:max_classes])}{more}"
-    return text
-
-
-def render_card_usage(command: str = "predict") -> list[str]:
-    """Markdown lines: the command that runs the model."""
-    return [f"    imgcls {command} --model THIS_FOLDER --manifest IMAGES --output OUT"]
-
-
-def escape_markdown(text: str, max_length: int = 80) -> str:
-    """Escape `text` for Markdown, on one line, cut to `max_length` characters."""
-    text = " ".join(text.split()) or "(blank)"
-    text = text if len(text) <= max_length else text[: max_length - 3] + "..."
-    # an underscore within a word has no meaning in Markdown
-    return re.sub(r"([\\`*{}\[\]<>#|~&$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def is_lfs_pointer(data: bytes) -> bool:

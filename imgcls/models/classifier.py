@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, overload
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -37,83 +37,12 @@ from imgcls.models.bundle import (
     resolve_int8_engine,
 )
 from imgcls.models.engines import build_engine
-from imgcls.models.notebook_repr import render_failed_prediction, render_prediction
+from imgcls.models.label_sets import find_label_sets
 from imgcls.models.precision import choose_precision
+from imgcls.models.prediction import FailedPrediction, Prediction, Predictions
 from imgcls.models.scores import PendingScores, Scores
 from imgcls.models.sources import ImageSource
 from imgcls.models.task import ScoreScaling, find_task, rank_on_device
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Prediction of one image.
-
-    Parameters
-    ----------
-    label, confidence
-        Predicted class and its score.
-    accepted
-        Whether the confidence reaches the threshold.
-    topk_labels, topk_scores
-        The k best classes and their scores, best first.
-    source
-        The image as it was passed, for display in a notebook.
-    status, error
-        Always "ok" and None, as in the output columns of `imgcls predict`.
-    """
-
-    label: str
-    confidence: float
-    accepted: bool
-    topk_labels: list[str]
-    topk_scores: list[float]
-    source: ImageSource | None = field(default=None, repr=False, compare=False)
-    status: str = "ok"
-    error: str | None = None
-
-    def _repr_html_(self) -> str:
-        return render_prediction(self.source, self.topk_labels, self.topk_scores, self.accepted)
-
-
-@dataclass(frozen=True)
-class FailedPrediction:
-    """Result for an image without a prediction, with the fields of `Prediction`.
-
-    Parameters
-    ----------
-    status, error
-        Kind and text of the error, as in the output columns of `imgcls predict`.
-    source
-        The image as it was passed, for display in a notebook.
-    """
-
-    status: str
-    error: str
-    source: ImageSource | None = field(default=None, repr=False, compare=False)
-    label: None = None
-    confidence: None = None
-    accepted: bool = False
-    topk_labels: list[str] = field(default_factory=list)
-    topk_scores: list[float] = field(default_factory=list)
-
-    def _repr_html_(self) -> str:
-        return render_failed_prediction(self.source, self.error)
-
-
-AnyPrediction = TypeVar("AnyPrediction", bound=Prediction | FailedPrediction)
-
-
-class Predictions(list[AnyPrediction]):
-    """List of predictions in the order of their images, with an HTML view for notebooks."""
-
-    def _repr_html_(self) -> str:
-        shown = "".join(prediction._repr_html_() for prediction in self[:MAX_SHOWN])
-        more = len(self) - MAX_SHOWN
-        return shown + (f"<p>and {more:,} more</p>" if more > 0 else "")
-
-
-MAX_SHOWN = 24
-"""Number of predictions in the HTML view."""
 
 
 class Classifier:
@@ -172,6 +101,7 @@ class Classifier:
         self.bundle = bundle
         self.classes = bundle.spec.classes
         self.preprocess = bundle.spec.preprocess
+        self.label_sets = bundle.spec.label_sets
         self.device = resolve_device(device)
         if precision == "int8" and self.device.type == "cpu":
             engine = resolve_int8_engine(engine, bundle)
@@ -455,6 +385,7 @@ class Classifier:
         if threshold is not None:
             thresholds = np.full(len(self.classes), threshold, np.float32)
         decisions = self.task.decide(scores, thresholds, top_k)
+        sets = self._find_sets(scores)
         return [
             Prediction(
                 label=self.classes[best[0]],
@@ -462,10 +393,21 @@ class Classifier:
                 accepted=bool(accepted),
                 topk_labels=[self.classes[i] for i in best],
                 topk_scores=[float(v) for v in value],
+                label_set=label_set,
             )
-            for best, value, accepted in zip(
-                decisions.classes, decisions.scores, decisions.accepted, strict=True
+            for best, value, accepted, label_set in zip(
+                decisions.classes, decisions.scores, decisions.accepted, sets, strict=True
             )
+        ]
+
+    def _find_sets(self, scores: npt.NDArray[np.float32]) -> Sequence[list[str] | None]:
+        """The label set of each row; None for a bundle without label sets."""
+        if self.label_sets is None:
+            return [None] * len(scores)
+        order, is_included = find_label_sets(scores, self.label_sets)
+        return [
+            [self.classes[i] for i in row[included]]
+            for row, included in zip(order, is_included, strict=True)
         ]
 
 

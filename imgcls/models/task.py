@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from imgcls.models.bundle import BundleSpec, VectorScaling
+from imgcls.models.label_sets import LabelSets, build_set_column, find_label_sets
 
 if TYPE_CHECKING:
     import torch
@@ -124,11 +125,17 @@ class Task(ABC):
 
     @abstractmethod
     def build_fields(
-        self, *, has_labels: bool, classes: int | None = None, scores_type: str = "float32"
+        self,
+        *,
+        has_labels: bool,
+        has_label_sets: bool = False,
+        classes: int | None = None,
+        scores_type: str = "float32",
     ) -> list[pa.Field]:
         """Prediction columns of a table, in their order.
 
         has_labels:  whether the rows have labels, whose scores and ranks become columns
+        has_label_sets: whether the bundle has conformal label sets
         classes:     number of classes when all scores become a column
         scores_type: float32, or float16, which Spark cannot read
         """
@@ -143,6 +150,7 @@ class Task(ABC):
         top_k: int,
         order: NDArray[np.int64] | None = None,
         codes: NDArray[np.int64] | None = None,
+        label_sets: LabelSets | None = None,
         scores_type: str | None = None,
     ) -> dict[str, pa.Array]:
         """Prediction columns of (N, C) finite scores, by the names of `build_fields`.
@@ -256,9 +264,14 @@ class SingleLabel(Task):
         return own[:, 0], rank
 
     def build_fields(
-        self, *, has_labels: bool, classes: int | None = None, scores_type: str = "float32"
+        self,
+        *,
+        has_labels: bool,
+        has_label_sets: bool = False,
+        classes: int | None = None,
+        scores_type: str = "float32",
     ) -> list[pa.Field]:
-        """Columns of the predicted class, its confidence and the top k."""
+        """Columns of the predicted class, its confidence, the top k and the label set."""
         fields = [
             pa.field("predicted_label", pa.string()),
             pa.field("confidence", pa.float32()),
@@ -266,6 +279,8 @@ class SingleLabel(Task):
             pa.field("topk_labels", pa.list_(pa.string())),
             pa.field("topk_scores", pa.list_(pa.float32())),
         ]
+        if has_label_sets:
+            fields.append(pa.field("label_set", pa.list_(pa.string())))
         if has_labels:
             fields += [pa.field("label_score", pa.float32()), pa.field("label_rank", pa.int32())]
         if classes is not None:
@@ -282,9 +297,15 @@ class SingleLabel(Task):
         top_k: int,
         order: NDArray[np.int64] | None = None,
         codes: NDArray[np.int64] | None = None,
+        label_sets: LabelSets | None = None,
         scores_type: str | None = None,
     ) -> dict[str, pa.Array]:
         """Columns of the decisions; the score and rank of a label that is no class are null."""
+        sets: dict[str, pa.Array] = {}
+        if label_sets is not None:
+            every, is_included = find_label_sets(scores, label_sets)
+            sets["label_set"] = build_set_column(every, is_included, classes)
+            order = every[:, :top_k]
         found = self.decide(scores, thresholds, top_k, order)
         names = pa.array(classes, pa.string())
         width = found.classes.shape[1]
@@ -294,6 +315,7 @@ class SingleLabel(Task):
             "accepted": pa.array(found.accepted),
             "topk_labels": _build_lists(names.take(pa.array(found.classes.ravel())), width),
             "topk_scores": _build_lists(pa.array(found.scores.ravel()), width),
+            **sets,
         }
         if codes is not None:
             is_known = codes >= 0

@@ -17,6 +17,7 @@ PREDICTION_COLUMNS = (
     "accepted",
     "topk_labels",
     "topk_scores",
+    "label_set",
     "label_score",
     "label_rank",
     "scores",
@@ -35,6 +36,7 @@ def build_prediction_schema(
     *,
     labeled: bool,
     has_predictions: bool = True,
+    has_label_sets: bool = False,
     scores: int | None = None,
     scores_type: str = "float32",
     embedding: int | None = None,
@@ -45,6 +47,7 @@ def build_prediction_schema(
 
     labeled:     add the score and the rank of the manifest's label
     has_predictions: false for the run of a backbone, which has embeddings alone
+    has_label_sets: true for a bundle with conformal label sets
     scores:      number of classes, to add the score of every class
     scores_type: float32, or float16, which Spark cannot read
     embedding:   width of the embedding, to add it
@@ -52,7 +55,12 @@ def build_prediction_schema(
     """
     fields = [pa.field("row", pa.int64(), nullable=False)]
     if has_predictions:
-        fields += task.build_fields(has_labels=labeled, classes=scores, scores_type=scores_type)
+        fields += task.build_fields(
+            has_labels=labeled,
+            has_label_sets=has_label_sets,
+            classes=scores,
+            scores_type=scores_type,
+        )
     if embedding is not None:
         kind = pa.float16() if embedding_type == "float16" else pa.float32()
         fields.append(pa.field("embedding", pa.list_(kind, embedding)))

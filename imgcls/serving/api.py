@@ -67,6 +67,9 @@ class PredictionRow(BaseModel):
     accepted: bool
     topk_labels: list[str] | None
     topk_scores: list[float] | None
+    label_set: list[str] | None = Field(
+        default=None, description="Conformal label set, of a model that has them."
+    )
     width: int | None
     height: int | None
     status: str
@@ -91,6 +94,9 @@ class ModelDescription(BaseModel):
     temperature: float
     threshold: float
     thresholds: dict[str, float]
+    label_set_coverage: float | None = Field(
+        default=None, description="Probability that a label set includes the label."
+    )
     precision: str
     engine: str = Field(description="Library that runs the network, and its version.")
     embedding_width: int

@@ -23,8 +23,9 @@ from imgcls.data.decoding import decode
 from imgcls.data.decoding.decode import Pixels
 from imgcls.errors import OK, ImageError, ImageTooLarge, ResourcesError, one_line
 from imgcls.models.bundle import load_bundle
-from imgcls.models.classifier import Classifier, Prediction
+from imgcls.models.classifier import Classifier
 from imgcls.models.graph_sizes import SIZE_FACTOR, choose_graph_sizes
+from imgcls.models.prediction import Prediction
 from imgcls.serving.batching import DynamicBatcher
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.metrics import ReplicaMetrics
@@ -107,6 +108,7 @@ class ServedModel:
             "temperature": spec.temperature,
             "threshold": spec.threshold if threshold is None else threshold,
             "thresholds": spec.thresholds if threshold is None else {},
+            "label_set_coverage": None if spec.label_sets is None else spec.label_sets.coverage,
             "precision": self.classifier.precision,
             "engine": self.classifier.engine,
             "embedding_width": self.classifier.embedding_width,
@@ -248,6 +250,8 @@ class Service:
             output.scores[None], top_k=options.top_k, threshold=options.threshold
         )[0]
         row = _build_row(prediction, width=width, height=height)
+        if prediction.label_set is not None:
+            row["label_set"] = prediction.label_set
         if output.embedding is not None:
             row["embedding"] = output.embedding.tolist()
         return row

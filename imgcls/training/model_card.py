@@ -16,8 +16,8 @@ import yaml
 
 from imgcls.formatting import format_count
 from imgcls.metrics.intervals import wilson_interval
-from imgcls.models.bundle import (
-    BundleSpec,
+from imgcls.models.bundle import BundleSpec
+from imgcls.models.bundle_card import (
     escape_markdown,
     render_card_description,
     render_card_title,

@@ -24,9 +24,9 @@ from imgcls.evaluation.calibrate import (
 from imgcls.evaluation.config import CalibrateConfig
 from imgcls.metrics import expected_calibration_error
 from imgcls.models import zoo
+from imgcls.models.acceptance import NEVER_ACCEPT
 from imgcls.models.bundle import (
     INT8_FILE,
-    NEVER_ACCEPT,
     Bundle,
     BundleSpec,
     Int8Calibration,
@@ -303,3 +303,73 @@ def test_another_models_run_no_scores_and_no_labels_are_rejected(
         calibrate(request(bundle, blind))
     with pytest.raises(RequestError, match="is the input bundle"):
         calibrate(request(bundle, bare, output=bundle.url))
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_label_sets_cover_new_rows_as_often_as_asked(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], per_class: bool
+) -> None:
+    run = run_of(tmp_path, bundle)
+    result = calibrate(request(bundle, run, coverage=0.9, coverage_per_class=per_class))
+    spec = load_bundle(result.bundle.url).spec
+    assert spec.label_sets is not None
+    assert len(spec.label_sets.thresholds) == (5 if per_class else 1)
+    assert spec.provenance["calibration"]["coverage"] == 0.9
+    assert result.label_set_quality is not None
+    assert result.label_set_quality.coverage == pytest.approx(0.9, abs=0.01)
+    assert "label sets 90.00% coverage: " in capsys.readouterr().out
+    card = (Path(result.bundle.url) / "README.md").read_text()
+    assert "Label sets include the label with probability 0.9." in card
+    # new rows, by the scores of the new bundle
+    rows = drawn(6000, 7, sharpness=2.0)
+    logs = np.log(np.array(rows["scores"].to_pylist(), np.float32)) * 2.0 / result.temperature
+    scores = np.exp(logs) / np.exp(logs).sum(1, keepdims=True)
+    ranked = Classifier(result.bundle, precision="fp32", device="cpu").rank_scores(scores)
+    labels = np.array(rows["label"].to_pylist())
+    covered = np.array(
+        [label in (each.label_set or []) for label, each in zip(labels, ranked, strict=True)]
+    )
+    assert covered.mean() == pytest.approx(0.9, abs=0.015)
+    if per_class:
+        for name in CLASSES:
+            assert covered[labels == name].mean() == pytest.approx(0.9, abs=0.03)
+
+
+def test_label_sets_go_with_the_confidences_that_they_were_chosen_for(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = calibrate(request(bundle, run_of(tmp_path, bundle), coverage=0.8)).bundle
+    again = commit(tmp_path / "again", drawn(6000, 3, sharpness=1.0), bundle_sha256=first.sha256)
+    kept = calibrate(
+        request(first, again, method="none", target_precision=0.4, output=str(tmp_path / "kept"))
+    )
+    assert kept.bundle.spec.label_sets == first.spec.label_sets
+    capsys.readouterr()
+    lost = calibrate(request(first, again, output=str(tmp_path / "lost")))
+    assert lost.bundle.spec.label_sets is None
+    assert "the old label sets do not apply to the new confidences" in capsys.readouterr().out
+
+
+def test_classes_with_too_few_rows_are_in_every_set(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = drawn(600, 2, sharpness=2.0)
+    is_eel = np.array(table["label"].to_pylist()) == "eel"
+    table = table.filter(pa.array(~is_eel | (np.cumsum(is_eel) <= 8)))
+    run = commit(tmp_path / "out", table, bundle_sha256=bundle.sha256)
+    made = calibrate(request(bundle, run, coverage=0.9, coverage_per_class=True)).bundle
+    assert "1 class with too few held-out rows: in every label set (eel)" in capsys.readouterr().out
+    ranked = Classifier(made, device="cpu").rank_scores(np.eye(5, dtype=np.float32))
+    assert all("eel" in (each.label_set or []) for each in ranked)
+
+
+def test_label_sets_that_cannot_be_chosen_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    few = commit(tmp_path / "few", drawn(50, sharpness=1.0), bundle_sha256=bundle.sha256)
+    with pytest.raises(RequestError, match="needs 99 labeled rows; the largest number is 50"):
+        calibrate(request(bundle, few, coverage=0.99))
+    with pytest.raises(RequestError, match="needs 99 labeled rows of a class"):
+        calibrate(request(bundle, few, coverage=0.99, coverage_per_class=True))
+    for changes in ({"coverage_per_class": True}, {"rank_penalty": 0.1}):
+        with pytest.raises(RequestError, match="has no effect without --coverage"):
+            calibrate(request(bundle, few, **changes))
+    assert not Path(f"{bundle.url}-calibrated").exists()

@@ -33,8 +33,9 @@ from imgcls.execution.plan import Plan
 from imgcls.inference import stages
 from imgcls.inference.specs import PredictSpec
 from imgcls.inference.stages import PreparedImages
-from imgcls.models.bundle import EngineName
+from imgcls.models.bundle import EngineName, load_bundle, load_bundle_weights, save_bundle
 from imgcls.models.classifier import Classifier
+from imgcls.models.label_sets import LabelSets, find_label_sets
 from imgcls.models.scores import PendingScores
 from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.schema import build_prediction_schema
@@ -86,6 +87,27 @@ def predict_alone(spec: PredictSpec, classifier: Classifier, work: ChunkTask) ->
 
 
 # ------------------------------------------------------------------ one chunk
+
+
+def test_label_sets_are_a_column_and_change_no_other(
+    spec: PredictSpec, classifier: Classifier, color_bundle: Path, tmp_path: Path
+) -> None:
+    plain = load_bundle(str(color_bundle))
+    sets = LabelSets(coverage=0.9, thresholds=[0.5])
+    made = save_bundle(
+        str(tmp_path / "sets"),
+        plain.spec.model_copy(update={"label_sets": sets}),
+        load_bundle_weights(plain),
+    )
+    other = Classifier(made, precision="fp32", device="cpu", decode="fast")
+    found = predict_alone(spec, other, ChunkTask(0))
+    assert found.drop_columns(["label_set"]).equals(predict_alone(spec, classifier, ChunkTask(0)))
+    assert found.schema.names.index("label_set") == found.schema.names.index("topk_scores") + 1
+    for row in found.to_pylist():
+        assert (row["label_set"] is None) == (row["status"] != "ok")
+        if row["label_set"] is not None:
+            order, is_included = find_label_sets(np.array([row["scores"]], np.float32), sets)
+            assert row["label_set"] == [CLASSES[i] for i in order[0][is_included[0]]]
 
 
 def test_every_row_of_a_chunk_has_its_row_and_its_reason(
@@ -400,7 +422,7 @@ def test_with_scores_that_tie_the_label_rank_is_the_labels_place_in_the_top_k(
     classes = ["a", "b", "c", "d", "e"]
     pending = PendingScores(torch.from_numpy(scores), None, CudaTimer(torch.device("cpu")))
     oracle: Any = SimpleNamespace(
-        classes=classes, task=SINGLE_LABEL, submit=lambda _, **__: pending
+        classes=classes, task=SINGLE_LABEL, label_sets=None, submit=lambda _, **__: pending
     )
     pixels = np.zeros((6, 1, 1, 3), np.uint8)
     prepared = PreparedImages(pixels, ["ok"] * 6, [None] * 6, [1] * 6, [1] * 6)

@@ -22,15 +22,15 @@ from pydantic import ValidationError
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.errors import BundleError, RequestError, StorageError
 from imgcls.models import zoo
+from imgcls.models.acceptance import NEVER_ACCEPT
 from imgcls.models.bundle import (
-    NEVER_ACCEPT,
     BundleSpec,
     load_bundle,
     load_bundle_weights,
     read_description,
-    render_minimal_card,
     save_bundle,
 )
+from imgcls.models.bundle_card import render_minimal_card
 from imgcls.models.classifier import Classifier
 
 FILES = ("bundle.json", "model.safetensors")

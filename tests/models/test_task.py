@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgcls.data.decoding.preprocess import Preprocess
-from imgcls.models.bundle import NEVER_ACCEPT, Architecture, BundleSpec, VectorScaling
+from imgcls.models.acceptance import NEVER_ACCEPT
+from imgcls.models.bundle import Architecture, BundleSpec, VectorScaling
 from imgcls.models.task import (
     SINGLE_LABEL,
     TASKS,

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 from imgcls.client import Client, ServiceError
+from imgcls.models.bundle import load_bundle, load_bundle_weights, save_bundle
 from imgcls.models.classifier import Classifier
+from imgcls.models.label_sets import LabelSets
 from tests.serving.app import (
     Running,
     assert_problem,
@@ -123,6 +125,28 @@ def test_the_threshold_in_effect_is_the_one_described(color_bundle: Path) -> Non
         description = client.model()
         assert (description["threshold"], description["thresholds"]) == (0.99, {})
         assert client.predict(jpeg())[0]["accepted"] is False
+
+
+def test_label_sets_are_in_the_responses_of_a_model_that_has_them(
+    server: Running, color_bundle: Path, tmp_path: Path
+) -> None:
+    with Client(server.url) as client:
+        assert "label_set" not in client.predict(jpeg())[0]
+        assert client.model()["label_set_coverage"] is None
+    plain = load_bundle(str(color_bundle))
+    sets = LabelSets(coverage=0.9, thresholds=[0.5])
+    save_bundle(
+        str(tmp_path / "bundle"),
+        plain.spec.model_copy(update={"label_sets": sets}),
+        load_bundle_weights(plain),
+    )
+    with serving(tmp_path / "bundle") as running, Client(running.url) as client:
+        (row,) = client.predict(jpeg())
+        assert client.model()["label_set_coverage"] == 0.9
+    expected = (
+        Classifier.load(str(tmp_path / "bundle"), device="cpu").predict([jpeg()])[0].label_set
+    )
+    assert row["label_set"] == expected == row["topk_labels"][: len(expected or [])]
 
 
 def test_a_response_names_the_model_that_was_used(color_bundle: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from imgcls.models import zoo
-from imgcls.models.bundle import BundleSpec, escape_markdown, save_bundle
+from imgcls.models.bundle import BundleSpec, save_bundle
+from imgcls.models.bundle_card import escape_markdown
 from imgcls.training.model_card import build_model_card
 
 PROVENANCE: dict[str, Any] = {

@@ -1,0 +1,149 @@
+"""Choose the conformal label sets of a bundle, on labeled held-out rows (split conformal)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imgcls import log
+from imgcls.errors import RequestError
+from imgcls.evaluation.config import CalibrateConfig
+from imgcls.formatting import format_count
+from imgcls.metrics.columns import Ints
+from imgcls.models.label_sets import (
+    ALWAYS_INCLUDED,
+    LabelSets,
+    choose_set_threshold,
+    compute_nonconformity,
+    find_label_sets,
+)
+
+_BLOCK_VALUES = 4_000_000
+_MAX_LISTED = 10
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledRows:
+    """Labeled rows with their scores, which are computed in blocks.
+
+    log_scores: (N, C) float32
+    label:      (N,) int64 class indices
+    scale, bias: of the log scores, as in `calibrate`
+    """
+
+    log_scores: NDArray[np.float32]
+    label: Ints
+    scale: NDArray[np.float32]
+    bias: NDArray[np.float32] | None
+
+    def iter_blocks(self) -> Iterator[tuple[NDArray[np.float32], Ints]]:
+        """Scores and labels, in blocks of rows."""
+        size = max(1, _BLOCK_VALUES // self.log_scores.shape[1])
+        for start in range(0, len(self.label), size):
+            part = slice(start, start + size)
+            logits = self.log_scores[part] * self.scale
+            if self.bias is not None:
+                logits = logits + self.bias
+            logits -= logits.max(1, keepdims=True)
+            np.exp(logits, out=logits)
+            logits /= logits.sum(1, keepdims=True)
+            yield logits, self.label[part]
+
+    def split(self) -> tuple[ScaledRows, ScaledRows]:
+        """Two halves: the even and the odd rows."""
+        first, second = (
+            ScaledRows(self.log_scores[half::2], self.label[half::2], self.scale, self.bias)
+            for half in (0, 1)
+        )
+        return first, second
+
+
+class SetQuality(NamedTuple):
+    """How label sets fit labeled rows: shares of them, and the mean number of labels."""
+
+    coverage: float
+    mean_size: float
+    single: float
+
+
+def choose_label_sets(config: CalibrateConfig, rows: ScaledRows) -> LabelSets:
+    """The label sets with the coverage that `config` asks for.
+
+    Raises RequestError for too few rows.
+    """
+    assert config.coverage is not None
+    parts = [compute_nonconformity(*block, config.rank_penalty) for block in rows.iter_blocks()]
+    values = np.concatenate(parts)
+    groups = (
+        [values[rows.label == code] for code in range(rows.log_scores.shape[1])]
+        if config.coverage_per_class
+        else [values]
+    )
+    found = [choose_set_threshold(group, config.coverage) for group in groups]
+    if all(threshold is None for threshold in found):
+        needed = math.ceil(round(config.coverage / (1 - config.coverage), 9))
+        raise RequestError(
+            f"coverage {config.coverage:g}: needs {needed:,} labeled rows"
+            f"{' of a class' if config.coverage_per_class else ''}; the largest number is "
+            f"{max(map(len, groups)):,}. Hold out more images, or lower it"
+        )
+    return LabelSets(
+        coverage=config.coverage,
+        thresholds=[ALWAYS_INCLUDED if value is None else value for value in found],
+        rank_penalty=config.rank_penalty,
+    )
+
+
+def evaluate_label_sets(sets: LabelSets, rows: ScaledRows) -> SetQuality:
+    """Coverage and size of the label sets of labeled rows."""
+    covered = size = single = 0
+    for scores, label in rows.iter_blocks():
+        order, is_included = find_label_sets(scores, sets)
+        sizes = is_included.sum(1)
+        covered += int(is_included[order == label[:, None]].sum())
+        size += int(sizes.sum())
+        single += int((sizes == 1).sum())
+    count = len(rows.label)
+    return SetQuality(covered / count, size / count, single / count)
+
+
+def cross_evaluate(config: CalibrateConfig, rows: ScaledRows) -> SetQuality | None:
+    """Quality of the sets, each half with thresholds of the other half; None for too few rows."""
+    halves = rows.split()
+    try:
+        found = [
+            evaluate_label_sets(choose_label_sets(config, fitted), rest)
+            for fitted, rest in (halves, halves[::-1])
+        ]
+    except RequestError:
+        return None
+    weights = [len(half.label) for half in halves[::-1]]
+    return SetQuality(*np.average(np.array(found), axis=0, weights=weights).tolist())
+
+
+def log_label_sets(sets: LabelSets, quality: SetQuality | None, classes: tuple[str, ...]) -> None:
+    """Show the quality of the sets, and the classes that are in every one."""
+    text = f"label sets {sets.coverage:.2%} coverage"
+    if quality is not None:
+        text += (
+            f": {quality.coverage:.2%} covered, {quality.mean_size:.2f} labels on average, "
+            f"{quality.single:.2%} with one label (two-fold cross-fitting)"
+        )
+    log.show(text)
+    always = [
+        name
+        for name, threshold in zip(classes, sets.thresholds, strict=False)
+        if threshold >= ALWAYS_INCLUDED
+    ]
+    if always:
+        shown = ", ".join(always[:_MAX_LISTED]) + (", ..." if len(always) > _MAX_LISTED else "")
+        log.emit(
+            "note",
+            f"{format_count(len(always), 'class', 'classes')} with too few held-out rows: in every "
+            f"label set ({shown}). Hold out more images of them",
+        )

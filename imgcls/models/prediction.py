@@ -1,0 +1,85 @@
+"""Results of `Classifier.predict`: the prediction of an image, or why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from imgcls.models.notebook_repr import render_failed_prediction, render_prediction
+from imgcls.models.sources import ImageSource
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Prediction of one image.
+
+    Parameters
+    ----------
+    label, confidence
+        Predicted class and its score.
+    accepted
+        Whether the confidence reaches the threshold.
+    topk_labels, topk_scores
+        The k best classes and their scores, best first.
+    label_set
+        Conformal label set, best label first; None for a bundle without label sets.
+    source
+        The image as it was passed, for display in a notebook.
+    status, error
+        Always "ok" and None, as in the output columns of `imgcls predict`.
+    """
+
+    label: str
+    confidence: float
+    accepted: bool
+    topk_labels: list[str]
+    topk_scores: list[float]
+    label_set: list[str] | None = None
+    source: ImageSource | None = field(default=None, repr=False, compare=False)
+    status: str = "ok"
+    error: str | None = None
+
+    def _repr_html_(self) -> str:
+        return render_prediction(self.source, self.topk_labels, self.topk_scores, self.accepted)
+
+
+@dataclass(frozen=True)
+class FailedPrediction:
+    """Result for an image without a prediction, with the fields of `Prediction`.
+
+    Parameters
+    ----------
+    status, error
+        Kind and text of the error, as in the output columns of `imgcls predict`.
+    source
+        The image as it was passed, for display in a notebook.
+    """
+
+    status: str
+    error: str
+    source: ImageSource | None = field(default=None, repr=False, compare=False)
+    label: None = None
+    confidence: None = None
+    accepted: bool = False
+    topk_labels: list[str] = field(default_factory=list)
+    topk_scores: list[float] = field(default_factory=list)
+    label_set: None = None
+
+    def _repr_html_(self) -> str:
+        return render_failed_prediction(self.source, self.error)
+
+
+AnyPrediction = TypeVar("AnyPrediction", bound=Prediction | FailedPrediction)
+
+
+class Predictions(list[AnyPrediction]):
+    """List of predictions in the order of their images, with an HTML view for notebooks."""
+
+    def _repr_html_(self) -> str:
+        shown = "".join(prediction._repr_html_() for prediction in self[:MAX_SHOWN])
+        more = len(self) - MAX_SHOWN
+        return shown + (f"<p>and {more:,} more</p>" if more > 0 else "")
+
+
+MAX_SHOWN = 24
+"""Number of predictions in the HTML view."""
