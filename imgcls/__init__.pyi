@@ -165,6 +165,7 @@ def label(
     scores_type: Literal['float32', 'float16'] = ...,
     reference: str | None | PathLike[str] = ...,
     max_psi: float | None = ...,
+    max_ood_share: float | None = ...,
 ) -> PredictResult: ...
 
 @overload

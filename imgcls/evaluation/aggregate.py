@@ -28,6 +28,7 @@ from imgcls.evaluation.label_join import JoinedLabels, select_run_columns
 from imgcls.metrics import PredictionCounts
 from imgcls.metrics.columns import (
     EVALUATED_COLUMNS,
+    OOD_COLUMN,
     PREDICTED_COLUMNS,
     Floats,
     Ints,
@@ -58,6 +59,7 @@ class AggregateSpec:
     slice_by: columns to slice by: counts are also kept for each of their values
     scores: whether to count the scores of all classes
     sets: whether to count the label sets
+    ood: whether to count and keep the rows that are out of distribution
     gallery: rows to keep of each kind that the report shows
     issues: maximum number of possible label errors to keep
     """
@@ -67,6 +69,7 @@ class AggregateSpec:
     slice_by: tuple[str, ...] = ()
     scores: bool = False
     sets: bool = False
+    ood: bool = False
     gallery: int = 24
     issues: int = 100_000
 
@@ -101,6 +104,7 @@ class RunAggregate:
     mistakes: wrong rows with the highest confidence
     uncertain: rows with the lowest confidence
     issues: wrong rows by confidence minus the score of their label
+    strangest: rows with the highest OOD score
     """
 
     def __init__(self, spec: AggregateSpec) -> None:
@@ -114,6 +118,7 @@ class RunAggregate:
         self.slices: dict[str, dict[str, PredictionCounts]] = {n: {} for n in spec.slice_by}
         self.mistakes, self.uncertain = TopRows(spec.gallery), TopRows(spec.gallery)
         self.issues = TopRows(spec.issues)
+        self.strangest = TopRows(spec.gallery if spec.ood else 0)
 
     def add(self, table: pa.Table, file: int, start: int) -> None:
         """Add rows of file number `file`, from its row `start` on.
@@ -131,6 +136,8 @@ class RunAggregate:
         self._keep_top_rows(rows, file, start)
         if self.scores is not None:
             self._count_scores(table, rows, self.scores)
+        if spec.ood:
+            self._keep_strangest(table["ood_score"], rows, file, start)
         if self.sets is not None:
             self._count_sets(table, rows, self.sets)
         for column in spec.slice_by:
@@ -153,6 +160,7 @@ class RunAggregate:
             (self.mistakes, other.mistakes),
             (self.uncertain, other.uncertain),
             (self.issues, other.issues),
+            (self.strangest, other.strangest),
         ):
             mine.add(theirs.value, theirs.file, theirs.position)
 
@@ -169,6 +177,12 @@ class RunAggregate:
         label, score, size = rows.label[scored], rows.label_score[scored], len(self.label_score_sum)
         self.label_score_sum = self.label_score_sum + np.bincount(label, score, size)
         self.label_score_rows = self.label_score_rows + np.bincount(label, minlength=size)
+
+    def _keep_strangest(self, column: pa.ChunkedArray, rows: OkRows, file: int, start: int) -> None:
+        value = column.take(pa.array(rows.position)).to_numpy().astype(np.float64)
+        known = ~np.isnan(value)  # null in a history, for runs of other bundles
+        position = start + rows.position[known]
+        self.strangest.add(value[known], np.full(len(position), file, np.int64), position)
 
     def _count_scores(self, table: pa.Table, rows: OkRows, counts: ScoreCounts) -> None:
         labeled = rows.label >= 0
@@ -192,7 +206,7 @@ class RunAggregate:
         text = pc.fill_null(normalize_labels(table[column]), NO_VALUE).dictionary_encode()
         code = text.indices.to_numpy()
         order = np.argsort(code, kind="stable")
-        evaluated = (*EVALUATED_COLUMNS, self.spec.label_column)
+        evaluated = (*EVALUATED_COLUMNS, OOD_COLUMN, self.spec.label_column)
         needed = [n for n in table.schema.names if n in evaluated]
         ordered = table.select(needed).take(order)
         ends = np.cumsum(np.bincount(code, minlength=len(text.dictionary)))
@@ -290,6 +304,8 @@ def list_columns(spec: AggregateSpec, joined: JoinedLabels | None = None) -> lis
         names.append("scores")
     if spec.sets:
         names.append(SET_COLUMN)
+    if spec.ood:
+        names += [OOD_COLUMN, "ood_score"]
     return list(dict.fromkeys(names))
 
 

@@ -29,6 +29,7 @@ from imgcls.evaluation.label_set_calibration import (
     cross_evaluate,
     log_label_sets,
 )
+from imgcls.evaluation.ood_calibration import log_detector, make_detector
 from imgcls.metrics import expected_calibration_error, selective
 from imgcls.metrics.columns import Ints, OkRows, encode_classes, take_scores
 from imgcls.metrics.selective import SelectiveCounts, Threshold
@@ -40,6 +41,7 @@ from imgcls.models.bundle import (
     load_bundle,
     load_bundle_weights,
     load_int8_model,
+    load_ood_arrays,
     save_bundle,
 )
 from imgcls.models.task import SINGLE_LABEL, find_task
@@ -150,6 +152,10 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         quality = cross_evaluate(config, scaled_rows)
     elif not same:
         spec = spec.model_copy(update={"label_sets": None})
+    ood = None if config.max_ood_rate is None else make_detector(config, bundle, run)
+    ood_arrays = load_ood_arrays(bundle) if ood is None else ood.detector.serialize()
+    if ood is not None:
+        spec = spec.model_copy(update={"ood": ood.spec})
     record = {
         "bundle_sha256": bundle.sha256,
         "predictions": run.url,
@@ -160,23 +166,35 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         "ece_after": after,
         "target_precision": config.target_precision,
         "coverage": config.coverage,
+        "max_ood_rate": config.max_ood_rate,
     }
     spec = spec.model_copy(update={"provenance": spec.provenance | {"calibration": record}})
     made = save_bundle(
-        config.output, spec, load_bundle_weights(bundle), int8_model=load_int8_model(bundle)
+        config.output,
+        spec,
+        load_bundle_weights(bundle),
+        int8_model=load_int8_model(bundle),
+        ood_arrays=ood_arrays,
     )
     result = Calibration(made, spec.temperature, before, after, thresholds, quality, reason)
     _log_result(config, bundle, result, len(rows.label))
+    if ood is not None:
+        log_detector(ood)
+    log.show(f"bundle     {made.url}")
     return result
 
 
 def _check_purpose(config: CalibrateConfig) -> None:
     """Raise RequestError for settings that have no effect."""
-    if config.method == "none" and config.target_precision is None and config.coverage is None:
+    chosen = (config.target_precision, config.coverage, config.max_ood_rate)
+    if config.method == "none" and chosen == (None, None, None):
         raise RequestError(
-            "method none: has no effect without --target-precision or --coverage; pass one, or "
-            "another --method"
+            "method none: has no effect without --target-precision, --coverage or --max-ood-rate; "
+            "pass one, or another --method"
         )
+    if config.max_ood_rate is None and (config.ood_reference or config.ood_method != "knn"):
+        name = "ood_reference" if config.ood_reference else "ood_method"
+        raise RequestError(f"{name}: has no effect without --max-ood-rate; pass it, such as 0.05")
     if config.coverage is None and (config.coverage_per_class or config.rank_penalty):
         name = "coverage_per_class" if config.coverage_per_class else "rank_penalty"
         raise RequestError(f"{name}: has no effect without --coverage; pass --coverage 0.9")
@@ -446,4 +464,3 @@ def _log_result(config: CalibrateConfig, bundle: Bundle, result: Calibration, ro
             "the old threshold does not apply to the new confidences and is now 0; pass "
             "--target-precision to choose one",
         )
-    log.show(f"bundle     {result.bundle.url}")

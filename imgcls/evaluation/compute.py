@@ -21,6 +21,7 @@ from imgcls.evaluation.config import EvaluationOptions
 from imgcls.evaluation.embedding_map import EmbeddingMap, compute_map
 from imgcls.evaluation.label_join import JoinedLabels, resolve_labels, select_run_columns
 from imgcls.metrics import tables
+from imgcls.metrics.columns import OOD_COLUMN
 from imgcls.metrics.confusion import ClassCounts
 from imgcls.metrics.discrimination import build_discrimination_table
 from imgcls.metrics.formatting import list_headlines
@@ -57,9 +58,9 @@ class Evaluation:
         Notes on metrics that could not be computed, and how to get them.
     per_class, coverage_curve, slices : pyarrow.Table
         As in `metrics/per_class.parquet`, `coverage.parquet` and `slices.parquet`.
-    mistakes, uncertain, label_issues : pyarrow.Table
-        Wrong rows with the highest confidence, rows with the lowest confidence, and rows whose
-        label the model contradicts.
+    mistakes, uncertain, strangest, label_issues : pyarrow.Table
+        Wrong rows with the highest confidence, rows with the lowest confidence, rows with the
+        highest out-of-distribution score, and rows whose label the model contradicts.
     embedding_map : EmbeddingMap or None
         Sample of the embeddings; None for a run without any.
     storage : StorageConfig
@@ -77,6 +78,7 @@ class Evaluation:
     slices: pa.Table
     mistakes: pa.Table
     uncertain: pa.Table
+    strangest: pa.Table
     label_issues: pa.Table
     embedding_map: EmbeddingMap | None
     storage: StorageConfig = field(default_factory=current_settings, repr=False)
@@ -142,6 +144,7 @@ def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool
         slice_by=tuple(config.slice_by),
         scores=run.has_scores and label_column is not None,
         sets=SET_COLUMN in run.schema.names,
+        ood=OOD_COLUMN in run.schema.names,
         gallery=config.gallery,
     )
     found = aggregate_run(run, spec, joined)
@@ -152,8 +155,10 @@ def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool
             f"model ({counts.unlabeled:,} have none, {counts.unknown_label:,} another); join "
             "labels with --labels TABLE"
         )
-    lists = [found.mistakes, found.uncertain, found.issues]
-    mistakes, uncertain, issues = row_lookup.lookup_rows(run, lists, label_column, joined)
+    lists = [found.mistakes, found.uncertain, found.issues, found.strangest]
+    mistakes, uncertain, issues, strangest = row_lookup.lookup_rows(
+        run, lists, label_column, joined
+    )
     return Evaluation(
         run=run,
         config=config,
@@ -172,6 +177,7 @@ def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool
         slices=_build_slices(found, run.top_k, config.small_slice),
         mistakes=mistakes,
         uncertain=uncertain,
+        strangest=strangest,
         label_issues=row_lookup.rank_label_issues(found, issues),
         embedding_map=compute_map(run, label_column, joined),
     )

@@ -15,6 +15,7 @@ from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.execution.config import ScaleConfig
 from imgcls.models.bundle import EngineName, Precision
+from imgcls.models.ood import OodMethod
 
 
 class LabelTableConfig(Section):
@@ -159,6 +160,14 @@ class CalibrateConfig(LabelJoinConfig):
     """Reach the coverage for the images of each class, not only on average."""
     rank_penalty: Annotated[float, Field(ge=0.0)] = 0.0
     """Makes large label sets smaller and small ones larger (RAPS), such as 0.01."""
+    max_ood_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Detect images unlike the training data; this share of the held-out images is flagged. The
+    predictions need --embeddings."""
+    ood_reference: str | None = None
+    """Output folder of `imgcls predict --embeddings` on training images, which images are compared
+    with. Default: every other held-out image."""
+    ood_method: OodMethod = "knn"
+    """knn: distance to the reference embeddings; energy: of the logits."""
     overwrite: bool = False
     """Replace an existing bundle."""
     storage: StorageConfig = StorageConfig()

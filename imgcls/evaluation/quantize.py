@@ -33,6 +33,7 @@ from imgcls.models.bundle import (
     check_bundle_output,
     load_bundle,
     load_bundle_weights,
+    load_ood_arrays,
     save_bundle,
 )
 from imgcls.models.classifier import Classifier
@@ -87,7 +88,11 @@ def quantize_bundle(config: QuantizeConfig) -> Bundle:
     calibration = _measure_cost(prepared.spec.int8, bundle, int8, evaluated, label)
     spec = bundle.spec.model_copy(update={"int8": calibration})
     made = save_bundle(
-        config.output, spec, load_bundle_weights(bundle), int8_model=prepared.unsaved_int8
+        config.output,
+        spec,
+        load_bundle_weights(bundle),
+        int8_model=prepared.unsaved_int8,
+        ood_arrays=load_ood_arrays(bundle),
     )
     usual = Classifier(bundle, device="cpu")
     gain = _time_batch(usual, evaluated) / _time_batch(int8, evaluated)

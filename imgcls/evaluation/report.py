@@ -101,6 +101,7 @@ def render_run(evaluation: Evaluation) -> str:
         "mistakes": evaluation.mistakes,
         "issues": evaluation.label_issues.slice(0, evaluation.config.gallery),
         "uncertain": evaluation.uncertain,
+        "strangest": evaluation.strangest,
     }
     values |= _build_map(evaluation, lists)
     values["issue_count"] = evaluation.label_issues.num_rows
@@ -297,6 +298,7 @@ def _list_sections(values: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         "mistakes": ("Worst mistakes", values["mistakes"]),
         "issues": ("Possible label errors", values["issues"]),
         "uncertain": ("Least confident", values["uncertain"]),
+        "strangest": ("Unlike the training data", values["strangest"]),
         "map": ("Similar images", values["map"]),
         "errors": ("Errors", True),
         "numbers": ("All metrics", True),

@@ -202,12 +202,15 @@ def count_repeated_failures(output: str, plan: Plan, path_column: str) -> Counte
 
 
 def check_drift(
-    output: str, counts: PredictionCounts, reference: CommittedRun, max_psi: float | None
+    output: str, counts: PredictionCounts, reference: CommittedRun | None, max_psi: float | None
 ) -> None:
     """Write `metrics/drift.parquet`; raise TooManyErrors when predictions have drifted too far.
 
+    reference: run to compare with; None compares nothing
     max_psi: maximum population stability index; None allows any drift
     """
+    if reference is None:
+        return
     then = PredictionCounts.empty(reference.classes)
     names = ["predicted_label", "confidence", "accepted", "status"]
     for table in iter_tables(reference, names):
@@ -228,6 +231,19 @@ def check_drift(
                 "images and metrics/drift.parquet, then rerun with a higher --max-psi, or with "
                 "another --reference"
             )
+
+
+def check_ood_share(output: str, counts: PredictionCounts, allowed: float | None) -> None:
+    """Raise TooManyErrors when a larger share of rows is out of distribution than allowed."""
+    if allowed is None:
+        return
+    share = counts.ood / counts.ood_rows if counts.ood_rows else 0.0
+    if share > allowed:
+        raise TooManyErrors(
+            f"output {output}: {counts.ood:,} of {counts.ood_rows:,} images ({share:.2%}) are "
+            f"unlike the training data (allowed {allowed:.2%}); the run is not committed. Look at "
+            "those with is_ood in predictions/, then rerun with a higher --max-ood-share"
+        )
 
 
 def remove_staging(output: str) -> None:

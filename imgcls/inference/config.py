@@ -137,6 +137,8 @@ class PredictConfig(RunConfig):
     """Earlier run to measure the drift of predicted classes and confidence against."""
     max_psi: NonNegativeFloat | None = None
     """Maximum drift in a committed run, as population stability index."""
+    max_ood_share: UnitFloat | None = None
+    """Maximum share of predicted rows that are out of distribution in a committed run."""
 
 
 class EmbedConfig(RunConfig):

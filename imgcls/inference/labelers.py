@@ -26,9 +26,10 @@ from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import ManifestError, RequestError
 from imgcls.formatting import format_count
 from imgcls.inference.config import RelabelConfig
-from imgcls.models.bundle import load_bundle
+from imgcls.models.bundle import load_bundle, load_ood_detector
 from imgcls.models.label_sets import LabelSets
 from imgcls.models.linear_head import check_same_embeddings, load_linear_head
+from imgcls.models.ood import OodDetector, OodScores, OodSpec
 from imgcls.models.scores import normalize_embeddings
 from imgcls.models.task import SINGLE_LABEL, ScoreScaling, Task, find_task
 from imgcls.runs.committed import CommittedRun, load_source_bundle
@@ -52,6 +53,7 @@ class Labeler(ABC):
     threshold:  minimum confidence of an accepted prediction, of the classes without their own
     thresholds: by class
     label_sets: conformal label sets of a bundle that has them
+    ood, ood_detector: out-of-distribution detector of a bundle that has one
     needs_urls: whether `compute_scores` needs the URLs of the images
     """
 
@@ -62,6 +64,8 @@ class Labeler(ABC):
     thresholds: list[float]
     task: Task
     label_sets: LabelSets | None = None
+    ood: OodSpec | None = None
+    ood_detector: OodDetector | None = None
     needs_urls: bool = False
 
     @abstractmethod
@@ -70,6 +74,12 @@ class Labeler(ABC):
 
         urls: of the N images, if `needs_urls`
         """
+
+    def find_ood(self, embeddings: Floats) -> OodScores | None:
+        """OOD scores of (N, E) embeddings; None without a detector."""
+        if self.ood is None or self.ood_detector is None:
+            return None
+        return self.ood_detector.classify(embeddings, self.ood.max_score)
 
 
 class HeadLabeler(Labeler):
@@ -89,6 +99,7 @@ class HeadLabeler(Labeler):
         self.threshold = default if config.threshold is None else config.threshold
         self.thresholds = bundle.spec.resolve_thresholds(config.threshold)
         self.label_sets = bundle.spec.label_sets
+        self.ood, self.ood_detector = bundle.spec.ood, load_ood_detector(bundle)
 
     @torch.inference_mode()
     def compute_scores(self, embeddings: Floats, urls: pa.ChunkedArray | None) -> Floats:

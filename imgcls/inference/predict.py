@@ -54,7 +54,12 @@ from imgcls.inference.requests import (
 )
 from imgcls.inference.result import PredictResult as PredictResult
 from imgcls.inference.rollup import PartRollup
-from imgcls.inference.specs import PredictSpec, find_embedding_type, find_embedding_width
+from imgcls.inference.specs import (
+    PredictSpec,
+    build_run_schema,
+    find_embedding_type,
+    find_embedding_width,
+)
 from imgcls.inference.workers import LABELING
 from imgcls.metrics import PredictionCounts
 from imgcls.models.bundle import Bundle
@@ -62,7 +67,6 @@ from imgcls.models.device_support import check_device
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 from imgcls.runs.provenance import build_provenance
-from imgcls.runs.schema import build_prediction_schema
 
 
 def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictResult:
@@ -416,16 +420,8 @@ class _PredictRun:
 
     def _build_empty_table(self) -> pa.Table:
         """The table of a run without rows, as of a night with nothing new."""
-        spec = self.spec
-        added = build_prediction_schema(
-            labeled=spec.label_column is not None,
-            has_predictions=spec.has_predictions,
-            has_label_sets=self.bundle.spec.label_sets is not None,
-            scores=len(self.classes) if spec.scores else None,
-            scores_type=spec.scores_type,
-            embedding=find_embedding_width(self.bundle) if spec.embeddings else None,
-            embedding_type=spec.embeddings or "float32",
-        )
+        width = find_embedding_width(self.bundle) if self.spec.embeddings else None
+        added = build_run_schema(self.spec, self.bundle.spec, width)
         return pa.schema([*self.manifest.schema, *added]).empty_table()
 
     def _retry_rows(
@@ -478,8 +474,8 @@ class _PredictRun:
         )
         with commit.store_refusal(run, output):
             commit.check_errors(output, plan, counts, path_column, limits)
-            if self.reference is not None:
-                commit.check_drift(output, counts, self.reference, config.max_psi)
+            commit.check_drift(output, counts, self.reference, config.max_psi)
+            commit.check_ood_share(output, counts, config.max_ood_share)
         for folder in (layout.PREDICTIONS_FOLDER, layout.METRICS_FOLDER, ""):
             filesystem.remove_temporary_files(filesystem.join(output, folder))
         lease.check()

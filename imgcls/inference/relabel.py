@@ -132,6 +132,7 @@ class _Relabeling:
         self._schema = build_prediction_schema(
             labeled=run.label_column is not None,
             has_label_sets=labeler.label_sets is not None,
+            has_ood=labeler.ood_detector is not None,
             scores=len(labeler.classes) if config.scores else None,
             scores_type=config.scores_type,
             embedding=kind.list_size if config.embeddings else None,
@@ -237,7 +238,8 @@ class _Relabeling:
             paths = table[self._source.path_column].filter(pa.array(has_embedding))
             urls = resolve_paths(paths, self._source.root)
         width = embedding.type.list_size
-        scores = self._labeler.compute_scores(vectors.reshape(-1, width), urls)
+        vectors = vectors.reshape(-1, width)
+        scores = self._labeler.compute_scores(vectors, urls)
         codes = None
         if self._source.label_column is not None:
             labels = normalize_labels(table[self._source.label_column])
@@ -251,6 +253,7 @@ class _Relabeling:
                 top_k=self._top_k,
                 codes=codes,
                 label_sets=self._labeler.label_sets,
+                ood=self._labeler.find_ood(vectors),
                 scores_type=self._config.scores_type if self._config.scores else None,
             )
         )

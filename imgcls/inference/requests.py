@@ -69,8 +69,13 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
         config = config.model_copy(update={"engine": resolve_int8_engine(config.engine, bundle)})
         log.emit("int8", require_int8(bundle).describe_cost())
     check_engine(config.engine, compile=config.compile == "always")
+    if config.max_ood_share is not None and bundle.spec.ood is None:
+        raise RequestError(
+            f"max_ood_share: bundle {bundle.url} has no out-of-distribution detector; make "
+            "one with `imgcls calibrate --max-ood-rate 0.05`"
+        )
     check_columns(manifest)
-    check_publish_target(config, manifest)
+    check_publish_target(config, manifest, bundle)
     check_timeouts(config, output, manifest)
     check_first_image(manifest, config.max_bytes)
     return config, manifest, bundle
@@ -154,13 +159,15 @@ def _refuse_output_columns(
     )
 
 
-def check_publish_target(config: PredictConfig, manifest: Manifest) -> None:
+def check_publish_target(config: PredictConfig, manifest: Manifest, bundle: Bundle) -> None:
     """Raise RequestError where the table of this run could not be published."""
     if config.publish is None:
         return
     added = build_prediction_schema(
         labeled=manifest.label_column is not None,
         has_predictions=config.has_predictions,
+        has_label_sets=bundle.spec.label_sets is not None,
+        has_ood=bundle.spec.ood is not None,
         scores=1 if config.scores else None,  # tables have lists of any length
         embedding=1 if config.embeddings else None,
     )

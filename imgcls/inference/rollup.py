@@ -30,6 +30,7 @@ from imgcls.execution.plan import Plan, read_shard_chunk
 from imgcls.execution.runner import Driver
 from imgcls.formatting import format_count
 from imgcls.metrics import PredictionCounts
+from imgcls.metrics.columns import EVALUATED_COLUMNS, OOD_COLUMN
 from imgcls.runs import layout
 
 _ROW_GROUP_ROWS = 65_536
@@ -132,7 +133,7 @@ def count_part(
     output: str, part: int, label_column: str | None, classes: Sequence[str]
 ) -> PredictionCounts:
     """Count a part that was rolled up before; reads only the columns that are needed."""
-    wanted = {"predicted_label", "confidence", "accepted", "status", "label_score", "label_rank"}
+    wanted = {*EVALUATED_COLUMNS, OOD_COLUMN}
     counts = PredictionCounts.empty(tuple(classes))
     with filesystem.open_read(layout.part_url(output, part)) as stream:
         file = pq.ParquetFile(stream)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.image_files import MAX_IMAGE_BYTES
 from imgcls.execution.messages import RunSpec
-from imgcls.models.bundle import Bundle, EngineName
-from imgcls.runs.schema import EmbeddingType
+from imgcls.models.bundle import Bundle, BundleSpec, EngineName
+from imgcls.runs.schema import EmbeddingType, build_prediction_schema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,3 +64,19 @@ def find_embedding_width(bundle: Bundle) -> int:
 
     network = zoo.build_network(bundle.spec.architecture, bundle.spec.num_outputs)
     return zoo.get_embedding_width(network)
+
+
+def build_run_schema(
+    spec: PredictSpec, bundle: BundleSpec, embedding_width: int | None
+) -> pa.Schema:
+    """The columns that a run adds to its manifest; the width is not read without embeddings."""
+    return build_prediction_schema(
+        labeled=spec.label_column is not None,
+        has_predictions=spec.has_predictions,
+        has_label_sets=bundle.label_sets is not None,
+        has_ood=bundle.ood is not None,
+        scores=len(bundle.classes) if spec.scores else None,
+        scores_type=spec.scores_type,
+        embedding=embedding_width if spec.embeddings else None,
+        embedding_type=spec.embeddings or "float32",
+    )

@@ -27,11 +27,11 @@ from imgcls.data.manifests import manifest
 from imgcls.errors import OK, CrashingImage, ImageError, NotFinite, StorageError
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import HeartbeatFn
-from imgcls.inference.specs import ImageSpec, PredictSpec
+from imgcls.inference.specs import ImageSpec, PredictSpec, build_run_schema
 from imgcls.metrics.columns import encode_classes
 from imgcls.models.classifier import Classifier
 from imgcls.models.scores import PendingScores
-from imgcls.runs.schema import EmbeddingType, build_prediction_schema
+from imgcls.runs.schema import EmbeddingType
 
 FetchResult = bytes | StorageError | ImageError
 """The bytes of an image file, or why they cannot be read."""
@@ -276,6 +276,8 @@ class _BatchedForward:
     def __init__(self, spec: PredictSpec, classifier: Classifier) -> None:
         self._spec = spec
         self._classifier = classifier
+        has_ood = spec.has_predictions and classifier.ood_detector is not None
+        self._needs_embeddings = spec.embeddings is not None or has_ood
         self._pending: list[PendingScores] = []
         self.scores: list[npt.NDArray[np.float32]] = []
         self.embeddings: list[npt.NDArray[np.float32]] = []
@@ -286,7 +288,7 @@ class _BatchedForward:
         """Start a forward pass; a GPU runs it while the next batch is prepared."""
         self._pending.append(
             self._classifier.submit(
-                batch, embeddings=self._spec.embeddings is not None, top_k=self._spec.top_k
+                batch, embeddings=self._needs_embeddings, top_k=self._spec.top_k
             )
         )
 
@@ -322,15 +324,8 @@ def _iter_decoded(
 
 def build_schema(spec: PredictSpec, classifier: Classifier) -> pa.Schema:
     """The prediction columns that the spec asks for."""
-    return build_prediction_schema(
-        labeled=spec.label_column is not None,
-        has_predictions=spec.has_predictions,
-        has_label_sets=classifier.label_sets is not None,
-        scores=len(classifier.classes) if spec.scores else None,
-        scores_type=spec.scores_type,
-        embedding=classifier.embedding_width if spec.embeddings else None,
-        embedding_type=spec.embeddings or "float32",
-    )
+    width = classifier.embedding_width if spec.embeddings else None
+    return build_run_schema(spec, classifier.bundle.spec, width)
 
 
 def _build_table(
@@ -349,11 +344,13 @@ def _build_table(
     place = pa.array(np.where(ok, np.cumsum(ok) - 1, 0), mask=~ok)
     start = spec.plan.rows_of(task.chunk).start
     offsets = range(rows.num_rows) if task.offsets is None else task.offsets
-    columns = _build_predictions(spec, classifier, rows, head, ok) if spec.has_predictions else {}
+    empty = np.empty((0, classifier.embedding_width), np.float32)
+    embeddings = np.concatenate([empty, *head.embeddings])
+    columns = {}
+    if spec.has_predictions:
+        columns = _build_predictions(spec, classifier, rows, head, ok, embeddings)
     if spec.embeddings:
-        empty = np.empty((0, classifier.embedding_width), np.float32)
-        stacked = np.concatenate([empty, *head.embeddings])
-        columns["embedding"] = _build_embeddings(stacked, spec.embeddings)
+        columns["embedding"] = _build_embeddings(embeddings, spec.embeddings)
     columns = {name: column.take(place) for name, column in columns.items()}
     if spec.has_predictions:
         columns["accepted"] = pc.fill_null(columns["accepted"], False)
@@ -373,8 +370,12 @@ def _build_predictions(
     rows: pa.Table,
     head: _BatchedForward,
     ok: npt.NDArray[np.bool_],
+    embeddings: npt.NDArray[np.float32],
 ) -> dict[str, pa.Array]:
-    """The task's columns of the rows that are ok."""
+    """The task's columns of the rows that are ok.
+
+    embeddings: of these rows; of no rows if neither the run nor the bundle needs them
+    """
     classes = classifier.classes
     codes = None
     if spec.label_column is not None:
@@ -388,6 +389,7 @@ def _build_predictions(
         order=np.concatenate(head.order) if head.order else None,
         codes=codes,
         label_sets=classifier.label_sets,
+        ood=classifier.find_ood(embeddings),
         scores_type=spec.scores_type if spec.scores else None,
     )
 

@@ -23,6 +23,8 @@ UNKNOWN_LABEL, NULL_LABEL = -1, -2
 PREDICTED_COLUMNS = ("predicted_label", "confidence", "accepted", "status")
 EVALUATED_COLUMNS = (*PREDICTED_COLUMNS, "label_score", "label_rank")
 """Columns that `read_ok_rows` reads besides the label column; the last two only with labels."""
+OOD_COLUMN = "is_ood"
+"""Column that it reads if the table has it."""
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
@@ -51,6 +53,9 @@ class OkRows:
         Values in [0, 1]; NaN where unknown.
     label_rank : ndarray of int64, shape (R,)
         Ranks from 1 of the labeled rows that have one.
+    is_ood : ndarray of bool, shape (M,), or None
+        Of the rows that a bundle with an out-of-distribution detector predicted; None for a table
+        without this column.
     """
 
     status: dict[str, int]
@@ -61,6 +66,7 @@ class OkRows:
     accepted: Bools
     label_score: Floats
     label_rank: Ints
+    is_ood: Bools | None = None
 
 
 def read_ok_rows(
@@ -112,6 +118,7 @@ def read_ok_rows(
         accepted=pc.fill_null(ok["accepted"].cast(pa.bool_()), False).to_numpy(),
         label_score=scores,
         label_rank=ranks,
+        is_ood=ok[OOD_COLUMN].drop_null().to_numpy() if OOD_COLUMN in ok.schema.names else None,
     )
 
 
@@ -200,6 +207,8 @@ def _select_evaluated(table: pa.Table | pa.RecordBatch, label_column: str | None
             f"the predictions table has no column {', '.join(missing)}"
             f" (found: {', '.join(table.schema.names)})"
         )
+    if OOD_COLUMN in table.schema.names:
+        needed.append(OOD_COLUMN)
     # Filtering copies rows, and a table may also have embeddings and scores.
     selected = table.select(needed)
     return pa.Table.from_batches([selected]) if isinstance(selected, pa.RecordBatch) else selected

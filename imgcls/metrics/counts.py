@@ -54,6 +54,8 @@ class PredictionCounts:
         Ok rows without a label, and with a label that is not a class.
     accepted, accepted_labeled, accepted_correct : int
         Ok rows whose `accepted` is true; of these, labeled rows and correct ones.
+    ood, ood_rows : int
+        Ok rows that are out of distribution, and ok rows of a bundle that detects it.
     log_loss_rows : int
         Labeled rows with a label_score.
     log_loss_sum, log_loss_square_sum : float
@@ -77,6 +79,8 @@ class PredictionCounts:
     accepted: int
     accepted_labeled: int
     accepted_correct: int
+    ood: int
+    ood_rows: int
     log_loss_rows: int
     log_loss_sum: float
     log_loss_square_sum: float
@@ -214,6 +218,8 @@ class PredictionCounts:
             accepted=int(np.count_nonzero(rows.accepted)),
             accepted_labeled=int(np.count_nonzero(rows.accepted & labeled)),
             accepted_correct=int(np.count_nonzero(rows.accepted & correct)),
+            ood=0 if rows.is_ood is None else int(np.count_nonzero(rows.is_ood)),
+            ood_rows=0 if rows.is_ood is None else len(rows.is_ood),
             log_loss_rows=len(loss),
             log_loss_sum=float(loss.sum()),
             log_loss_square_sum=float((loss**2).sum()),
@@ -262,6 +268,8 @@ class PredictionCounts:
             accepted=0,
             accepted_labeled=0,
             accepted_correct=0,
+            ood=0,
+            ood_rows=0,
             log_loss_rows=0,
             log_loss_sum=0.0,
             log_loss_square_sum=0.0,

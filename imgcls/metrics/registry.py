@@ -325,6 +325,11 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "area_under_risk_coverage", "mean error rate over all coverages", FromStatistics(_aurc)
     ),
+    MetricSpec(
+        "ood_rate",
+        "rows unlike the training data",
+        _share(lambda s: (s.counts.ood, s.counts.ood_rows)),
+    ),
     MetricSpec("set_coverage", "label sets that include the label", _share(_count_covered)),
     MetricSpec(
         "mean_set_size",
@@ -358,6 +363,7 @@ HEADLINES = {
     "expected_calibration_error": "calibration error (ECE)",
     "mean_confidence": "mean confidence",
     "coverage": "accepted",
+    "ood_rate": "out of distribution",
     "set_coverage": "label in its label set",
     "mean_set_size": "labels per label set",
     "error_rate": "without a prediction",

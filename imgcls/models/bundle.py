@@ -30,6 +30,7 @@ from imgcls.models.acceptance import NEVER_ACCEPT, AcceptanceThreshold
 from imgcls.models.bundle_card import render_minimal_card
 from imgcls.models.finite import check_finite_safetensors
 from imgcls.models.label_sets import LabelSets
+from imgcls.models.ood import OodDetector, OodSpec
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,8 @@ BUNDLE_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
 INT8_FILE = "int8.openvino.zip"
 """The network as OpenVINO's XML and weights, if it is quantized for this engine."""
+OOD_FILE = "ood.safetensors"
+"""Arrays of the out-of-distribution detector, if the bundle has one."""
 MODEL_CARD_FILE = "README.md"
 
 NetworkSource = Literal["torchvision", "timm", "imgcls", "transformers", "open_clip"]
@@ -112,6 +115,8 @@ class BundleSpec(Section):
     """Thresholds of single predicted classes, instead of `threshold`."""
     label_sets: LabelSets | None = None
     """Conformal label sets, written by `imgcls calibrate --coverage`."""
+    ood: OodSpec | None = None
+    """Out-of-distribution detector, written by `imgcls calibrate --max-ood-rate`."""
     int8: Int8Calibration | None = None
     """Data for `precision int8`, written by `imgcls model quantize`."""
     provenance: dict[str, Any] = {}
@@ -262,6 +267,28 @@ def load_int8_model(bundle: Bundle) -> bytes | None:
         return _read_verified(bundle, INT8_FILE, expected)
 
 
+def load_ood_arrays(bundle: Bundle) -> bytes | None:
+    """Content of `OOD_FILE`; None if the bundle has none.
+
+    Raises BundleError if it is missing or damaged.
+    """
+    if bundle.spec.ood is None:
+        return None
+    with use_settings(bundle.storage):
+        return _read_verified(bundle, OOD_FILE, bundle.spec.ood.arrays_sha256)
+
+
+def load_ood_detector(bundle: Bundle) -> OodDetector | None:
+    """The out-of-distribution detector of a bundle, if it has one.
+
+    Raises BundleError if its file is missing or damaged.
+    """
+    data = load_ood_arrays(bundle)
+    if data is None or bundle.spec.ood is None:
+        return None
+    return OodDetector.load(bundle.spec.ood, data)
+
+
 def resolve_int8_engine(wanted: EngineName, bundle: Bundle) -> Literal["torch", "openvino"]:
     """The engine that a bundle is quantized for.
 
@@ -300,25 +327,32 @@ def save_bundle(
     state: Mapping[str, torch.Tensor],
     card: str | None = None,
     int8_model: bytes | None = None,
+    ood_arrays: bytes | None = None,
 ) -> Bundle:
     """Write a bundle folder, the description last.
 
     card:       text of README.md (default: `render_minimal_card`)
     int8_model: content of `INT8_FILE`, if the description has its hash
-    Raises BundleError if a tensor has NaN or infinity, or the quantized network is not the one of
-    the description; StorageError if the folder cannot be written.
+    ood_arrays: content of `OOD_FILE`, if the description has its hash
+    Raises BundleError if a tensor has NaN or infinity, or a file is not the one of the description;
+    StorageError if the folder cannot be written.
     """
     from safetensors.torch import save
 
     found = None if int8_model is None else hashlib.sha256(int8_model).hexdigest()
     if found != (None if spec.int8 is None else spec.int8.model_sha256):
         raise BundleError(f"bundle {url}: lacks the quantized network that the description names")
+    found = None if ood_arrays is None else hashlib.sha256(ood_arrays).hexdigest()
+    if found != (None if spec.ood is None else spec.ood.arrays_sha256):
+        raise BundleError(f"bundle {url}: lacks the OOD detector that the description names")
 
     data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
     check_finite_safetensors(data, f"bundle {url}: weights to write")
     filesystem.write(filesystem.join(url, WEIGHTS_FILE), data)
     if int8_model is not None:
         filesystem.write(filesystem.join(url, INT8_FILE), int8_model)
+    if ood_arrays is not None:
+        filesystem.write(filesystem.join(url, OOD_FILE), ood_arrays)
     body = spec.model_dump(mode="json") | {"weights_sha256": hashlib.sha256(data).hexdigest()}
     body["sha256"] = _compute_digest(body)
     text = render_minimal_card(spec) if card is None else card

@@ -45,6 +45,11 @@ def render_card_description(spec: BundleSpec, max_classes: int = 20) -> list[str
     lines = [f"Classes: {shown}{more}.", "", size, decisions]
     if spec.label_sets is not None:
         lines.append(f"Label sets include the label with probability {spec.label_sets.coverage:g}.")
+    if spec.ood is not None:
+        lines.append(
+            f"Out-of-distribution detector ({spec.ood.method}): flags {spec.ood.max_rate:.1%} of "
+            "images like the held-out ones."
+        )
     return lines
 
 

@@ -33,11 +33,13 @@ from imgcls.models.bundle import (
     EngineName,
     Precision,
     check_has_classes,
+    load_ood_detector,
     read_description,
     resolve_int8_engine,
 )
 from imgcls.models.engines import build_engine
 from imgcls.models.label_sets import find_label_sets
+from imgcls.models.ood import OodScores
 from imgcls.models.precision import choose_precision
 from imgcls.models.prediction import FailedPrediction, Prediction, Predictions
 from imgcls.models.scores import PendingScores, Scores
@@ -102,6 +104,7 @@ class Classifier:
         self.classes = bundle.spec.classes
         self.preprocess = bundle.spec.preprocess
         self.label_sets = bundle.spec.label_sets
+        self.ood_detector = load_ood_detector(bundle)
         self.device = resolve_device(device)
         if precision == "int8" and self.device.type == "cpu":
             engine = resolve_int8_engine(engine, bundle)
@@ -361,8 +364,8 @@ class Classifier:
     def _predict_pixels(self, pixels: list[Pixels], top_k: int) -> list[Prediction | NotFinite]:
         if not pixels:
             return []
-        scored = self.classify(stack_images(pixels))
-        ranked = self.rank_scores(scored.scores, top_k=top_k)
+        scored = self.classify(stack_images(pixels), embeddings=self.ood_detector is not None)
+        ranked = self.rank_scores(scored.scores, scored.embedding, top_k=top_k)
         return [
             prediction if finite else self.build_not_finite_error()
             for prediction, finite in zip(ranked, scored.is_finite, strict=True)
@@ -371,12 +374,14 @@ class Classifier:
     def rank_scores(
         self,
         scores: npt.NDArray[np.float32],
+        embeddings: npt.NDArray[np.float32] | None = None,
         *,
         top_k: int = 5,
         threshold: float | None = None,
     ) -> list[Prediction]:
         """Predictions of (N, C) scores.
 
+        embeddings: (N, E), which an out-of-distribution detector needs
         threshold: overrides the thresholds of the bundle
         Raises RequestError for a top_k below 1.
         """
@@ -386,7 +391,8 @@ class Classifier:
             thresholds = np.full(len(self.classes), threshold, np.float32)
         decisions = self.task.decide(scores, thresholds, top_k)
         sets = self._find_sets(scores)
-        return [
+        ood = None if embeddings is None else self.find_ood(embeddings)
+        predictions = [
             Prediction(
                 label=self.classes[best[0]],
                 confidence=float(value[0]),
@@ -399,6 +405,23 @@ class Classifier:
                 decisions.classes, decisions.scores, decisions.accepted, sets, strict=True
             )
         ]
+        if ood is None:
+            return predictions
+        return [
+            replace(
+                each,
+                accepted=each.accepted and not is_ood,
+                ood_score=float(value),
+                is_ood=bool(is_ood),
+            )
+            for each, value, is_ood in zip(predictions, ood.values, ood.is_ood, strict=True)
+        ]
+
+    def find_ood(self, embeddings: npt.NDArray[np.float32]) -> OodScores | None:
+        """OOD scores of (N, E) embeddings; None for a bundle without a detector."""
+        if self.ood_detector is None or self.bundle.spec.ood is None:
+            return None
+        return self.ood_detector.classify(embeddings, self.bundle.spec.ood.max_score)
 
     def _find_sets(self, scores: npt.NDArray[np.float32]) -> Sequence[list[str] | None]:
         """The label set of each row; None for a bundle without label sets."""

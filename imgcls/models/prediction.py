@@ -18,11 +18,14 @@ class Prediction:
     label, confidence
         Predicted class and its score.
     accepted
-        Whether the confidence reaches the threshold.
+        Whether the confidence reaches the threshold, and the image is not out of distribution.
     topk_labels, topk_scores
         The k best classes and their scores, best first.
     label_set
         Conformal label set, best label first; None for a bundle without label sets.
+    ood_score, is_ood
+        How unlike the training data the image is, and whether the score exceeds the bundle's
+        maximum; None for a bundle without an out-of-distribution detector.
     source
         The image as it was passed, for display in a notebook.
     status, error
@@ -35,6 +38,8 @@ class Prediction:
     topk_labels: list[str]
     topk_scores: list[float]
     label_set: list[str] | None = None
+    ood_score: float | None = None
+    is_ood: bool | None = None
     source: ImageSource | None = field(default=None, repr=False, compare=False)
     status: str = "ok"
     error: str | None = None
@@ -64,6 +69,8 @@ class FailedPrediction:
     topk_labels: list[str] = field(default_factory=list)
     topk_scores: list[float] = field(default_factory=list)
     label_set: None = None
+    ood_score: None = None
+    is_ood: None = None
 
     def _repr_html_(self) -> str:
         return render_failed_prediction(self.source, self.error)

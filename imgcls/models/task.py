@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from imgcls.models.bundle import BundleSpec, VectorScaling
 from imgcls.models.label_sets import LabelSets, build_set_column, find_label_sets
+from imgcls.models.ood import OodScores
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +130,7 @@ class Task(ABC):
         *,
         has_labels: bool,
         has_label_sets: bool = False,
+        has_ood: bool = False,
         classes: int | None = None,
         scores_type: str = "float32",
     ) -> list[pa.Field]:
@@ -136,6 +138,7 @@ class Task(ABC):
 
         has_labels:  whether the rows have labels, whose scores and ranks become columns
         has_label_sets: whether the bundle has conformal label sets
+        has_ood:     whether the bundle has an out-of-distribution detector
         classes:     number of classes when all scores become a column
         scores_type: float32, or float16, which Spark cannot read
         """
@@ -151,12 +154,14 @@ class Task(ABC):
         order: NDArray[np.int64] | None = None,
         codes: NDArray[np.int64] | None = None,
         label_sets: LabelSets | None = None,
+        ood: OodScores | None = None,
         scores_type: str | None = None,
     ) -> dict[str, pa.Array]:
         """Prediction columns of (N, C) finite scores, by the names of `build_fields`.
 
         order:       as for `decide`
         codes:       (N,) class index of each row's label, negative for none; None without labels
+        ood:         of the rows, none of which is accepted that is out of distribution
         scores_type: numpy dtype of the column of all scores; None without this column
         """
 
@@ -268,6 +273,7 @@ class SingleLabel(Task):
         *,
         has_labels: bool,
         has_label_sets: bool = False,
+        has_ood: bool = False,
         classes: int | None = None,
         scores_type: str = "float32",
     ) -> list[pa.Field]:
@@ -281,6 +287,8 @@ class SingleLabel(Task):
         ]
         if has_label_sets:
             fields.append(pa.field("label_set", pa.list_(pa.string())))
+        if has_ood:
+            fields += [pa.field("ood_score", pa.float32()), pa.field("is_ood", pa.bool_())]
         if has_labels:
             fields += [pa.field("label_score", pa.float32()), pa.field("label_rank", pa.int32())]
         if classes is not None:
@@ -298,6 +306,7 @@ class SingleLabel(Task):
         order: NDArray[np.int64] | None = None,
         codes: NDArray[np.int64] | None = None,
         label_sets: LabelSets | None = None,
+        ood: OodScores | None = None,
         scores_type: str | None = None,
     ) -> dict[str, pa.Array]:
         """Columns of the decisions; the score and rank of a label that is no class are null."""
@@ -312,10 +321,11 @@ class SingleLabel(Task):
         columns: dict[str, pa.Array] = {
             "predicted_label": names.take(pa.array(found.classes[:, 0])),
             "confidence": pa.array(found.scores[:, 0]),
-            "accepted": pa.array(found.accepted),
+            "accepted": pa.array(found.accepted if ood is None else found.accepted & ~ood.is_ood),
             "topk_labels": _build_lists(names.take(pa.array(found.classes.ravel())), width),
             "topk_scores": _build_lists(pa.array(found.scores.ravel()), width),
             **sets,
+            **({} if ood is None else ood.build_columns()),
         }
         if codes is not None:
             is_known = codes >= 0

@@ -109,6 +109,20 @@ def iter_unit_embeddings(
                 start += batch.num_rows
 
 
+def sample_embeddings(run: CommittedRun, max_rows: int) -> Floats:
+    """(N, E) float32 embeddings of evenly spaced rows that have one, N at most `max_rows`."""
+    width = run.schema.field("embedding").type.list_size
+    every = max(1, -(-run.rows // max_rows))
+    parts, seen = [np.empty((0, width), np.float32)], 0
+    for table in iter_tables(run, ["embedding"], _BATCH_ROWS):
+        column = table["embedding"].combine_chunks()
+        flat = column.flatten().to_numpy(zero_copy_only=False)
+        vectors = flat.reshape(-1, width)
+        parts.append(vectors[-seen % every :: every].astype(np.float32))
+        seen += len(vectors)
+    return np.concatenate(parts)
+
+
 def normalize_urls(urls: pa.ChunkedArray) -> pa.ChunkedArray:
     """Paths on a disk without `.`, `..` and `//`, so that each image has one path."""
     text = urls.cast(pa.large_string())

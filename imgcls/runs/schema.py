@@ -18,6 +18,8 @@ PREDICTION_COLUMNS = (
     "topk_labels",
     "topk_scores",
     "label_set",
+    "ood_score",
+    "is_ood",
     "label_score",
     "label_rank",
     "scores",
@@ -37,6 +39,7 @@ def build_prediction_schema(
     labeled: bool,
     has_predictions: bool = True,
     has_label_sets: bool = False,
+    has_ood: bool = False,
     scores: int | None = None,
     scores_type: str = "float32",
     embedding: int | None = None,
@@ -48,6 +51,7 @@ def build_prediction_schema(
     labeled:     add the score and the rank of the manifest's label
     has_predictions: false for the run of a backbone, which has embeddings alone
     has_label_sets: true for a bundle with conformal label sets
+    has_ood:     true for a bundle with an out-of-distribution detector
     scores:      number of classes, to add the score of every class
     scores_type: float32, or float16, which Spark cannot read
     embedding:   width of the embedding, to add it
@@ -58,6 +62,7 @@ def build_prediction_schema(
         fields += task.build_fields(
             has_labels=labeled,
             has_label_sets=has_label_sets,
+            has_ood=has_ood,
             classes=scores,
             scores_type=scores_type,
         )

@@ -70,6 +70,13 @@ class PredictionRow(BaseModel):
     label_set: list[str] | None = Field(
         default=None, description="Conformal label set, of a model that has them."
     )
+    ood_score: float | None = Field(
+        default=None,
+        description="How unlike the training data the image is, if the model has a detector.",
+    )
+    is_ood: bool | None = Field(
+        default=None, description="Whether the image is out of distribution: never accepted."
+    )
     width: int | None
     height: int | None
     status: str
@@ -96,6 +103,9 @@ class ModelDescription(BaseModel):
     thresholds: dict[str, float]
     label_set_coverage: float | None = Field(
         default=None, description="Probability that a label set includes the label."
+    )
+    ood_rate: float | None = Field(
+        default=None, description="Share of images like the held-out ones with is_ood."
     )
     precision: str
     engine: str = Field(description="Library that runs the network, and its version.")

@@ -108,6 +108,7 @@ class ServedModel:
             "temperature": spec.temperature,
             "threshold": spec.threshold if threshold is None else threshold,
             "thresholds": spec.thresholds if threshold is None else {},
+            "ood_rate": None if spec.ood is None else spec.ood.max_rate,
             "label_set_coverage": None if spec.label_sets is None else spec.label_sets.coverage,
             "precision": self.classifier.precision,
             "engine": self.classifier.engine,
@@ -231,9 +232,11 @@ class Service:
     ) -> dict[str, Any]:
         future: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
 
+        needs_embedding = options.embeddings or model.classifier.ood_detector is not None
+
         def decode_and_submit() -> tuple[int, int]:
             pixels, size = self._decode_upload(model, upload)
-            self._batcher.submit(ForwardItem(model, pixels, options.embeddings), future)
+            self._batcher.submit(ForwardItem(model, pixels, needs_embedding), future)
             return size
 
         try:
@@ -247,12 +250,17 @@ class Service:
             failure = model.classifier.build_not_finite_error()
             return _build_row(None, status=failure.status, error=str(failure))
         prediction = model.classifier.rank_scores(
-            output.scores[None], top_k=options.top_k, threshold=options.threshold
+            output.scores[None],
+            None if output.embedding is None else output.embedding[None],
+            top_k=options.top_k,
+            threshold=options.threshold,
         )[0]
         row = _build_row(prediction, width=width, height=height)
         if prediction.label_set is not None:
             row["label_set"] = prediction.label_set
-        if output.embedding is not None:
+        if prediction.is_ood is not None:
+            row |= {"ood_score": prediction.ood_score, "is_ood": prediction.is_ood}
+        if options.embeddings and output.embedding is not None:
             row["embedding"] = output.embedding.tolist()
         return row
 

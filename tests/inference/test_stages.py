@@ -422,7 +422,14 @@ def test_with_scores_that_tie_the_label_rank_is_the_labels_place_in_the_top_k(
     classes = ["a", "b", "c", "d", "e"]
     pending = PendingScores(torch.from_numpy(scores), None, CudaTimer(torch.device("cpu")))
     oracle: Any = SimpleNamespace(
-        classes=classes, task=SINGLE_LABEL, label_sets=None, submit=lambda _, **__: pending
+        classes=classes,
+        task=SINGLE_LABEL,
+        label_sets=None,
+        ood_detector=None,
+        find_ood=lambda _: None,
+        embedding_width=1,
+        bundle=SimpleNamespace(spec=SimpleNamespace(label_sets=None, ood=None, classes=classes)),
+        submit=lambda _, **__: pending,
     )
     pixels = np.zeros((6, 1, 1, 3), np.uint8)
     prepared = PreparedImages(pixels, ["ok"] * 6, [None] * 6, [1] * 6, [1] * 6)
