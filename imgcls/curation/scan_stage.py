@@ -22,7 +22,7 @@ from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import HeartbeatFn
 from imgcls.inference.stages import NO_CRASHED_ROWS, FetchResult, fetch_images, time_fetch
 from imgcls.models.classifier import Classifier
-from imgcls.models.scores import normalize_embeddings
+from imgcls.models.embeddings import normalize_embeddings
 
 
 def scan_schema(embedding_width: int | None) -> pa.Schema:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.evaluation.label_join import JOINED_COLUMN, JoinedLabels
 from imgcls.evaluation.row_lookup import read_part_rows
-from imgcls.models.scores import normalize_embeddings
+from imgcls.models.embeddings import normalize_embeddings
 from imgcls.runs.committed import CommittedRun, cast_string_views
 
 Floats = npt.NDArray[np.float32]

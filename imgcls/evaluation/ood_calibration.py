@@ -11,10 +11,10 @@ from imgcls import log
 from imgcls.errors import BundleError, RequestError
 from imgcls.evaluation.config import CalibrateConfig
 from imgcls.models.bundle import Bundle
+from imgcls.models.embeddings import normalize_embeddings
 from imgcls.models.label_sets import choose_set_threshold
 from imgcls.models.linear_head import check_same_embeddings, load_linear_head
 from imgcls.models.ood import OodDetector, OodSpec
-from imgcls.models.scores import normalize_embeddings
 from imgcls.runs.committed import CommittedRun, load_source_bundle, open_run
 from imgcls.runs.embeddings import sample_embeddings
 
@@ -45,7 +45,7 @@ def make_detector(config: CalibrateConfig, bundle: Bundle, run: CommittedRun) ->
     """
     assert config.max_ood_rate is not None
     run.check_embeddings()
-    held_out = sample_embeddings(run, MAX_HELD_OUT)
+    held_out = sample_embeddings(run.files, MAX_HELD_OUT)
     if config.ood_method == "energy":
         detector = _make_energy_detector(bundle)
     elif config.ood_reference is None:
@@ -53,7 +53,7 @@ def make_detector(config: CalibrateConfig, bundle: Bundle, run: CommittedRun) ->
     else:
         source = open_run(config.ood_reference)
         _check_reference(source, bundle)
-        detector = _make_knn_detector(sample_embeddings(source, MAX_REFERENCES))
+        detector = _make_knn_detector(sample_embeddings(source.files, MAX_REFERENCES))
     values = detector.compute_scores(held_out)
     found = choose_set_threshold(values, 1 - config.max_ood_rate)
     if found is None or not np.isfinite(found):

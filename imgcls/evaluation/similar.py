@@ -18,7 +18,7 @@ from imgcls.evaluation.config import SimilarConfig
 from imgcls.evaluation.embedding_index import search_index
 from imgcls.evaluation.row_lookup import read_part_rows
 from imgcls.models.classifier import Classifier
-from imgcls.models.scores import normalize_embeddings
+from imgcls.models.embeddings import normalize_embeddings
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, load_source_bundle, open_run
 from imgcls.runs.embeddings import iter_unit_embeddings

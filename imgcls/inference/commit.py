@@ -24,16 +24,20 @@ from imgcls.inference.config import ErrorStatus
 from imgcls.inference.incremental import read_failed_before
 from imgcls.inference.status import read_status
 from imgcls.metrics import PredictionCounts, tables
-from imgcls.metrics.drift import compute_drift
+from imgcls.metrics.drift import compute_drift, maximum_mean_discrepancy
 from imgcls.metrics.formatting import format_summary
+from imgcls.models.embeddings import normalize_embeddings
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
+from imgcls.runs.embeddings import sample_embeddings
 from imgcls.runs.error_limits import check_status_counts
 
 DEFAULT_MAX_ERRORS = 10
 """Default of `max_errors` with `since`: a night may have so few images that one broken one exceeds
 any rate."""
 
+_SAMPLED_EMBEDDINGS = 1_000
+"""Rows of each run whose embeddings are compared."""
 _ROW_METRICS = ["rows", "ok", "error_rate"]
 """Metrics of a run without predictions."""
 
@@ -211,6 +215,7 @@ def check_drift(
     """
     if reference is None:
         return
+    measure_embedding_drift(output, reference)
     then = PredictionCounts.empty(reference.classes)
     names = ["predicted_label", "confidence", "accepted", "status"]
     for table in iter_tables(reference, names):
@@ -231,6 +236,45 @@ def check_drift(
                 "images and metrics/drift.parquet, then rerun with a higher --max-psi, or with "
                 "another --reference"
             )
+
+
+def measure_embedding_drift(output: str, reference: CommittedRun) -> None:
+    """Write and log the drift of the embeddings, if both runs have those of the same bundle.
+
+    It is the distance between two samples, and how often samples of one distribution are as far
+    apart: `metrics/embedding_drift.parquet`.
+    """
+    run = layout.load_run(output)
+    if run is None or run["identity"]["bundle"]["sha256"] != reference.bundle_sha256:
+        return
+    parts = filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER))
+    files = [filesystem.join(output, layout.PREDICTIONS_FOLDER, name) for name in sorted(parts)]
+    if "embedding" not in reference.schema.names or not _has_embeddings(files):
+        return
+    now, then = (
+        normalize_embeddings(sample_embeddings(each, _SAMPLED_EMBEDDINGS))
+        for each in (files, reference.files)
+    )
+    if min(len(now), len(then)) < 2:
+        return
+    distance, p_value = maximum_mean_discrepancy(now, then)
+    row = {"mmd": distance, "p_value": p_value, "rows": len(now), "reference_rows": len(then)}
+    table = pa.Table.from_pylist([row])
+    layout.write_tables(filesystem.join(output, layout.METRICS_FOLDER), {"embedding_drift": table})
+    log.emit(
+        "drift",
+        f"embedding: squared maximum mean discrepancy {distance:.4f}, p {p_value:.3f}, from "
+        f"{reference.url}",
+        of="embedding",
+        **row,
+    )
+
+
+def _has_embeddings(files: list[str]) -> bool:
+    if not files:
+        return False
+    with filesystem.open_read(files[0]) as stream:
+        return "embedding" in pq.read_schema(stream).names
 
 
 def check_ood_share(output: str, counts: PredictionCounts, allowed: float | None) -> None:

@@ -27,10 +27,10 @@ from imgcls.errors import ManifestError, RequestError
 from imgcls.formatting import format_count
 from imgcls.inference.config import RelabelConfig
 from imgcls.models.bundle import load_bundle, load_ood_detector
+from imgcls.models.embeddings import normalize_embeddings
 from imgcls.models.label_sets import LabelSets
 from imgcls.models.linear_head import check_same_embeddings, load_linear_head
 from imgcls.models.ood import OodDetector, OodScores, OodSpec
-from imgcls.models.scores import normalize_embeddings
 from imgcls.models.task import SINGLE_LABEL, ScoreScaling, Task, find_task
 from imgcls.runs.committed import CommittedRun, load_source_bundle
 from imgcls.runs.embeddings import gather_embeddings, normalize_urls

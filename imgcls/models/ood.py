@@ -117,6 +117,7 @@ class OodDetector:
                 energy: Floats = -np.logaddexp.reduce(logits, axis=1)
                 return energy
             length = np.linalg.norm(embeddings, axis=1, keepdims=True)
+            length[np.isinf(length)] = np.nan
             similarity = (embeddings / np.maximum(length, _MIN_LENGTH)) @ self._weight
         # NaN, of an embedding that is not finite, would be the nearest
         similarity[np.isnan(similarity)] = -np.inf

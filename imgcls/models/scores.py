@@ -63,11 +63,3 @@ class PendingScores:
         Time in which the GPU had nothing to do is not counted.
         """
         return self._timer.elapsed_seconds()
-
-
-def normalize_embeddings(embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-    """(N, E) embeddings scaled to length 1, in float32; those of length 0 stay as they are."""
-    vectors = embeddings.astype(np.float32)
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    scaled: npt.NDArray[np.float32] = vectors / np.maximum(length, 1e-12)
-    return scaled

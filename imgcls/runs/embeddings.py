@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 from imgcls.data.manifests.manifest import resolve_paths
 from imgcls.data.storage import filesystem
 from imgcls.errors import OK
-from imgcls.models.scores import normalize_embeddings
+from imgcls.models.embeddings import normalize_embeddings
 from imgcls.runs.committed import CommittedRun, iter_tables
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 _BATCH_ROWS = 16_384
 _MIN_LENGTH = 1e-12
+_MAX_SAMPLED_GROUPS = 64
 _PATH_ROWS = 1_000_000
 """Rows of the run whose paths are found at a time: each time all paths are hashed."""
 
@@ -109,18 +110,31 @@ def iter_unit_embeddings(
                 start += batch.num_rows
 
 
-def sample_embeddings(run: CommittedRun, max_rows: int) -> Floats:
-    """(N, E) float32 embeddings of evenly spaced rows that have one, N at most `max_rows`."""
-    width = run.schema.field("embedding").type.list_size
-    every = max(1, -(-run.rows // max_rows))
-    parts, seen = [np.empty((0, width), np.float32)], 0
-    for table in iter_tables(run, ["embedding"], _BATCH_ROWS):
-        column = table["embedding"].combine_chunks()
-        flat = column.flatten().to_numpy(zero_copy_only=False)
-        vectors = flat.reshape(-1, width)
+def sample_embeddings(files: Sequence[str], max_rows: int) -> Floats:
+    """(N, E) float32 embeddings of evenly spaced rows that have one, N at most `max_rows`.
+
+    files: parts of a run with embeddings
+    Of a large run, a part of the row groups is read.
+    """
+    groups = []
+    for url in files:
+        with filesystem.open_read(url) as stream:
+            metadata = pq.read_metadata(stream)
+        counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        groups += [(url, number, rows) for number, rows in enumerate(counts) if rows]
+    if sum(rows for *_, rows in groups) > max_rows:
+        groups = groups[:: -(-len(groups) // _MAX_SAMPLED_GROUPS)]
+    total = sum(rows for *_, rows in groups)
+    every = max(1, -(-total // max_rows))
+    parts, seen = [], 0
+    for url, number, _ in groups:
+        with filesystem.open_read(url) as stream:
+            column = pq.ParquetFile(stream).read_row_group(number, ["embedding"])["embedding"]
+        kept = column.combine_chunks()
+        vectors = kept.flatten().to_numpy(zero_copy_only=False).reshape(-1, kept.type.list_size)
         parts.append(vectors[-seen % every :: every].astype(np.float32))
         seen += len(vectors)
-    return np.concatenate(parts)
+    return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
 
 
 def normalize_urls(urls: pa.ChunkedArray) -> pa.ChunkedArray:

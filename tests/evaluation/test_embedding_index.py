@@ -12,7 +12,7 @@ import pytest
 from imgcls.errors import OutputError, RequestError
 from imgcls.evaluation.embedding_index import search_index
 from imgcls.evaluation.similar import find_nearest
-from imgcls.models.scores import normalize_embeddings
+from imgcls.models.embeddings import normalize_embeddings
 from imgcls.runs.committed import open_run
 from tests.evaluation import runs
 from tests.evaluation.test_similar import add_embeddings

@@ -15,7 +15,7 @@ from imgcls.errors import ImageError, RequestError, StorageMissing
 from imgcls.evaluation import similar
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
-from imgcls.models.scores import normalize_embeddings
+from imgcls.models.embeddings import normalize_embeddings
 from imgcls.runs import embeddings
 from imgcls.runs.committed import open_run
 from tests.conftest import COLORS, draw

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,6 +19,7 @@ from imgcls.metrics import PredictionCounts
 from imgcls.runs import layout
 from imgcls.runs.committed import open_run
 from tests.evaluation.runs import CLASSES, commit, drawn
+from tests.evaluation.test_similar import add_embeddings
 
 
 def failed(**status: int) -> PredictionCounts:
@@ -181,3 +183,27 @@ def test_the_summary_adds_up_the_runs_of_one_command(tmp_path: Path) -> None:
         runs[1],
     )
     assert (summary["state"], summary["committed"]) == ("committed", "2026-01-01T00:00:00")
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_the_drift_of_embeddings_of_the_same_bundle_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shift: float
+) -> None:
+    rng = np.random.default_rng(0)
+
+    def commit_run(name: str, move: float, **changes: Any) -> str:
+        vectors = rng.normal(size=(3000, 8)) + move
+        table = add_embeddings(drawn(3000, 1), vectors.astype(np.float16), lost=(4,))
+        return str(commit(tmp_path / name, table, parts=2, **changes))
+
+    reference = open_run(commit_run("then", 0.0))
+    output = commit_run("now", shift)
+    counts = PredictionCounts.from_table(drawn(3000, 1), label_column=None, classes=CLASSES)
+    check_drift(output, counts, reference, 0.25)
+    assert "drift   embedding: squared maximum mean discrepancy" in capsys.readouterr().out
+    (row,) = pq.read_table(tmp_path / "now" / "metrics" / "embedding_drift.parquet").to_pylist()
+    assert (row["rows"], row["reference_rows"]) == (1000, 1000)
+    assert (row["p_value"] < 0.01) == (shift > 0)
+    other = commit_run("other", 0.0, bundle_sha256="0" * 64)
+    check_drift(other, counts, reference, 0.25)
+    assert not (tmp_path / "other" / "metrics" / "embedding_drift.parquet").exists()

@@ -43,6 +43,7 @@ from tests.conftest import draw
 from tests.execution.runs import CLASSES, manifest_of, plan_at, spec_of
 from tests.fake_cuda import FakeCuda
 from tests.fake_cuda import cuda as cuda
+from tests.models.test_ood import with_detector
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # pytest takes the filter of imgcls away
 
@@ -87,6 +88,34 @@ def predict_alone(spec: PredictSpec, classifier: Classifier, work: ChunkTask) ->
 
 
 # ------------------------------------------------------------------ one chunk
+
+
+@pytest.mark.parametrize("embeddings", [None, "float16"])
+def test_ood_scores_are_columns_and_only_accepted_follows_them(
+    spec: PredictSpec,
+    classifier: Classifier,
+    color_bundle: Path,
+    tmp_path: Path,
+    embeddings: Any,
+) -> None:
+    made = with_detector(color_bundle, tmp_path / "ood", 2.0)
+    other = Classifier(made, precision="fp32", device="cpu", decode="fast")
+    spec = replace(spec, embeddings=embeddings, thresholds=(0.0,) * 3)
+    plain = predict_alone(spec, classifier, ChunkTask(0))
+    found = predict_alone(spec, other, ChunkTask(0))
+    assert found.drop_columns(["ood_score", "is_ood"]).equals(plain)
+    assert set(found["is_ood"].to_pylist()) == {False, None}
+    values = found["ood_score"].drop_null().to_numpy()
+    median = float(np.median(values))
+    stricter = with_detector(color_bundle, tmp_path / "stricter", median)
+    flagged = predict_alone(
+        spec, Classifier(stricter, precision="fp32", device="cpu", decode="fast"), ChunkTask(0)
+    ).to_pylist()
+    assert {row["is_ood"] for row in flagged} == {True, False, None}
+    for row in flagged:
+        assert (row["is_ood"] is None) == (row["status"] != "ok")
+        assert row["accepted"] == (row["is_ood"] is False)
+        assert row["is_ood"] is None or row["is_ood"] == (row["ood_score"] > median)
 
 
 def test_label_sets_are_a_column_and_change_no_other(

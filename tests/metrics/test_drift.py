@@ -13,6 +13,7 @@ from imgcls.metrics import PredictionCounts
 from imgcls.metrics.drift import (
     compute_drift,
     jensen_shannon_divergence,
+    maximum_mean_discrepancy,
     population_stability_index,
 )
 from tests.evaluation.runs import drawn
@@ -62,3 +63,39 @@ def test_classes_meet_by_name() -> None:
 def test_nothing_is_not_compared() -> None:
     empty = PredictionCounts.empty(("ant",))
     assert compute_drift(empty, counts(1)).num_rows == 0
+
+
+def test_the_discrepancy_of_embeddings_is_that_of_all_pairs() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(9, 3)).astype(np.float32), rng.normal(size=(7, 3)).astype(np.float32)
+    every = np.concatenate([x, y]).astype(np.float64)
+    pairs = [((a - b) ** 2).sum() for i, a in enumerate(every) for b in every[:i]]
+    width = np.median(pairs)
+
+    def mean(one: np.ndarray, other: np.ndarray, same: bool) -> float:
+        values = [
+            np.exp(-((a - b) ** 2).sum() / width)
+            for i, a in enumerate(one.astype(np.float64))
+            for j, b in enumerate(other.astype(np.float64))
+            if not same or i != j
+        ]
+        return float(np.mean(values))
+
+    expected = mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
+    found, p_value = maximum_mean_discrepancy(x, y)
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert 0 < p_value <= 1
+    assert (
+        maximum_mean_discrepancy(np.ones((5, 3), np.float32), np.ones((5, 3), np.float32))[1] == 1
+    )
+
+
+def test_the_p_value_is_uniform_without_drift_and_small_with_it() -> None:
+    found = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        first, second = (rng.normal(size=(60, 8)).astype(np.float32) for _ in range(2))
+        found.append(maximum_mean_discrepancy(first, second, permutations=99)[1])
+        assert maximum_mean_discrepancy(first, second + 0.7, permutations=99)[1] == 0.01
+    assert np.mean(found) == pytest.approx(0.5, abs=0.12)
+    assert np.mean(np.array(found) <= 0.1) < 0.25

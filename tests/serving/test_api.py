@@ -17,6 +17,7 @@ from imgcls.client import Client, ServiceError
 from imgcls.models.bundle import load_bundle, load_bundle_weights, save_bundle
 from imgcls.models.classifier import Classifier
 from imgcls.models.label_sets import LabelSets
+from tests.models.test_ood import with_detector
 from tests.serving.app import (
     Running,
     assert_problem,
@@ -147,6 +148,22 @@ def test_label_sets_are_in_the_responses_of_a_model_that_has_them(
         Classifier.load(str(tmp_path / "bundle"), device="cpu").predict([jpeg()])[0].label_set
     )
     assert row["label_set"] == expected == row["topk_labels"][: len(expected or [])]
+
+
+def test_ood_scores_are_in_the_responses_of_a_model_that_has_them(
+    server: Running, color_bundle: Path, tmp_path: Path
+) -> None:
+    with Client(server.url) as client:
+        assert "ood_score" not in client.predict(jpeg())[0]
+        assert client.model()["ood_rate"] is None
+    made = with_detector(color_bundle, tmp_path / "bundle", -1.0)
+    (expected,) = Classifier(made, device="cpu").predict([jpeg()])
+    with serving(tmp_path / "bundle") as running, Client(running.url) as client:
+        (row,) = client.predict(jpeg(), threshold=0.0)
+        assert client.model()["ood_rate"] == 0.05
+    assert (row["is_ood"], row["accepted"]) == (True, False)
+    assert row["ood_score"] == pytest.approx(expected.ood_score, abs=1e-6)
+    assert "embedding" not in row
 
 
 def test_a_response_names_the_model_that_was_used(color_bundle: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from imgcls.curation.checks.image_table import BoolArray, FloatArray, ImageTable
 from imgcls.curation.checks.similarity import ImageSimilarity, iterate_groups
 from imgcls.curation.config import DuplicatesConfig, Issue
 from imgcls.data.decoding.image_features import HASH_BITS, MIRROR_BITS
-from imgcls.models.scores import normalize_embeddings
+from imgcls.models.embeddings import normalize_embeddings
 
 COSINE_BLOCK = 65_536
 _PLANES = 256

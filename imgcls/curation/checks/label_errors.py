@@ -15,7 +15,7 @@ import torch
 from imgcls.curation.checks.findings import Finding
 from imgcls.curation.checks.image_table import FloatArray, ImageTable, IntArray
 from imgcls.curation.config import LabelErrorsConfig
-from imgcls.models.scores import normalize_embeddings
+from imgcls.models.embeddings import normalize_embeddings
 
 OUTLIER_BLOCK = 4096
 PROBE_WEIGHT_DECAYS = (0.003, 0.03, 0.3)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from imgcls.curation.checks.image_table import BoolArray, ImageTable, IntArray
 from imgcls.data.decoding.image_features import DIGEST_BYTES, HASH_BITS, MIRROR_BITS
-from imgcls.models.scores import normalize_embeddings
+from imgcls.models.embeddings import normalize_embeddings
 
 _BLOCK_PAIRS = 1 << 20
 """Number of pairs that are compared at once."""

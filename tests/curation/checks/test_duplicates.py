@@ -13,7 +13,7 @@ from imgcls.curation.check import find_dropped
 from imgcls.curation.checks import duplicates
 from imgcls.curation.checks.duplicates import find_similar_pairs
 from imgcls.curation.config import DuplicatesConfig
-from imgcls.models.scores import normalize_embeddings
+from imgcls.models.embeddings import normalize_embeddings
 from tests.curation.pictures import Row, clusters, images_of, indices_by_issue, jpeg, picture
 from tests.data.pictures import encoded
 
