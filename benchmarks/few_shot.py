@@ -9,6 +9,8 @@ Draws the images of each class with a seed, trains by each method and evaluates 
     sklearn  LogisticRegressionCV on the same features, standardized
     train    imgcls train with default settings
     fastai   vision_learner and fine_tune with the same network and weights (pip install fastai)
+    timm     the parts and settings of timm's training script: its transforms, AdamW with a cosine
+             schedule and warmup, label smoothing, 20 epochs of the whole network
 """
 
 from __future__ import annotations
@@ -209,6 +211,71 @@ def run_fastai(task: Task, features: Features) -> float:
     )
 
 
+def run_timm(task: Task, features: Features) -> float:
+    """As timm's `train.py --opt adamw --lr 5e-4 --epochs 20 --warmup-epochs 3 --smoothing 0.1`."""
+    import timm
+    import torch
+    from PIL import Image
+    from timm.data import create_transform, resolve_data_config
+    from timm.loss import LabelSmoothingCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+
+    torch.manual_seed(task.seed)
+    classes = sorted({label for _, label in task.rows})
+    model = timm.create_model(task.options.arch.removeprefix("timm:"), num_classes=len(classes))
+    state = torch.load(task.options.weights, weights_only=True)
+    own = model.state_dict()
+    fitting = {key: value for key, value in state.items() if value.shape == own[key].shape}
+    missing, _ = model.load_state_dict(fitting, strict=False)
+    assert len([key for key in missing if not key.endswith("num_batches_tracked")]) == 2, missing
+    config = resolve_data_config({}, model=model)
+    size, mean, std = config["input_size"], config["mean"], config["std"]
+    train_transform = create_transform(
+        size, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", mean=mean, std=std
+    )
+    test_transform = create_transform(**config)
+
+    def load(path: str, transform: Callable[[Any], Any]) -> torch.Tensor:
+        with Image.open(path) as image:
+            pixels: torch.Tensor = transform(image.convert("RGB"))
+            return pixels
+
+    batch = min(64, max(8, len(task.rows) // 8))
+    steps = -(-len(task.rows) // batch)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=5e-4, weight_decay=0.05)
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, "cosine", num_epochs=20, warmup_epochs=3, updates_per_epoch=steps
+    )
+    loss = LabelSmoothingCrossEntropy(0.1)
+    rows = list(task.rows)
+    for epoch in range(epochs):
+        model.train()
+        random.Random(task.seed + epoch).shuffle(rows)
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            if len(part) < 2:
+                continue
+            pixels = torch.stack([load(path, train_transform) for path, _ in part])
+            targets = torch.tensor([classes.index(label) for _, label in part])
+            optimizer.zero_grad()
+            loss(model(pixels), targets).backward()
+            optimizer.step()
+        scheduler.step(epoch + 1)
+    model.eval()
+    files = sorted(path for path in task.options.test.rglob("*") if path.is_file())
+    correct = 0
+    with torch.inference_mode():
+        for start in range(0, len(files), 64):
+            chosen = files[start : start + 64]
+            scores = model(torch.stack([load(str(file), test_transform) for file in chosen]))
+            correct += sum(
+                classes[index] == file.parent.name
+                for index, file in zip(scores.argmax(1).tolist(), chosen, strict=True)
+            )
+    return correct / len(files)
+
+
 def load_fastai_body(learner: Any, weights: str) -> None:
     """Load the weights into the body, and freeze it as `pretrained=True` does."""
     import torch
@@ -244,6 +311,7 @@ METHODS: dict[str, Callable[[Task, Features], float]] = {
     "sklearn": run_sklearn,
     "train": run_train,
     "fastai": run_fastai,
+    "timm": run_timm,
 }
 
 if __name__ == "__main__":

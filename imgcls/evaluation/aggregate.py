@@ -47,6 +47,8 @@ NO_VALUE = "(none)"
 PIECE_ROWS = 1_000_000
 BATCH_ROWS = 262_144
 _BATCH_BYTES = 128_000_000
+_NAME_BYTES = 32
+"""Memory of a name in a label set, about; the largest sets have all classes."""
 MAX_LOCAL_ROWS = 2_000_000
 """Larger runs are aggregated by Ray Data; this number of rows is counted before Ray has started."""
 
@@ -319,6 +321,8 @@ def read_piece(run: CommittedRun, piece: RowGroupRange, names: list[str]) -> Ite
     rows = BATCH_ROWS
     if "scores" in names:
         rows = max(1_024, min(rows, _BATCH_BYTES // (2 * len(run.classes))))
+    if SET_COLUMN in names:
+        rows = max(1_024, min(rows, _BATCH_BYTES // (_NAME_BYTES * len(run.classes))))
     with filesystem.open_read(run.files[piece.file]) as stream:
         file = pq.ParquetFile(stream, read_dictionary=text)
         for batch in file.iter_batches(rows, row_groups=list(piece.row_groups), columns=names):

@@ -29,7 +29,7 @@ from imgcls.evaluation.label_set_calibration import (
     cross_evaluate,
     log_label_sets,
 )
-from imgcls.evaluation.ood_calibration import log_detector, make_detector
+from imgcls.evaluation.ood_calibration import check_runs, log_detector, make_detector
 from imgcls.metrics import expected_calibration_error, selective
 from imgcls.metrics.columns import Ints, OkRows, encode_classes, take_scores
 from imgcls.metrics.selective import SelectiveCounts, Threshold
@@ -54,8 +54,11 @@ Scaling = tuple[NDArray[np.float32], NDArray[np.float32] | None]
 MAX_SCORES = 50_000_000
 """Maximum number of scores in memory; of larger runs every n-th labeled row is used."""
 _IDENTITY_SCALE = np.ones(1, np.float32)
-_SCORE_FLOOR = np.float32(2.0**-25)
-"""Replaces scores that underflow to 0 in float16."""
+_SCORE_FLOORS = {
+    np.dtype(np.float16): np.float32(2.0**-25),
+    np.dtype(np.float32): np.finfo(np.float32).tiny,
+}
+"""Replaces scores that underflow to 0, by the type of the column."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,13 @@ class HeldOutScores:
         Logits up to a constant per row.
     label : ndarray of int64, shape (N,)
         Class indices.
+    is_rounded : bool
+        Whether the scores were stored as float16.
     """
 
     log_scores: Logits
     label: Ints
+    is_rounded: bool = False
 
 
 @with_config_storage
@@ -136,6 +142,8 @@ def calibrate(config: CalibrateConfig) -> Calibration:
             f"{bundle.url}: is vector-scaled already; calibrate the bundle it was made from"
         )
     _check_purpose(config)
+    if config.max_ood_rate is not None:
+        check_runs(config, bundle, run)
     rows = load_held_out(run, *resolve_labels(run, config.labels, config.on, required=True))
     before = _compute_ece(rows, _IDENTITY_SCALE, None)
     fit = {"temperature": _fit_temperature_scaling, "vector": fit_vector_scaling}.get(config.method)
@@ -148,7 +156,8 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     spec = _apply_thresholds(scaled, config, thresholds, same=same)
     quality, scaled_rows = None, ScaledRows(rows.log_scores, rows.label, *scaling)
     if config.coverage is not None:
-        spec = spec.model_copy(update={"label_sets": choose_label_sets(config, scaled_rows)})
+        sets = choose_label_sets(config, scaled_rows, is_rounded=rows.is_rounded)
+        spec = spec.model_copy(update={"label_sets": sets})
         quality = cross_evaluate(config, scaled_rows)
     elif not same:
         spec = spec.model_copy(update={"label_sets": None})
@@ -238,13 +247,15 @@ def load_held_out(
                     f"{run.url}: some scores are NaN or infinite; predict again with a bundle "
                     "whose network outputs finite scores"
                 )
-            logs.append(np.log(np.maximum(scores.astype(np.float32), _SCORE_FLOOR)))
+            floor = _SCORE_FLOORS[scores.dtype]
+            logs.append(np.log(np.maximum(scores.astype(np.float32), floor)))
             labels.append(code[at])
     if joined is not None:
         joined.finish()
     if not seen:
         raise RequestError(f"{run.url}: no prediction has a label that is a class of the model")
-    return HeldOutScores(np.concatenate(logs), np.concatenate(labels))
+    is_rounded = pa.types.is_float16(run.schema.field("scores").type.value_type)
+    return HeldOutScores(np.concatenate(logs), np.concatenate(labels), is_rounded)
 
 
 def explain_undetermined(rows: HeldOutScores) -> str | None:

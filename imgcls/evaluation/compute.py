@@ -21,12 +21,11 @@ from imgcls.evaluation.config import EvaluationOptions
 from imgcls.evaluation.embedding_map import EmbeddingMap, compute_map
 from imgcls.evaluation.label_join import JoinedLabels, resolve_labels, select_run_columns
 from imgcls.metrics import tables
-from imgcls.metrics.columns import OOD_COLUMN
 from imgcls.metrics.confusion import ClassCounts
 from imgcls.metrics.discrimination import build_discrimination_table
 from imgcls.metrics.formatting import list_headlines
 from imgcls.metrics.intervals import wilson_interval
-from imgcls.metrics.label_sets import SET_COLUMN, build_set_columns
+from imgcls.metrics.label_sets import build_set_columns
 from imgcls.metrics.selective import build_coverage_curve
 from imgcls.metrics.tables import Metric
 from imgcls.runs import layout
@@ -143,8 +142,8 @@ def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool
         label_column=label_column,
         slice_by=tuple(config.slice_by),
         scores=run.has_scores and label_column is not None,
-        sets=SET_COLUMN in run.schema.names,
-        ood=OOD_COLUMN in run.schema.names,
+        sets=run.has_label_sets,
+        ood=run.has_ood,
         gallery=config.gallery,
     )
     found = aggregate_run(run, spec, joined)

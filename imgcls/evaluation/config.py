@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, FiniteFloat, PositiveInt, model_validator
 
 from imgcls.config import Names, Section, UnitFloat
 from imgcls.data.decoding.preprocess import DecodeMode
@@ -158,7 +158,7 @@ class CalibrateConfig(LabelJoinConfig):
     """Choose conformal label sets, which include the label with this probability."""
     coverage_per_class: bool = False
     """Reach the coverage for the images of each class, not only on average."""
-    rank_penalty: Annotated[float, Field(ge=0.0)] = 0.0
+    rank_penalty: Annotated[FiniteFloat, Field(ge=0.0)] = 0.0
     """Makes large label sets smaller and small ones larger (RAPS), such as 0.01."""
     max_ood_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Detect images unlike the training data; this share of the held-out images is flagged. The

@@ -35,10 +35,8 @@ _MORE = 4
 _MIN_SEARCHED, and _MORE for each that is returned."""
 
 
-def search_index(
-    folder: str, run: CommittedRun, queries: Floats, k: int
-) -> tuple[Floats, Indices, Indices]:
-    """As `similar.find_nearest`, from the index in `folder`, which is built there if it is missing.
+def open_index(folder: str, run: CommittedRun) -> Any:
+    """The index of a run in `folder`, which is built there if it is missing.
 
     Raises RequestError if usearch is not installed, the folder is on a store or the index is of
     another run, and OutputError if the folder cannot be used.
@@ -47,50 +45,71 @@ def search_index(
         raise RequestError(f"index {folder}: must be a folder of a file system, not of a store")
     path = Path(folder)
     usearch = import_package("usearch.index", "Index", "index", "index")
+    place = f"index {folder}"
+    if not (path / _RUN_FILE).exists():
+        built = _build(place, run, usearch)
+        try:
+            _write(path, built, run)
+        except OSError as error:
+            raise OutputError(f"{place}: cannot be written ({one_line(error)})") from error
     try:
-        if not (path / _RUN_FILE).exists():
-            _build(path, run, usearch)
-        _check_run(path, run)
+        found = json.loads((path / _RUN_FILE).read_text())
         index = usearch.Index.restore(str(path / _INDEX_FILE), view=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise OutputError(
-            f"index {folder}: cannot be used ({one_line(error)}); pass a folder that can be "
-            "written, or delete it, so that the index is built again"
-        ) from error
+        raise _explain_damage(place, error) from error
+    if index is None:
+        raise _explain_damage(place, "no index file")
+    if found != _describe(run):
+        raise RequestError(
+            f"{place}: is of another run than {run.url}; pass another folder, or delete it, so "
+            "that the index is built again"
+        )
+    return index
+
+
+def search_index(index: Any, queries: Floats, k: int) -> tuple[Floats, Indices, Indices] | None:
+    """As `similar.find_nearest`, from an index; None if it finds fewer rows than it has.
+
+    That happens with many equal embeddings, which are each other's neighbors in the graph.
+    """
     found = min(k, len(index))
     if not found:
         return np.empty((len(queries), 0), np.float32), *np.empty((2, len(queries), 0), np.int64)
     index.expansion_search = max(_MIN_SEARCHED, _MORE * found)
-    matches = index.search(queries, found)
-    keys, distances = (np.reshape(each, (-1, found)) for each in (matches.keys, matches.distances))
+    matches = [index.search(query, found) for query in queries]
+    if any(len(each.keys) < found for each in matches):
+        return None
+    keys = np.stack([each.keys for each in matches]).astype(np.int64)
+    distances = np.stack([each.distances for each in matches])
     # equal similarities in row order
     order = np.lexsort((keys, distances), axis=1)
     keys, distances = (np.take_along_axis(each, order, axis=1) for each in (keys, distances))
-    keys = keys.astype(np.int64)
     return 1 - distances, keys >> _POSITION_BITS, keys & ((1 << _POSITION_BITS) - 1)
+
+
+def _explain_damage(place: str, error: object) -> OutputError:
+    return OutputError(
+        f"{place}: cannot be used ({one_line(error)}); pass another folder, or delete it, so that "
+        "the index is built again"
+    )
 
 
 def _describe(run: CommittedRun) -> dict[str, Any]:
     return {name: run.success_record[name] for name in ("run_id", "committed", "files")}
 
 
-def _check_run(path: Path, run: CommittedRun) -> None:
-    found = json.loads((path / _RUN_FILE).read_text())
-    if found != _describe(run):
-        raise RequestError(
-            f"index {path}: is of another run than {run.url}; pass another folder, or delete it, "
-            "so that the index is built again"
-        )
-
-
-def _build(path: Path, run: CommittedRun, usearch: Any) -> None:
-    """Write the index under another name, and rename it; of two at once, one is kept."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _build(place: str, run: CommittedRun, usearch: Any) -> Any:
     width = run.schema.field("embedding").type.list_size
     index = usearch.Index(ndim=width, metric="cos", dtype="f16")
-    log.emit("index", f"building the index {path}: {format_count(run.rows, 'row')}", rows=run.rows)
+    log.emit("index", f"building the {place}: {format_count(run.rows, 'row')}", rows=run.rows)
     for number, start, rows, vectors in iter_unit_embeddings(run):
         index.add((number << _POSITION_BITS) + start + rows, vectors)
+    return index
+
+
+def _write(path: Path, index: Any, run: CommittedRun) -> None:
+    """Write under another name, and rename it; of two at once, one is kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         index.save(str(draft / _INDEX_FILE))

@@ -149,7 +149,9 @@ def _check_manifest(config: EvaluateConfig, manifest: Manifest) -> None:
     columns = [("slice_by", name) for name in slices]
     if config.on is not None:
         columns.append(("on", config.on))
-    added = build_prediction_schema(labeled=True, scores=1, embedding=1)
+    added = build_prediction_schema(
+        labeled=True, has_label_sets=True, has_ood=True, scores=1, embedding=1
+    )
     kinds = {field.name: field.type for schema in (added, manifest.schema) for field in schema}
     for option, name in columns:
         if name not in kinds:

@@ -25,6 +25,8 @@ from imgcls.models.label_sets import (
 
 _BLOCK_VALUES = 4_000_000
 _MAX_LISTED = 10
+_MAX_ROUNDED = 0.999
+"""Maximum threshold from scores in float16, whose sums are coarse near 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +73,13 @@ class SetQuality(NamedTuple):
     single: float
 
 
-def choose_label_sets(config: CalibrateConfig, rows: ScaledRows) -> LabelSets:
+def choose_label_sets(
+    config: CalibrateConfig, rows: ScaledRows, *, is_rounded: bool = False
+) -> LabelSets:
     """The label sets with the coverage that `config` asks for.
 
-    Raises RequestError for too few rows.
+    is_rounded: whether the scores were stored as float16
+    Raises RequestError for too few rows, or a threshold that float16 does not resolve.
     """
     assert config.coverage is not None
     parts = [compute_nonconformity(*block, config.rank_penalty) for block in rows.iter_blocks()]
@@ -85,18 +90,29 @@ def choose_label_sets(config: CalibrateConfig, rows: ScaledRows) -> LabelSets:
         else [values]
     )
     found = [choose_set_threshold(group, config.coverage) for group in groups]
-    if all(threshold is None for threshold in found):
+    lacking = sum(threshold is None for threshold in found)
+    if 2 * lacking > len(found):
         needed = math.ceil(round(config.coverage / (1 - config.coverage), 9))
         raise RequestError(
             f"coverage {config.coverage:g}: needs {needed:,} labeled rows"
-            f"{' of a class' if config.coverage_per_class else ''}; the largest number is "
-            f"{max(map(len, groups)):,}. Hold out more images, or lower it"
+            f"{_describe_lack(groups, lacking, config)}. Hold out more images, or lower it"
+        )
+    if is_rounded and any(value is not None and value > _MAX_ROUNDED for value in found):
+        raise RequestError(
+            "coverage: the scores of the run are in float16, too coarse for these label sets; "
+            "predict the held-out images with --scores-type float32"
         )
     return LabelSets(
         coverage=config.coverage,
         thresholds=[ALWAYS_INCLUDED if value is None else value for value in found],
         rank_penalty=config.rank_penalty,
     )
+
+
+def _describe_lack(groups: list[NDArray[np.float32]], lacking: int, config: CalibrateConfig) -> str:
+    if config.coverage_per_class:
+        return f" of each class; {lacking:,} of {len(groups):,} classes have fewer"
+    return f", found {len(groups[0]):,}"
 
 
 def evaluate_label_sets(sets: LabelSets, rows: ScaledRows) -> SetQuality:

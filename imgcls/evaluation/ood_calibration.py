@@ -36,15 +36,30 @@ class MadeDetector(NamedTuple):
     rows: int
 
 
+def check_runs(config: CalibrateConfig, bundle: Bundle, run: CommittedRun) -> None:
+    """Raise RequestError for runs without embeddings or of another network, or one run twice."""
+    run.check_embeddings()
+    if config.ood_method == "energy" and config.ood_reference is not None:
+        raise RequestError("ood_reference: has no effect with --ood-method energy; leave it out")
+    if config.ood_reference is None:
+        return
+    source = open_run(config.ood_reference)
+    _check_reference(source, bundle)
+    if source.manifest_fingerprint == run.manifest_fingerprint:
+        raise RequestError(
+            f"ood_reference {source.url}: has the held-out images, each of which would be its own "
+            "neighbor; pass a run of the training images, or leave it out"
+        )
+
+
 def make_detector(config: CalibrateConfig, bundle: Bundle, run: CommittedRun) -> MadeDetector:
     """The detector that flags a share of images like those of the run.
 
     Without `ood_reference`, every other row of the run is a reference, and the rest choose the
     maximum score.
-    Raises RequestError for runs without embeddings, of another network, or with too few rows.
+    The runs are checked by `check_runs`. Raises RequestError for too few rows.
     """
     assert config.max_ood_rate is not None
-    run.check_embeddings()
     held_out = sample_embeddings(run.files, MAX_HELD_OUT)
     if config.ood_method == "energy":
         detector = _make_energy_detector(bundle)
@@ -52,7 +67,6 @@ def make_detector(config: CalibrateConfig, bundle: Bundle, run: CommittedRun) ->
         detector, held_out = _make_knn_detector(held_out[::2]), held_out[1::2]
     else:
         source = open_run(config.ood_reference)
-        _check_reference(source, bundle)
         detector = _make_knn_detector(sample_embeddings(source.files, MAX_REFERENCES))
     values = detector.compute_scores(held_out)
     found = choose_set_threshold(values, 1 - config.max_ood_rate)

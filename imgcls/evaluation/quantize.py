@@ -106,6 +106,12 @@ def quantize_bundle(config: QuantizeConfig) -> Bundle:
         f"speed   {gain:.2f} times the throughput of {usual.precision} in torch on this machine"
         + ("" if gain > 1 else ": int8 is not faster for this network")
     )
+    if spec.label_sets is not None or spec.ood is not None or spec.threshold or spec.thresholds:
+        log.emit(
+            "note",
+            "thresholds, label sets and the OOD maximum were chosen for other scores; predict the "
+            "held-out images with --precision int8 and run `imgcls calibrate` again",
+        )
     log.show(f"bundle  {made.url}; use it with `imgcls predict --precision int8`")
     return made
 

@@ -15,7 +15,7 @@ from imgcls.config import requested
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.evaluation.config import SimilarConfig
-from imgcls.evaluation.embedding_index import search_index
+from imgcls.evaluation.embedding_index import open_index, search_index
 from imgcls.evaluation.row_lookup import read_part_rows
 from imgcls.models.classifier import Classifier
 from imgcls.models.embeddings import normalize_embeddings
@@ -66,12 +66,13 @@ def find_similar(config: SimilarConfig | None = None, /, **settings: object) -> 
 def _find(config: SimilarConfig) -> pa.Table:
     run = open_run(config.run)
     run.check_embeddings()
+    index = None if config.index is None else open_index(config.index, run)
     classifier = Classifier(load_source_bundle(run, config.model, "model"))
     queries = normalize_embeddings(classifier.embed(config.to))
-    if config.index is None:
-        similarity, file, position = find_nearest(run, queries, config.k)
-    else:
-        similarity, file, position = search_index(config.index, run, queries, config.k)
+    found = None if index is None else search_index(index, queries, config.k)
+    if index is not None and found is None:
+        log.emit("note", "the index finds too few rows, as with equal images; all are compared")
+    similarity, file, position = found or find_nearest(run, queries, config.k)
     table = _build_table(config.to, run, similarity, file, position)
     if config.output is not None:
         layout.write_table(filesystem.absolute(config.output), table)

@@ -26,7 +26,7 @@ from imgcls.inference.incremental import ManifestComparison, SinceRequest
 from imgcls.inference.known_images import read_planned_rows
 from imgcls.inference.nights import OutputSeries, PlannedRun, compute_next_sequence
 from imgcls.runs import layout
-from imgcls.runs.schema import PREDICTION_COLUMNS
+from imgcls.runs.schema import list_prediction_columns
 
 ResultT = TypeVar("ResultT")
 
@@ -244,7 +244,8 @@ def load_planned_manifest(
     if files:
         with filesystem.open_read(files[0]) as stream:
             stored = pq.ParquetFile(stream, pre_buffer=False).schema_arrow.remove_metadata()
-        names = [name for name in stored.names if name not in PREDICTION_COLUMNS]
+        added = list_prediction_columns(stored)
+        names = [name for name in stored.names if name not in added]
         schema = pa.schema([stored.field(name) for name in names])
 
     def batches() -> Iterator[pa.RecordBatch]:

@@ -40,11 +40,14 @@ from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, open_run
 from imgcls.runs.lease import Lease
 from imgcls.runs.provenance import build_provenance
-from imgcls.runs.schema import PREDICTION_COLUMNS, build_prediction_schema
+from imgcls.runs.schema import build_prediction_schema, list_prediction_columns
 
 NO_EMBEDDING = "not_finite"
 _NO_EMBEDDING_ERROR = "the run has no embedding of it, beyond the range of float16"
 _BATCH_ROWS = 16_384
+_BATCH_SCORES = 8_000_000
+_MAX_PARTS = 4
+"""Parts that are labeled at a time: each takes the memory of a batch, and one file is read."""
 _SOURCE_KEYS = ("run_id", "committed")
 
 
@@ -139,6 +142,13 @@ class _Relabeling:
             embedding_type="float16" if pa.types.is_float16(kind.value_type) else "float32",
             task=labeler.task,
         )
+        own = set(run.schema.names) - set(list_prediction_columns(run.schema))
+        taken = [name for name in self._schema.names if name in own]
+        if taken:
+            raise RequestError(
+                f"{run.url}: column {taken[0]!r} of its manifest is now an output column; predict "
+                f"the images again with --manifest.drop-columns {','.join(taken)}"
+            )
 
     def run(self) -> PredictResult:
         """Label every part that is missing, count all, commit."""
@@ -200,12 +210,16 @@ class _Relabeling:
     def _label_parts(self, plan: Plan) -> Iterator[PredictionCounts]:
         """The counts of the parts, in order; several are labeled at a time."""
         files = self._source.files
-        threads = max(1, min(len(os.sched_getaffinity(0)), len(files)))
+        cores = len(os.sched_getaffinity(0))
+        threads = max(1, min(_MAX_PARTS, cores, len(files)))
         pool = storage_settings.create_thread_pool(threads, "relabel")
+        before = torch.get_num_threads()
+        torch.set_num_threads(max(1, cores // threads))  # each thread has a team of them
         try:
             yield from pool.map(partial(self._label_part, plan), range(len(files)), files)
         finally:
             pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
 
     def _label_part(self, plan: Plan, part: int, url: str) -> PredictionCounts:
         self._lease.check()
@@ -223,7 +237,8 @@ class _Relabeling:
     def _label_batches(self, url: str) -> Iterator[pa.Table]:
         with filesystem.open_read(url) as stream:
             file = pq.ParquetFile(stream)
-            tables = (pa.Table.from_batches([each]) for each in file.iter_batches(_BATCH_ROWS))
+            rows = max(1, min(_BATCH_ROWS, _BATCH_SCORES // len(self._labeler.classes)))
+            tables = (pa.Table.from_batches([each]) for each in file.iter_batches(rows))
             for table in tables if file.metadata.num_rows else [file.schema_arrow.empty_table()]:
                 self._interruption.check()
                 yield self._label(conform_table(table, widen_dictionaries(table.schema), url))
@@ -264,9 +279,7 @@ class _Relabeling:
         is_lost = pc.and_(pc.equal(status, OK), pa.array(~has_embedding))
         columns["status"] = pc.if_else(is_lost, NO_EMBEDDING, status).dictionary_encode()
         columns["error"] = pc.if_else(is_lost, _NO_EMBEDDING_ERROR, table["error"])
-        kept = table.drop_columns(
-            [name for name in PREDICTION_COLUMNS if name in table.schema.names]
-        )
+        kept = table.drop_columns(list_prediction_columns(self._source.schema))
         for field in self._schema:
             column = columns[field.name] if field.name in columns else table[field.name]
             kept = kept.append_column(field, column.cast(field.type))

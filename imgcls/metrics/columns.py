@@ -118,7 +118,7 @@ def read_ok_rows(
         accepted=pc.fill_null(ok["accepted"].cast(pa.bool_()), False).to_numpy(),
         label_score=scores,
         label_rank=ranks,
-        is_ood=ok[OOD_COLUMN].drop_null().to_numpy() if OOD_COLUMN in ok.schema.names else None,
+        is_ood=ok[OOD_COLUMN].drop_null().to_numpy() if _has_ood(ok) else None,
     )
 
 
@@ -207,11 +207,17 @@ def _select_evaluated(table: pa.Table | pa.RecordBatch, label_column: str | None
             f"the predictions table has no column {', '.join(missing)}"
             f" (found: {', '.join(table.schema.names)})"
         )
-    if OOD_COLUMN in table.schema.names:
+    if _has_ood(table):
         needed.append(OOD_COLUMN)
     # Filtering copies rows, and a table may also have embeddings and scores.
     selected = table.select(needed)
     return pa.Table.from_batches([selected]) if isinstance(selected, pa.RecordBatch) else selected
+
+
+def _has_ood(table: pa.Table | pa.RecordBatch) -> bool:
+    """Whether the table has the column; a manifest may have one of this name and another type."""
+    names = table.schema.names
+    return OOD_COLUMN in names and pa.types.is_boolean(table.schema.field(OOD_COLUMN).type)
 
 
 def _check_predictions(ok: pa.Table, predicted: Ints) -> None:

@@ -243,6 +243,7 @@ def load_bundle(
             check_has_classes(bundle)
         _read_verified_weights(bundle)
         load_int8_model(bundle)
+        load_ood_detector(bundle)
     return bundle
 
 
@@ -286,7 +287,10 @@ def load_ood_detector(bundle: Bundle) -> OodDetector | None:
     data = load_ood_arrays(bundle)
     if data is None or bundle.spec.ood is None:
         return None
-    return OodDetector.load(bundle.spec.ood, data)
+    try:
+        return OodDetector.load(bundle.spec.ood, data)
+    except (ValueError, KeyError) as error:
+        raise BundleError(f"bundle {bundle.url}: {OOD_FILE}: {error}") from error
 
 
 def resolve_int8_engine(wanted: EngineName, bundle: Bundle) -> Literal["torch", "openvino"]:

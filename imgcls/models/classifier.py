@@ -365,7 +365,11 @@ class Classifier:
         if not pixels:
             return []
         scored = self.classify(stack_images(pixels), embeddings=self.ood_detector is not None)
-        ranked = self.rank_scores(scored.scores, scored.embedding, top_k=top_k)
+        ranked = self.rank_scores(
+            scored.scores,
+            None if scored.embedding is None else self.find_ood(scored.embedding),
+            top_k=top_k,
+        )
         return [
             prediction if finite else self.build_not_finite_error()
             for prediction, finite in zip(ranked, scored.is_finite, strict=True)
@@ -374,14 +378,14 @@ class Classifier:
     def rank_scores(
         self,
         scores: npt.NDArray[np.float32],
-        embeddings: npt.NDArray[np.float32] | None = None,
+        ood: OodScores | None = None,
         *,
         top_k: int = 5,
         threshold: float | None = None,
     ) -> list[Prediction]:
         """Predictions of (N, C) scores.
 
-        embeddings: (N, E), which an out-of-distribution detector needs
+        ood:       as `find_ood` returns it; an image out of distribution is not accepted
         threshold: overrides the thresholds of the bundle
         Raises RequestError for a top_k below 1.
         """
@@ -391,7 +395,6 @@ class Classifier:
             thresholds = np.full(len(self.classes), threshold, np.float32)
         decisions = self.task.decide(scores, thresholds, top_k)
         sets = self._find_sets(scores)
-        ood = None if embeddings is None else self.find_ood(embeddings)
         predictions = [
             Prediction(
                 label=self.classes[best[0]],

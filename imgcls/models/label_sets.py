@@ -88,7 +88,7 @@ def choose_set_threshold(nonconformity: NDArray[np.float32], coverage: float) ->
     True
     """
     # rounded: 0.9 * 10 is 9, also in floating point
-    rank = math.ceil(round((len(nonconformity) + 1) * coverage, 9))
+    rank = max(1, math.ceil(round((len(nonconformity) + 1) * coverage, 9)))
     if rank > len(nonconformity):
         return None
     return float(np.partition(nonconformity, rank - 1)[rank - 1])

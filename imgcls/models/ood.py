@@ -52,6 +52,13 @@ class OodScores:
     values: Floats
     is_ood: NDArray[np.bool_]
 
+    def split(self) -> list[OodScores]:
+        """Those of each image."""
+        return [
+            OodScores(self.values[i : i + 1], self.is_ood[i : i + 1])
+            for i in range(len(self.values))
+        ]
+
     def build_columns(self) -> dict[str, pa.Array]:
         """The prediction columns."""
         return {"ood_score": pa.array(self.values), "is_ood": pa.array(self.is_ood)}
@@ -79,10 +86,16 @@ class OodDetector:
 
     @classmethod
     def load(cls, spec: OodSpec, data: bytes) -> OodDetector:
-        """The detector of a description and the content of its file."""
+        """The detector of a description and the content of its file.
+
+        Raises ValueError or KeyError if they do not fit.
+        """
         from safetensors.numpy import load
 
-        return cls(spec.method, load(data), spec.neighbors)
+        arrays = load(data)
+        if spec.method == "knn" and not 1 <= spec.neighbors <= len(arrays["references"]):
+            raise ValueError(f"has fewer than {spec.neighbors} reference embeddings")
+        return cls(spec.method, arrays, spec.neighbors)
 
     def serialize(self) -> bytes:
         """The content of its file."""

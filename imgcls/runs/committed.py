@@ -24,6 +24,7 @@ from imgcls.errors import (
 )
 from imgcls.models.bundle import Bundle, load_bundle
 from imgcls.runs import layout
+from imgcls.runs.schema import list_prediction_columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,16 @@ class CommittedRun:
             return False
         kind = self.schema.field("scores").type
         return bool(pa.types.is_fixed_size_list(kind) and kind.list_size == len(self.classes))
+
+    @property
+    def has_label_sets(self) -> bool:
+        """Whether it has conformal label sets."""
+        return "label_set" in list_prediction_columns(self.schema)
+
+    @property
+    def has_ood(self) -> bool:
+        """Whether it has out-of-distribution scores."""
+        return {"ood_score", "is_ood"} <= set(list_prediction_columns(self.schema))
 
     @property
     def has_predictions(self) -> bool:

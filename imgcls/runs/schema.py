@@ -30,8 +30,24 @@ PREDICTION_COLUMNS = (
     "error",
 )
 
+_NEW_COLUMNS = {
+    "label_set": pa.list_(pa.string()),
+    "ood_score": pa.float32(),
+    "is_ood": pa.bool_(),
+}
+"""Columns that versions before 0.2 let a manifest have, and their types here."""
 PROVENANCE_COLUMNS = ("run", "bundle_sha256", "labelled_at")
 """Columns that `history compact` adds to the rows of many runs."""
+
+
+def list_prediction_columns(schema: pa.Schema) -> list[str]:
+    """The columns of a run that are not of its manifest."""
+    return [
+        name
+        for name in PREDICTION_COLUMNS
+        if name in schema.names
+        and (name not in _NEW_COLUMNS or schema.field(name).type == _NEW_COLUMNS[name])
+    ]
 
 
 def build_prediction_schema(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from imgcls.errors import OK, ImageError, ImageTooLarge, ResourcesError, one_lin
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
 from imgcls.models.graph_sizes import SIZE_FACTOR, choose_graph_sizes
+from imgcls.models.ood import OodScores
 from imgcls.models.prediction import Prediction
 from imgcls.serving.batching import DynamicBatcher
 from imgcls.serving.config import ServeConfig
@@ -91,7 +93,8 @@ class ServedModel:
         crop = bundle.spec.preprocess.crop
         for count in sizes if classifier.device.type == "cuda" else (1, config.batch_size):
             blank = np.zeros((count, crop, crop, 3), np.uint8).transpose(0, 3, 1, 2)
-            classifier.classify(blank, embeddings=count == 1)
+            needs_embeddings = count == 1 or classifier.ood_detector is not None
+            classifier.classify(blank, embeddings=needs_embeddings)
         return cls(classifier)
 
     def describe(self, threshold: float | None) -> dict[str, Any]:
@@ -132,10 +135,12 @@ class ImageScores:
 
     scores:    (C,) float32
     embedding: (E,) float32, None unless requested
+    ood:       of one image; None for a bundle without a detector
     """
 
     scores: np.ndarray[Any, np.dtype[np.float32]]
     embedding: np.ndarray[Any, np.dtype[np.float32]] | None
+    ood: OodScores | None = None
 
 
 ForwardResult = ImageScores | Problem
@@ -251,7 +256,7 @@ class Service:
             return _build_row(None, status=failure.status, error=str(failure))
         prediction = model.classifier.rank_scores(
             output.scores[None],
-            None if output.embedding is None else output.embedding[None],
+            output.ood,
             top_k=options.top_k,
             threshold=options.threshold,
         )[0]
@@ -259,7 +264,10 @@ class Service:
         if prediction.label_set is not None:
             row["label_set"] = prediction.label_set
         if prediction.is_ood is not None:
-            row |= {"ood_score": prediction.ood_score, "is_ood": prediction.is_ood}
+            # JSON has no infinity, the score of an embedding that is not finite
+            value = prediction.ood_score
+            is_finite = value is not None and math.isfinite(value)
+            row |= {"ood_score": value if is_finite else None, "is_ood": prediction.is_ood}
         if options.embeddings and output.embedding is not None:
             row["embedding"] = output.embedding.tolist()
         return row
@@ -320,7 +328,9 @@ def _run_network(items: Sequence[ForwardItem]) -> list[ImageScores]:
     )
     if output.embedding is None:
         return [ImageScores(scores, None) for scores in output.scores]
-    return list(map(ImageScores, output.scores, output.embedding))
+    ood = items[0].model.classifier.find_ood(output.embedding)
+    parts = [None] * len(items) if ood is None else ood.split()
+    return list(map(ImageScores, output.scores, output.embedding, parts))
 
 
 def _build_row(

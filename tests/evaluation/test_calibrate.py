@@ -35,6 +35,7 @@ from imgcls.models.bundle import (
     save_bundle,
 )
 from imgcls.models.classifier import Classifier
+from imgcls.models.label_sets import find_label_sets
 from tests.evaluation.runs import CLASSES, commit, drawn
 
 
@@ -365,11 +366,57 @@ def test_classes_with_too_few_rows_are_in_every_set(
 
 def test_label_sets_that_cannot_be_chosen_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     few = commit(tmp_path / "few", drawn(50, sharpness=1.0), bundle_sha256=bundle.sha256)
-    with pytest.raises(RequestError, match="needs 99 labeled rows; the largest number is 50"):
+    with pytest.raises(RequestError, match="needs 99 labeled rows, found 50"):
         calibrate(request(bundle, few, coverage=0.99))
-    with pytest.raises(RequestError, match="needs 99 labeled rows of a class"):
+    with pytest.raises(RequestError, match="needs 99 labeled rows of each class; 5 of 5"):
         calibrate(request(bundle, few, coverage=0.99, coverage_per_class=True))
     for changes in ({"coverage_per_class": True}, {"rank_penalty": 0.1}):
         with pytest.raises(RequestError, match="has no effect without --coverage"):
             calibrate(request(bundle, few, **changes))
     assert not Path(f"{bundle.url}-calibrated").exists()
+
+
+@pytest.mark.parametrize("gain", [10.0, 40.0])
+def test_label_sets_of_an_overconfident_model_cover_as_often_as_asked(
+    bundle: Bundle, tmp_path: Path, gain: float
+) -> None:
+    """Most scores underflow in float16, and many in float32."""
+    rng = np.random.default_rng(0)
+
+    def draw(rows: int, kind: str) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+        truth = rng.integers(0, 5, rows)
+        logits = rng.normal(size=(rows, 5)).astype(np.float32)
+        logits[np.arange(rows), truth] += 1.5
+        logits *= gain
+        scores = np.exp(logits - logits.max(1, keepdims=True))
+        scores /= scores.sum(1, keepdims=True)
+        table = drawn(rows, sharpness=2.0)
+        flat = pa.array(scores.astype(kind).ravel())
+        column = pa.FixedSizeListArray.from_arrays(flat, 5)
+        table = table.set_column(table.schema.get_field_index("scores"), "scores", column)
+        labels = pa.array(np.array(CLASSES)[truth].tolist())
+        return table.set_column(1, "label", labels), scores, truth
+
+    table, *_ = draw(4000, "float32")
+    run = commit(tmp_path / "run", table, bundle_sha256=bundle.sha256)
+    made = calibrate(request(bundle, run, method="none", coverage=0.9)).bundle
+    assert made.spec.label_sets is not None
+    _, scores, truth = draw(4000, "float32")
+    order, is_included = find_label_sets(scores, made.spec.label_sets)
+    covered = is_included[order == truth[:, None]].mean()
+    assert covered > 0.88
+    # beyond, many labels have a nonconformity of exactly 1 in float32
+    assert covered < 0.92 or gain > 10
+    rounded, *_ = draw(4000, "float16")
+    other = commit(tmp_path / "rounded", rounded, bundle_sha256=bundle.sha256)
+    again = request(bundle, other, method="none", coverage=0.9, output=str(tmp_path / "again"))
+    with pytest.raises(RequestError, match="are in float16, too coarse"):
+        calibrate(again)
+
+
+def test_label_sets_per_class_need_rows_of_most_classes(bundle: Bundle, tmp_path: Path) -> None:
+    table = drawn(400, 2)
+    is_common = np.isin(table["label"].to_pylist(), ["ant", "bee"])
+    run = commit(tmp_path / "out", table.filter(pa.array(is_common)), bundle_sha256=bundle.sha256)
+    with pytest.raises(RequestError, match="of each class; 3 of 5 classes have fewer"):
+        calibrate(request(bundle, run, coverage=0.9, coverage_per_class=True))

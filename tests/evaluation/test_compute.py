@@ -267,3 +267,19 @@ def test_missing_columns_are_named(run: Path, tmp_path: Path) -> None:
         compute_evaluation(
             str(run), EvaluationOptions(labels=LabelTableConfig(path=str(late))), need_labels=True
         )
+
+
+def test_columns_of_a_manifest_that_are_named_like_new_outputs_are_no_outputs(
+    tmp_path: Path,
+) -> None:
+    """Versions before 0.2 let a manifest have them."""
+    table = drawn(50)
+    table = table.append_column("is_ood", pa.array(["no"] * 50))
+    table = table.append_column("label_set", pa.array(["mine"] * 50))
+    run = commit(tmp_path / "run", table)
+    found = compute_evaluation(str(run), EvaluationOptions(slice_by=["is_ood"]), need_labels=True)
+    assert found.slices["value"].to_pylist() == ["no"]
+    for name in ("ood_rate", "set_coverage"):
+        assert found.get_metric(name) is None
+    assert not found.run.has_ood
+    assert not found.run.has_label_sets

@@ -10,14 +10,22 @@ import numpy as np
 import pytest
 
 from imgcls.errors import OutputError, RequestError
-from imgcls.evaluation.embedding_index import search_index
+from imgcls.evaluation import embedding_index
 from imgcls.evaluation.similar import find_nearest
 from imgcls.models.embeddings import normalize_embeddings
-from imgcls.runs.committed import open_run
+from imgcls.runs.committed import CommittedRun, open_run
 from tests.evaluation import runs
 from tests.evaluation.test_similar import add_embeddings
 
 pytest.importorskip("usearch")
+
+
+def search_index(
+    folder: str, run: CommittedRun, queries: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    found = embedding_index.search_index(embedding_index.open_index(folder, run), queries, k)
+    assert found is not None
+    return found
 
 
 def commit_run(path: Path, seed: int = 0, rows: int = 3000) -> str:
@@ -72,14 +80,14 @@ def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
     query = np.eye(16, dtype=np.float32)[:1]
     run = open_run(commit_run(tmp_path / "run", rows=100))
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match="cannot be used"):
+    with pytest.raises(OutputError, match="cannot be"):
         search_index(str(tmp_path / "file"), run, query, 1)
     assert (tmp_path / "file").read_text() == "mine"
     with pytest.raises(RequestError, match="must be a folder of a file system"):
         search_index("s3://bucket/index", run, query, 1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
-    with pytest.raises(OutputError, match="cannot be used"):
+    with pytest.raises(OutputError, match="cannot be"):
         search_index(str(tmp_path / "full"), run, query, 1)
     assert [each.name for each in (tmp_path / "full").iterdir()] == ["mine"]
     search_index(str(tmp_path / "index"), run, query, 1)
@@ -93,10 +101,9 @@ def test_a_build_that_is_killed_leaves_no_index(tmp_path: Path) -> None:
     code = (
         "import os, sys; from usearch.index import Index; import numpy as np\n"
         "Index.save = lambda *_: os.kill(os.getpid(), 9)\n"
-        "from imgcls.evaluation.embedding_index import search_index\n"
+        "from imgcls.evaluation.embedding_index import open_index\n"
         "from imgcls.runs.committed import open_run\n"
-        f"search_index({str(tmp_path / 'index')!r}, open_run({url!r}), "
-        "np.eye(16, dtype=np.float32)[:1], 1)"
+        f"open_index({str(tmp_path / 'index')!r}, open_run({url!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr
@@ -105,3 +112,14 @@ def test_a_build_that_is_killed_leaves_no_index(tmp_path: Path) -> None:
         str(tmp_path / "index"), open_run(url), np.eye(16, dtype=np.float32)[:1], 1
     )
     assert found.shape == (1, 1)
+
+
+def test_many_equal_images_are_not_left_to_the_index(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(20_000, 8)).astype(np.float16)
+    vectors[rng.permutation(20_000)[:15_000]] = 1
+    table = add_embeddings(runs.drawn(20_000, scores=False), vectors)
+    run = open_run(str(runs.commit(tmp_path / "run", table)))
+    index = embedding_index.open_index(str(tmp_path / "index"), run)
+    queries = np.full((2, 8), 8**-0.5, np.float32)
+    assert embedding_index.search_index(index, queries, 5000) is None

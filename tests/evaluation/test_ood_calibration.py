@@ -66,7 +66,9 @@ def test_new_rows_are_flagged_as_often_as_asked_and_strange_ones_always(
     run = commit_run(tmp_path / "run", bundle, 6000, 1)
     changes: dict[str, Any] = {
         "itself": {},
-        "reference": {"ood_reference": commit_run(tmp_path / "train", bundle, 5000, 2)},
+        "reference": {
+            "ood_reference": commit_run(tmp_path / "train", bundle, 5000, 2, fingerprint="e" * 32)
+        },
         "energy": {"ood_method": "energy"},
     }[case]
     made = load_bundle(calibrate(request(bundle, run, tmp_path, **changes)).bundle.url)

@@ -79,6 +79,13 @@ def with_detector(color_bundle: Path, folder: Path, max_score: float) -> Bundle:
     )
 
 
+def save_and_load(made: Bundle, detector: OodDetector, folder: Path) -> Bundle:
+    spec = made.spec.model_copy(update={"ood": detector.describe(0.5, 0.05)})
+    arrays = detector.serialize()
+    save_bundle(str(folder), spec, load_bundle_weights(made), ood_arrays=arrays)
+    return load_bundle(str(folder))
+
+
 def test_a_bundle_keeps_its_detector_and_verifies_it(color_bundle: Path, tmp_path: Path) -> None:
     made = with_detector(color_bundle, tmp_path / "bundle", 0.5)
     detector = load_ood_detector(load_bundle(made.url))
@@ -96,10 +103,14 @@ def test_a_bundle_keeps_its_detector_and_verifies_it(color_bundle: Path, tmp_pat
     )
     with pytest.raises(BundleError, match="lacks the OOD detector"):
         save_bundle(str(tmp_path / "other"), made.spec, load_bundle_weights(made))
+    few = build_knn(2, width, neighbors=3)
+    with pytest.raises(BundleError, match="has fewer than 3 reference embeddings"):
+        save_and_load(made, few, tmp_path / "few")
     file = tmp_path / "bundle" / OOD_FILE
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(BundleError, match=OOD_FILE):
-        load_ood_arrays(made)
+    for load in (load_ood_arrays, lambda each: load_bundle(each.url)):
+        with pytest.raises(BundleError, match=OOD_FILE):
+            load(made)
     with pytest.raises(BundleError, match=OOD_FILE):
         Classifier(made, device="cpu")
 

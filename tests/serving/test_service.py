@@ -33,7 +33,9 @@ def test_a_replica_with_a_gpu_captures_and_warms_up_a_graph_for_a_lone_image(
 
     def build(bundle: Any, *, batch_size: Any, **_: Any) -> Any:
         sizes.append(batch_size)
-        return SimpleNamespace(bundle=bundle, classify=classify, device=torch.device("cuda"))
+        return SimpleNamespace(
+            bundle=bundle, classify=classify, device=torch.device("cuda"), ood_detector=None
+        )
 
     monkeypatch.setattr(service, "Classifier", build)
     service.ServedModel.load(ServeConfig(model=str(color_bundle), batch_size=16), "cuda")
