@@ -47,6 +47,8 @@ def open_index(folder: str, run: CommittedRun) -> Any:
     usearch = import_package("usearch.index", "Index", "index", "index")
     place = f"index {folder}"
     if not (path / _RUN_FILE).exists():
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise _explain_damage(place, "has other files, and no index")
         built = _build(place, run, usearch)
         try:
             _write(path, built, run)
@@ -87,7 +89,7 @@ def search_index(index: Any, queries: Floats, k: int) -> tuple[Floats, Indices, 
     return 1 - distances, keys >> _POSITION_BITS, keys & ((1 << _POSITION_BITS) - 1)
 
 
-def _explain_damage(place: str, error: object) -> OutputError:
+def _explain_damage(place: str, error: str | Exception) -> OutputError:
     return OutputError(
         f"{place}: cannot be used ({one_line(error)}); pass another folder, or delete it, so that "
         "the index is built again"

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from imgcls.models.bundle import load_bundle_weights, load_ood_arrays, save_bundle
+from imgcls.models.label_sets import ALWAYS_INCLUDED, LabelSets
 from tests.browser import Watched, opened
 from tests.conftest import draw
-from tests.serving.app import Running
+from tests.models.test_ood import with_detector
+from tests.serving.app import Running, serving
 
 
 @pytest.fixture
@@ -93,6 +96,28 @@ def test_the_page_classifies_dropped_images(locked: Running, key: str, tmp_path:
         assert_private(page, locked.url)
         unexpected = [text for text in page.errors if "401" not in text and "422" not in text]
         assert unexpected == []
+
+
+def test_the_page_shows_label_sets_and_unknown_images(color_bundle: Path, tmp_path: Path) -> None:
+    draw("red", (320, 240)).save(tmp_path / "red.jpg")
+    made = with_detector(color_bundle, tmp_path / "ood", -1.0)
+    sets = LabelSets(coverage=0.9, thresholds=[ALWAYS_INCLUDED])
+    save_bundle(
+        str(tmp_path / "bundle"),
+        made.spec.model_copy(update={"label_sets": sets}),
+        load_bundle_weights(made),
+        ood_arrays=load_ood_arrays(made),
+    )
+    with serving(tmp_path / "bundle") as running, opened(running.url) as page:
+        page.page.locator("#files").set_input_files(str(tmp_path / "red.jpg"))
+        card = page.page.locator("#results > li").first
+        card.locator(".took").wait_for()
+        badges = card.locator(".badge").all_inner_texts()
+        assert badges == ["abstained", "unlike the training data"]
+        text = card.inner_text()
+        assert "One of: " in text
+        assert {"red", "green", "blue"} == set(text.split("One of: ")[1].strip().split(", "))
+        page.screenshot("serve-sets")
 
 
 def assert_private(page: Watched, url: str) -> None:
