@@ -22,8 +22,8 @@ from imgcls.models.label_sets import (
     compute_nonconformity,
     find_label_sets,
 )
+from imgcls.models.task import SINGLE_LABEL
 
-_BLOCK_VALUES = 4_000_000
 _MAX_LISTED = 10
 _MAX_ROUNDED = 0.999
 """Maximum threshold from scores in float16, whose sums are coarse near 1."""
@@ -45,16 +45,9 @@ class ScaledRows:
 
     def iter_blocks(self) -> Iterator[tuple[NDArray[np.float32], Ints]]:
         """Scores and labels, in blocks of rows."""
-        size = max(1, _BLOCK_VALUES // self.log_scores.shape[1])
-        for start in range(0, len(self.label), size):
-            part = slice(start, start + size)
-            logits = self.log_scores[part] * self.scale
-            if self.bias is not None:
-                logits = logits + self.bias
-            logits -= logits.max(1, keepdims=True)
-            np.exp(logits, out=logits)
-            logits /= logits.sum(1, keepdims=True)
-            yield logits, self.label[part]
+        scaled = SINGLE_LABEL.iter_scaled_scores(self.log_scores, self.scale, self.bias)
+        for part, scores in scaled:
+            yield scores, self.label[part]
 
     def split(self) -> tuple[ScaledRows, ScaledRows]:
         """Two halves: the even and the odd rows."""

@@ -210,12 +210,13 @@ def check_drift(
 ) -> None:
     """Write `metrics/drift.parquet`; raise TooManyErrors when predictions have drifted too far.
 
+    The drift of embeddings, which has no limit, goes to `metrics/embedding_drift.parquet`.
     reference: run to compare with; None compares nothing
     max_psi: maximum population stability index; None allows any drift
     """
     if reference is None:
         return
-    measure_embedding_drift(output, reference)
+    _measure_embedding_drift(output, reference)
     then = PredictionCounts.empty(reference.classes)
     names = ["predicted_label", "confidence", "accepted", "status"]
     for table in iter_tables(reference, names):
@@ -238,7 +239,7 @@ def check_drift(
             )
 
 
-def measure_embedding_drift(output: str, reference: CommittedRun) -> None:
+def _measure_embedding_drift(output: str, reference: CommittedRun) -> None:
     """Write and log the drift of the embeddings, if both runs have those of the same bundle.
 
     It is the distance between two samples, and how often samples of one distribution are as far

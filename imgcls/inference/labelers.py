@@ -30,7 +30,7 @@ from imgcls.models.bundle import load_bundle, load_ood_detector
 from imgcls.models.embeddings import normalize_embeddings
 from imgcls.models.label_sets import LabelSets
 from imgcls.models.linear_head import check_same_embeddings, load_linear_head
-from imgcls.models.ood import OodDetector, OodScores, OodSpec
+from imgcls.models.ood import OodDetector
 from imgcls.models.task import SINGLE_LABEL, ScoreScaling, Task, find_task
 from imgcls.runs.committed import CommittedRun, load_source_bundle
 from imgcls.runs.embeddings import gather_embeddings, normalize_urls
@@ -53,7 +53,7 @@ class Labeler(ABC):
     threshold:  minimum confidence of an accepted prediction, of the classes without their own
     thresholds: by class
     label_sets: conformal label sets of a bundle that has them
-    ood, ood_detector: out-of-distribution detector of a bundle that has one
+    ood_detector: out-of-distribution detector of a bundle that has one
     needs_urls: whether `compute_scores` needs the URLs of the images
     """
 
@@ -64,7 +64,6 @@ class Labeler(ABC):
     thresholds: list[float]
     task: Task
     label_sets: LabelSets | None = None
-    ood: OodSpec | None = None
     ood_detector: OodDetector | None = None
     needs_urls: bool = False
 
@@ -74,12 +73,6 @@ class Labeler(ABC):
 
         urls: of the N images, if `needs_urls`
         """
-
-    def find_ood(self, embeddings: Floats) -> OodScores | None:
-        """OOD scores of (N, E) embeddings; None without a detector."""
-        if self.ood is None or self.ood_detector is None:
-            return None
-        return self.ood_detector.classify(embeddings, self.ood.max_score)
 
 
 class HeadLabeler(Labeler):
@@ -99,7 +92,7 @@ class HeadLabeler(Labeler):
         self.threshold = default if config.threshold is None else config.threshold
         self.thresholds = bundle.spec.resolve_thresholds(config.threshold)
         self.label_sets = bundle.spec.label_sets
-        self.ood, self.ood_detector = bundle.spec.ood, load_ood_detector(bundle)
+        self.ood_detector = load_ood_detector(bundle)
 
     @torch.inference_mode()
     def compute_scores(self, embeddings: Floats, urls: pa.ChunkedArray | None) -> Floats:

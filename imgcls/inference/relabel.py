@@ -260,6 +260,7 @@ class _Relabeling:
             labels = normalize_labels(table[self._source.label_column])
             labels = pa.chunked_array([labels])
             codes = encode_classes(labels, self._labeler.classes)[has_embedding]
+        detector = self._labeler.ood_detector
         columns: dict[str, pa.Array | pa.ChunkedArray] = dict(
             self._labeler.task.build_columns(
                 scores,
@@ -268,7 +269,7 @@ class _Relabeling:
                 top_k=self._top_k,
                 codes=codes,
                 label_sets=self._labeler.label_sets,
-                ood=self._labeler.find_ood(vectors),
+                ood=None if detector is None else detector.classify(vectors),
                 scores_type=self._config.scores_type if self._config.scores else None,
             )
         )

@@ -422,9 +422,7 @@ class Classifier:
 
     def find_ood(self, embeddings: npt.NDArray[np.float32]) -> OodScores | None:
         """OOD scores of (N, E) embeddings; None for a bundle without a detector."""
-        if self.ood_detector is None or self.bundle.spec.ood is None:
-            return None
-        return self.ood_detector.classify(embeddings, self.bundle.spec.ood.max_score)
+        return None if self.ood_detector is None else self.ood_detector.classify(embeddings)
 
     def _find_sets(self, scores: npt.NDArray[np.float32]) -> Sequence[list[str] | None]:
         """The label set of each row; None for a bundle without label sets."""

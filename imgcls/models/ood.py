@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat
 
 from imgcls.config import Section, UnitFloat
+from imgcls.models.embeddings import normalize_embeddings
 
 Floats = NDArray[np.float32]
 OodMethod = Literal["knn", "energy"]
 _BLOCK_VALUES = 8_000_000
-_MIN_LENGTH = 1e-12
 
 
 class OodSpec(Section):
@@ -71,12 +71,17 @@ class OodDetector:
     arrays:    knn: `references` (M, E) float16 of length 1; energy: `weight` (C, E) and `bias` (C,)
         of the final layer
     neighbors: k of knn, at most M
+    max_score: maximum score of an image that is not out of distribution
     """
 
     def __init__(
-        self, method: OodMethod, arrays: Mapping[str, NDArray[np.floating]], neighbors: int
+        self,
+        method: OodMethod,
+        arrays: Mapping[str, NDArray[np.floating]],
+        neighbors: int,
+        max_score: float = np.inf,
     ) -> None:
-        self.method, self.neighbors = method, neighbors
+        self.method, self.neighbors, self.max_score = method, neighbors, max_score
         self.arrays = dict(arrays)
         if method == "knn":
             self._weight = arrays["references"].astype(np.float32).T.copy()
@@ -95,7 +100,7 @@ class OodDetector:
         arrays = load(data)
         if spec.method == "knn" and not 1 <= spec.neighbors <= len(arrays["references"]):
             raise ValueError(f"has fewer than {spec.neighbors} reference embeddings")
-        return cls(spec.method, arrays, spec.neighbors)
+        return cls(spec.method, arrays, spec.neighbors, spec.max_score)
 
     def serialize(self) -> bytes:
         """The content of its file."""
@@ -120,7 +125,9 @@ class OodDetector:
         for start in range(0, len(embeddings), block):
             part = slice(start, start + block)
             found[part] = self._score(embeddings[part].astype(np.float32))
-        found[~np.isfinite(found)] = np.inf
+        with np.errstate(over="ignore", invalid="ignore"):
+            has_length = np.isfinite(np.linalg.norm(embeddings, axis=1))
+        found[~(has_length & np.isfinite(found))] = np.inf
         return found
 
     def _score(self, embeddings: Floats) -> Floats:
@@ -129,16 +136,12 @@ class OodDetector:
                 logits = embeddings @ self._weight + self._bias
                 energy: Floats = -np.logaddexp.reduce(logits, axis=1)
                 return energy
-            length = np.linalg.norm(embeddings, axis=1, keepdims=True)
-            length[np.isinf(length)] = np.nan
-            similarity = (embeddings / np.maximum(length, _MIN_LENGTH)) @ self._weight
-        # NaN, of an embedding that is not finite, would be the nearest
-        similarity[np.isnan(similarity)] = -np.inf
+            similarity = normalize_embeddings(embeddings) @ self._weight
         place = similarity.shape[1] - self.neighbors
         nearest: Floats = 1 - np.partition(similarity, place, axis=1)[:, place]
         return nearest
 
-    def classify(self, embeddings: Floats, max_score: float) -> OodScores:
+    def classify(self, embeddings: Floats) -> OodScores:
         """Scores of (N, E) embeddings, and which exceed the maximum."""
         values = self.compute_scores(embeddings)
-        return OodScores(values, values > np.float32(max_score))
+        return OodScores(values, values > np.float32(self.max_score))

@@ -9,7 +9,7 @@ Importing this module does not import torch: the driver of a run needs the colum
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 AnyFloat = TypeVar("AnyFloat", bound=np.floating[Any])
 
 _BLOCK_VALUES = 4_000_000
-"""Number of log scores that `compute_confidences` processes at a time."""
+"""Number of log scores that are scaled at a time."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,18 @@ class Task(ABC):
     @abstractmethod
     def compute_scores(self, logits: torch.Tensor, scaling: ScoreScaling) -> torch.Tensor:
         """As `activate`, in float32, with NaN in all scores of a row with a non-finite logit."""
+
+    @abstractmethod
+    def iter_scaled_scores(
+        self,
+        log_scores: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
+    ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Scores of (N, C) log scores after scaling, in blocks of rows: which, and (n, C) scores.
+
+        scale: (1,) or (C,); bias: (C,) or None
+        """
 
     @abstractmethod
     def compute_confidences(
@@ -207,6 +219,24 @@ class SingleLabel(Task):
             return logits
         return logits.log_softmax(dim=1) * scaling.scale + scaling.bias
 
+    def iter_scaled_scores(
+        self,
+        log_scores: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
+    ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Softmax in blocks of rows."""
+        block = max(1, _BLOCK_VALUES // log_scores.shape[1])
+        for start in range(0, len(log_scores), block):
+            part = slice(start, start + block)
+            scores = log_scores[part] * scale
+            if bias is not None:
+                scores = scores + bias
+            scores -= scores.max(1, keepdims=True)
+            np.exp(scores, out=scores)
+            scores /= scores.sum(1, keepdims=True)
+            yield part, scores
+
     def compute_confidences(
         self,
         log_scores: NDArray[np.float32],
@@ -216,16 +246,9 @@ class SingleLabel(Task):
         """Maximum and arg max of the softmax, in blocks of rows."""
         confidence = np.empty(len(log_scores), np.float32)
         predicted = np.empty(len(log_scores), np.int64)
-        block = max(1, _BLOCK_VALUES // log_scores.shape[1])
-        for start in range(0, len(log_scores), block):
-            part = slice(start, start + block)
-            logits = log_scores[part] * scale
-            if bias is not None:
-                logits = logits + bias
-            logits -= logits.max(1, keepdims=True)
-            np.exp(logits, out=logits)
-            predicted[part] = logits.argmax(1)
-            confidence[part] = logits.max(1) / logits.sum(1)
+        for part, scores in self.iter_scaled_scores(log_scores, scale, bias):
+            predicted[part] = scores.argmax(1)
+            confidence[part] = scores.max(1)
         return confidence, predicted
 
     def add_scaling(

@@ -21,7 +21,8 @@ Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 _BATCH_ROWS = 16_384
 _MIN_LENGTH = 1e-12
-_MAX_SAMPLED_GROUPS = 64
+_MIN_SAMPLED_GROUPS, _ROWS_PER_SAMPLED_GROUP = 8, 128
+"""A sample of a large run reads a row group for this number of rows, and at least some groups."""
 _PATH_ROWS = 1_000_000
 """Rows of the run whose paths are found at a time: each time all paths are hashed."""
 
@@ -123,7 +124,8 @@ def sample_embeddings(files: Sequence[str], max_rows: int) -> Floats:
         counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         groups += [(url, number, rows) for number, rows in enumerate(counts) if rows]
     if sum(rows for *_, rows in groups) > max_rows:
-        groups = groups[:: -(-len(groups) // _MAX_SAMPLED_GROUPS)]
+        most = max(_MIN_SAMPLED_GROUPS, max_rows // _ROWS_PER_SAMPLED_GROUP)
+        groups = groups[:: -(-len(groups) // most)]
     total = sum(rows for *_, rows in groups)
     every = max(1, -(-total // max_rows))
     parts, seen = [], 0

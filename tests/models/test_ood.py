@@ -61,7 +61,8 @@ def test_an_embedding_that_is_not_finite_is_out_of_distribution(method: str, val
         detector = OodDetector("energy", arrays, 1)
     queries = np.ones((2, 8), np.float32)
     queries[0] = value
-    found = detector.classify(queries, 10.0)
+    detector.max_score = 10.0
+    found = detector.classify(queries)
     assert found.values[0] == np.inf
     assert found.is_ood.tolist() == [True, False]
     assert np.isfinite(found.values[1])
@@ -133,7 +134,7 @@ def test_an_image_out_of_distribution_is_not_accepted(color_bundle: Path, tmp_pa
 
 def test_the_columns_are_after_the_others_and_change_only_accepted() -> None:
     scores = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)
-    found = build_knn(50).classify(np.ones((2, 8), np.float32), 2.0)
+    found = build_knn(50).classify(np.ones((2, 8), np.float32))
     found.is_ood[1] = True
     columns = SINGLE_LABEL.build_columns(scores, ["a", "b"], [0.0, 0.0], top_k=1, ood=found)
     assert columns["accepted"].to_pylist() == [True, False]
