@@ -72,7 +72,8 @@ def open_index(folder: str, run: CommittedRun) -> Any:
 def search_index(index: Any, queries: Floats, k: int) -> tuple[Floats, Indices, Indices] | None:
     """As `similar.find_nearest`, from an index; None if it finds fewer rows than it has.
 
-    That happens with many equal embeddings, which are each other's neighbors in the graph.
+    That happens with many equal embeddings, which are each other's neighbors in the graph, or with
+    a `k` near the number of rows. It can differ from build to build: several threads build.
     """
     found = min(k, len(index))
     if not found:

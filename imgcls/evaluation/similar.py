@@ -6,6 +6,8 @@ One pass reads the embeddings, a second one the other columns of the rows that w
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -69,10 +71,11 @@ def _find(config: SimilarConfig) -> pa.Table:
     index = None if config.index is None else open_index(config.index, run)
     classifier = Classifier(load_source_bundle(run, config.model, "model"))
     queries = normalize_embeddings(classifier.embed(config.to))
-    found = None if index is None else search_index(index, queries, config.k)
-    if index is not None and found is None:
-        log.emit("note", "the index finds too few rows, as with equal images; all are compared")
-    similarity, file, position = found or find_nearest(run, queries, config.k)
+    similarity, file, position = (
+        find_nearest(run, queries, config.k)
+        if index is None
+        else find_indexed(run, index, queries, config.k)
+    )
     table = _build_table(config.to, run, similarity, file, position)
     if config.output is not None:
         layout.write_table(filesystem.absolute(config.output), table)
@@ -104,6 +107,17 @@ def find_nearest(
             np.take_along_axis(each, order, axis=1) for each in (joined, files, positions)
         )
     return best, file, position
+
+
+def find_indexed(
+    run: CommittedRun, index: Any, queries: Floats, k: int
+) -> tuple[Floats, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """As `find_nearest`, from the run's index; all rows are compared if it finds too few."""
+    found = search_index(index, queries, k)
+    if found is not None:
+        return found
+    log.emit("note", "the index finds too few rows, as with equal images; all are compared")
+    return find_nearest(run, queries, k)
 
 
 def _build_table(

@@ -11,7 +11,7 @@ import pytest
 
 from imgcls.errors import OutputError, RequestError
 from imgcls.evaluation import embedding_index
-from imgcls.evaluation.similar import find_nearest
+from imgcls.evaluation.similar import find_indexed, find_nearest
 from imgcls.models.embeddings import normalize_embeddings
 from imgcls.runs.committed import CommittedRun, open_run
 from tests.evaluation import runs
@@ -23,9 +23,7 @@ pytest.importorskip("usearch")
 def search_index(
     folder: str, run: CommittedRun, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    found = embedding_index.search_index(embedding_index.open_index(folder, run), queries, k)
-    assert found is not None
-    return found
+    return find_indexed(run, embedding_index.open_index(folder, run), queries, k)
 
 
 def commit_run(path: Path, seed: int = 0, rows: int = 3000) -> str:
@@ -114,12 +112,18 @@ def test_a_build_that_is_killed_leaves_no_index(tmp_path: Path) -> None:
     assert found.shape == (1, 1)
 
 
-def test_many_equal_images_are_not_left_to_the_index(tmp_path: Path) -> None:
+def test_as_many_rows_as_asked_are_found_among_many_equal_images(tmp_path: Path) -> None:
+    """An index alone finds a part of them, and which differs from build to build."""
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(20_000, 8)).astype(np.float16)
-    vectors[rng.permutation(20_000)[:15_000]] = 1
+    is_equal = np.zeros(20_000, bool)
+    is_equal[rng.permutation(20_000)[:15_000]] = True
+    vectors[is_equal] = 1
     table = add_embeddings(runs.drawn(20_000, scores=False), vectors)
     run = open_run(str(runs.commit(tmp_path / "run", table)))
-    index = embedding_index.open_index(str(tmp_path / "index"), run)
     queries = np.full((2, 8), 8**-0.5, np.float32)
-    assert embedding_index.search_index(index, queries, 5000) is None
+    found, file, position = search_index(str(tmp_path / "index"), run, queries, 5000)
+    assert found == pytest.approx(np.ones((2, 5000)), abs=1e-3)
+    assert (file == 0).all()
+    assert is_equal[position].all()
+    assert [len(set(each)) for each in position.tolist()] == [5000, 5000]
