@@ -79,7 +79,9 @@ async def retry_async(
                 wanted: int | None = full.total
                 pause = 0.0
             except Exception as error:  # noqa: BLE001  raised again unless it is transient
-                wanted, pause = None, backoff.next_pause(translate_error(url, error, needs), error)
+                is_cut = limit < timeout and isinstance(error, TimeoutError)
+                found = translate_error(url, error, needs)
+                wanted, pause = None, backoff.next_pause(found, error, is_cut=is_cut)
                 allowance.release()
                 timeout *= 2
         if wanted is not None:
@@ -98,6 +100,7 @@ class _Backoff:
         self.deadline = self._start + (seconds or current_settings().retry_timeout_s)
         self._count = 0
         self._is_logged = False
+        self._last: StorageError | None = None
 
     @property
     def remaining(self) -> float:
@@ -109,14 +112,20 @@ class _Backoff:
         self._start += seconds
         self.deadline += seconds
 
-    def next_pause(self, error: StorageError, cause: Exception) -> float:
-        """Seconds to wait after an error; raises it when it is permanent or the time is over."""
+    def next_pause(self, error: StorageError, cause: Exception, *, is_cut: bool = False) -> float:
+        """Seconds to wait after an error; raises it when it is permanent or the time is over.
+
+        is_cut: the deadline ended the attempt, so that the error before it is the one to know
+        """
         pause: float = min(BACKOFF_S * 2**self._count, MAX_BACKOFF_S)
         pause *= random.uniform(0.5, 1.5)
         pause = max(pause, get_retry_after(cause) or 0.0)
         self._count += 1
         if not isinstance(error, StorageUnavailable) or pause > self.remaining:
+            if is_cut and self._last is not None:
+                error = self._last
             raise error from (cause if cause is not error else None)
+        self._last = error
         if not self._is_logged and time.monotonic() - self._start > LOG_RETRY_AFTER_S:
             self._is_logged = True
             logger.warning("retrying for up to %.0f s: %s", self.remaining, error)
