@@ -8,6 +8,7 @@ largest possible effect of binning is computed from the same counts and returned
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,14 +27,23 @@ from imgcls.metrics.intervals import (
     union_interval,
     wilson_limits,
 )
+from imgcls.metrics.score_bins import (
+    ONE,
+    ScoreBins,
+    coarsen,
+    compute_bin_shift,
+    count_bins,
+    is_exact,
+    view_bits,
+)
 
 MAX_EXACT_CLASSES = 64
 """Up to this number of classes every float16 value has its own bin."""
 MAX_BRIER = 2.0
 """Brier score of a row whose whole score is on a wrong class."""
-_ONE = 0x3C00  # the bits of 1.0 in float16; a softmax exceeds it only by rounding
 _BLOCK_SCORES = 4_000_000
 _RESAMPLES = 50
+_MAX_RESAMPLED = 1_000_000  # cells; with more, spreads are computed from wider bins
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +72,7 @@ class ScoreCounts:
     @classmethod
     def empty(cls, classes: Sequence[str]) -> ScoreCounts:
         """Counts of no rows."""
-        shape = (len(classes), (_ONE >> _compute_bin_shift(len(classes))) + 1)
+        shape = (len(classes), count_bins(compute_bin_shift(len(classes), MAX_EXACT_CLASSES)))
         zero = np.zeros(shape, np.int64)
         return cls(tuple(classes), zero, zero.copy(), 0, 0.0, 0.0)
 
@@ -96,10 +106,7 @@ class ScoreCounts:
                 f"scores are {scores.dtype} {scores.shape}, expected float16"
                 f" {(len(label), len(names))}"
             )
-        bits = scores.view(np.uint16)
-        # the bits of positive float16 numbers increase with them; the sign bit and NaN are above 1
-        if len(bits) and int(bits.max()) > _ONE + 2:
-            raise ValueError("a score is outside [0, 1]; scores must be a softmax, not logits")
+        bits, shift = view_bits(scores), compute_bin_shift(len(names), MAX_EXACT_CLASSES)
         counts = cls.empty(names)
         size = counts.positive.shape[1]
         offsets = np.arange(len(names), dtype=np.int64) * size
@@ -107,11 +114,11 @@ class ScoreCounts:
         block = max(1, _BLOCK_SCORES // len(names))
         for start in range(0, len(label), block):
             part = slice(start, start + block)
-            index = np.minimum(bits[part], _ONE) >> _compute_bin_shift(len(names))
+            index = np.minimum(bits[part], ONE) >> shift
             everyone += np.bincount((index + offsets).ravel(), minlength=len(everyone))
             brier[part] = (scores[part].astype(np.float64) ** 2).sum(1)
         rows = np.arange(len(label))
-        truth = np.minimum(bits[rows, label], _ONE) >> _compute_bin_shift(len(names))
+        truth = np.minimum(bits[rows, label], ONE) >> shift
         positive = np.bincount(truth + offsets[label], minlength=len(everyone))
         brier += 1 - 2 * scores[rows, label].astype(np.float64)
         return cls(
@@ -227,13 +234,13 @@ def estimate_brier(counts: ScoreCounts) -> tuple[float, Interval] | None:
     return score, (low, min(high, MAX_BRIER))
 
 
-def compute_discrimination(counts: ScoreCounts) -> Discrimination:
+def compute_discrimination(counts: ScoreBins) -> Discrimination:
     """AUROC and average precision of every class against the rest.
 
     Parameters
     ----------
-    counts : ScoreCounts
-        Counts of a run.
+    counts : ScoreBins
+        Counts of a run, such as `ScoreCounts`.
 
     Returns
     -------
@@ -263,7 +270,7 @@ def compute_discrimination(counts: ScoreCounts) -> Discrimination:
     lost = (own * (above + rest / 2)).sum(1)
     auroc = np.where(defined, 1 - lost / pairs, nan)
     auroc_bound = np.where(defined, (own * rest).sum(1) / 2 / pairs, nan)
-    exact = counts.positive.shape[1] > _ONE  # a bin has one float16 value: true ties
+    exact = is_exact(counts)  # rows of a bin are true ties
     if exact:
         auroc_bound = np.where(defined, 0.0, nan)
     precision, bound = _compute_average_precision(own, rest, positives, exact=exact)
@@ -272,13 +279,25 @@ def compute_discrimination(counts: ScoreCounts) -> Discrimination:
     )
 
 
-def estimate_macro_means(counts: ScoreCounts) -> dict[str, MacroEstimate]:
+def estimate_macro_means(
+    counts: ScoreBins,
+    *,
+    design_effect: float = 1.0,
+    negative_effect: float = math.inf,
+    resamples: int = _RESAMPLES,
+) -> dict[str, MacroEstimate]:
     """Means over classes of AUROC and average precision, with 95% intervals.
 
     Parameters
     ----------
-    counts : ScoreCounts
-        Counts of a run.
+    counts : ScoreBins
+        Counts of a run, such as `ScoreCounts`.
+    design_effect : float, default 1.0
+        Factor of the variance by positives; above 1 if a row can be one of several classes.
+    negative_effect : float, default inf
+        The same factor for the negatives. The default takes them for the same rows in all classes.
+    resamples : int, default 50
+        Bootstrap resamples; 0 leaves out the intervals.
 
     Returns
     -------
@@ -312,43 +331,67 @@ def estimate_macro_means(counts: ScoreCounts) -> dict[str, MacroEstimate]:
             wilson_limits(precision * positives, positives),
         ),
     }
-    spreads = _bootstrap_spreads(counts, known)
+    spreads = _bootstrap_spreads(counts, known, (design_effect, negative_effect), resamples)
     found = {}
-    for name, (values, bounds, (lower, upper)) in parts.items():
-        value, spread = float(values.mean()), spreads[name]
-        edge = mover_interval(value, (values - lower) / len(values), (upper - values) / len(values))
-        interval = union_interval((value - spread, value + spread), edge, low=0.0, high=1.0)
-        found[name] = MacroEstimate(value, interval, float(bounds[known].mean()))
+    for name, (values, bounds, limits) in parts.items():
+        interval = None
+        if name in spreads:
+            interval = _unite_limits(values, limits, spreads[name], design_effect)
+        found[name] = MacroEstimate(float(values.mean()), interval, float(bounds[known].mean()))
     return found
 
 
-def _bootstrap_spreads(counts: ScoreCounts, known: Bools) -> dict[str, float]:
+def _unite_limits(
+    values: Floats, limits: tuple[Floats, Floats], spread: float, design_effect: float
+) -> Interval | None:
+    """Interval of a mean over classes: its bootstrap interval and the limits of the classes."""
+    value, factor = float(values.mean()), math.sqrt(design_effect)
+    below, above = (
+        factor * width / len(values) for width in (values - limits[0], limits[1] - values)
+    )
+    edge = mover_interval(value, below, above)
+    return union_interval((value - spread, value + spread), edge, low=0.0, high=1.0)
+
+
+class _Bins(NamedTuple):
+    positive: Ints
+    negative: Ints
+
+
+def _bootstrap_spreads(
+    counts: ScoreBins, known: Bools, effects: tuple[float, float], resamples: int
+) -> dict[str, float]:
     """Half the width of the 95% bootstrap intervals of the macro means over the `known` classes.
 
     A row is a positive of its own class and a negative of every other. Positives are resampled
     separately: they differ from class to class, so the variances of the classes add up. Negatives
-    are nearly the same rows for all classes, so their standard deviations add up. The two parts are
-    treated as dependent.
+    are nearly the same rows for all classes, so their standard deviations add up, or less if their
+    factor in `effects` (for positives, for negatives) is finite. The two parts are treated as
+    dependent.
     """
     rng = np.random.default_rng(0)
     names = ("auroc", "average_precision")
     drawn: dict[tuple[str, bool], list[Any]] = {}
-    for _ in range(_RESAMPLES):
+    positive, negative = counts.positive, counts.negative
+    if positive.size > _MAX_RESAMPLED and is_exact(counts):
+        positive, negative = coarsen(positive), coarsen(negative)
+    for _ in range(resamples):
         for own in (True, False):
-            cells = rng.poisson(counts.positive if own else counts.negative)
-            pair = (cells, counts.negative) if own else (counts.positive, cells)
+            cells = rng.poisson(positive if own else negative)
             found = compute_discrimination(
-                ScoreCounts(counts.classes, *pair, counts.rows, 0.0, 0.0)
+                _Bins(cells, negative) if own else _Bins(positive, cells)
             )
             for name in names:
                 drawn.setdefault((name, own), []).append(getattr(found, name)[known])
     spreads = {}
-    for name in names:
+    for name in names if resamples else ():
         # NaN for a class that was not drawn
-        positive, negative = (np.nanvar(drawn[name, own], axis=0) for own in (True, False))
-        spreads[name] = Z_95 * float(
-            np.sqrt(positive.sum()) / known.sum() + np.sqrt(negative).mean()
-        )
+        own_part, rest_part = (np.nanvar(drawn[name, own], axis=0) for own in (True, False))
+        together = np.sqrt(rest_part).mean()
+        if rest_part.any():
+            together = min(together, np.sqrt(effects[1] * rest_part.sum()) / known.sum())
+        own_spread = np.sqrt(effects[0] * own_part.sum()) / known.sum()
+        spreads[name] = Z_95 * float(own_spread + together)
     return spreads
 
 
@@ -398,8 +441,3 @@ def build_discrimination_table(counts: ScoreCounts) -> pa.Table:
     }
     arrays = {n: pa.array(v, pa.float64(), mask=np.isnan(v)) for n, v in columns.items()}
     return pa.table({"label": pa.array(counts.classes, pa.string()), **arrays})
-
-
-def _compute_bin_shift(num_classes: int) -> int:
-    """Bits of a float16 that are dropped to get its bin."""
-    return 0 if num_classes <= MAX_EXACT_CLASSES else 4

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from imgcls.metrics.columns import Floats, Ints
 from imgcls.metrics.counts import PredictionCounts
+from imgcls.metrics.multilabel.counts import MultiLabelCounts
 
 Vectors = NDArray[np.float32]
 _PRIOR = 0.5
@@ -141,20 +142,23 @@ def maximum_mean_discrepancy(
     return float(values[0]), float((1 + as_far.sum()) / (permutations + 1))
 
 
-def compute_drift(counts: PredictionCounts, reference: PredictionCounts) -> pa.Table:
+def compute_drift(
+    counts: PredictionCounts | MultiLabelCounts, reference: PredictionCounts | MultiLabelCounts
+) -> pa.Table:
     """Drift of predicted classes and of confidences (by bin) from a reference.
 
     Parameters
     ----------
-    counts, reference : PredictionCounts
-        Counts of both runs. Classes are matched by name; a class that only one model has counts as
-        empty in the other.
+    counts, reference : PredictionCounts or MultiLabelCounts
+        Counts of both runs, of one task. Classes are matched by name; a class that only one model
+        has counts as empty in the other.
 
     Returns
     -------
     pyarrow.Table
         Rows `predicted_label` and `confidence` with columns of (string), psi, jensen_shannon
-        (float64), rows, reference_rows (int64). No rows if a run has no prediction.
+        (float64), rows, reference_rows (int64). For multilabel one row `predicted_labels`, of the
+        occurrences of each label and the number of rows. No rows if a run has no prediction.
 
     Examples
     --------
@@ -163,17 +167,21 @@ def compute_drift(counts: PredictionCounts, reference: PredictionCounts) -> pa.T
     0
     """
     names = sorted({*counts.classes, *reference.classes})
-    pairs = {
-        "predicted_label": (_align_by_name(counts, names), _align_by_name(reference, names)),
-        "confidence": (counts.bin_counts.sum(0), reference.bin_counts.sum(0)),
-    }
+    classes = (_align_by_name(counts, names), _align_by_name(reference, names))
+    if isinstance(counts, PredictionCounts) and isinstance(reference, PredictionCounts):
+        confidences = (counts.bin_counts.sum(0), reference.bin_counts.sum(0))
+        pairs = {"predicted_label": classes, "confidence": confidences}
+    else:
+        cells = zip(classes, (counts.ok, reference.ok), strict=True)
+        current, earlier = (np.append(labels, ok) for labels, ok in cells)
+        pairs = {"predicted_labels": (current, earlier)}
     rows = [
         {
             "of": what,
             "psi": population_stability_index(current, earlier),
             "jensen_shannon": jensen_shannon_divergence(current, earlier),
-            "rows": int(current.sum()),
-            "reference_rows": int(earlier.sum()),
+            "rows": counts.ok,
+            "reference_rows": reference.ok,
         }
         for what, (current, earlier) in pairs.items()
         if current.sum() and earlier.sum()
@@ -192,7 +200,7 @@ def _kl_divergence(p: Floats, q: Floats) -> float:
     return float((p[some] * np.log2(p[some] / q[some])).sum())
 
 
-def _align_by_name(counts: PredictionCounts, names: list[str]) -> Ints:
+def _align_by_name(counts: PredictionCounts | MultiLabelCounts, names: list[str]) -> Ints:
     """(len(names),) predictions of each class; 0 for a class that the model does not have."""
     known = dict(zip(counts.classes, counts.predicted_counts.tolist(), strict=True))
     return np.array([known.get(name, 0) for name in names], np.int64)

@@ -146,7 +146,8 @@ def list_headlines(names: list[str]) -> list[str]:
     Returns
     -------
     list of str
-        Mean confidence is included only for a run without labels.
+        Mean confidence is included only for a run without labels, and micro F1 only for a
+        multi-label run: for others it equals the accuracy.
 
     Examples
     --------
@@ -155,7 +156,7 @@ def list_headlines(names: list[str]) -> list[str]:
     """
     found = [name for name in names if find_headline(name) is not None]
     if "accuracy" in found:
-        found = [name for name in found if name != "mean_confidence"]
+        found = [name for name in found if name not in ("mean_confidence", "f1_micro")]
     order = list(HEADLINES)
     return sorted(found, key=lambda name: order.index(get_pattern(name)))
 

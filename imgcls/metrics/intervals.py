@@ -20,15 +20,15 @@ Z_95 = 1.959963984540054
 """Standard deviations around the mean that contain 95% of a normal distribution."""
 
 
-def wilson_interval(correct: float, rows: int, z: float = Z_95) -> Interval:
+def wilson_interval(correct: float, rows: float, z: float = Z_95) -> Interval:
     """Wilson score interval of a share: `correct` of `rows`.
 
     Parameters
     ----------
     correct : float
         Rows counted, 0 to `rows`.
-    rows : int
-        All rows.
+    rows : float
+        All rows; not an integer if it is an effective number of rows.
     z : float, default 1.96
         Standard normal quantile of the confidence level.
 

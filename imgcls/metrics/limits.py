@@ -65,7 +65,28 @@ def _rate_limits(counts: ClassCounts, rate: ClassRate) -> tuple[Floats, Floats]:
         return wilson_limits(counts.correct, counts.support)
     if rate == "precision":
         return wilson_limits(counts.correct, counts.predicted)
-    lower, upper = wilson_limits(counts.correct, counts.support + counts.predicted - counts.correct)
+    return f1_limits(counts.correct, counts.support, counts.predicted)
+
+
+def f1_limits(correct: Ints, support: Ints, predicted: Ints) -> tuple[Floats, Floats]:
+    """95% limits of the F1 of each class, by the Wilson indirect method (`class_mean_limits`).
+
+    Parameters
+    ----------
+    correct, support, predicted : ndarray of int64, shape (C,)
+        True positives, rows with the label and rows with the prediction.
+
+    Returns
+    -------
+    lower, upper : ndarray of float64, shape (C,)
+
+    Examples
+    --------
+    >>> lower, upper = f1_limits(np.array([10]), np.array([10]), np.array([10]))
+    >>> lower.round(3).tolist(), upper.tolist()
+    ([0.839], [1.0])
+    """
+    lower, upper = wilson_limits(correct, support + predicted - correct)
     return 2 * lower / (1 + lower), 2 * upper / (1 + upper)
 
 

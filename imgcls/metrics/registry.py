@@ -354,13 +354,20 @@ METRICS: tuple[MetricSpec, ...] = (
 )
 
 HEADLINES = {
+    "mean_average_precision": "mean average precision (mAP)",
     "accuracy": "accuracy",
     "top_{k}_accuracy": "top-{k} accuracy",
     "balanced_accuracy": "balanced accuracy",
+    "f1_micro": "micro F1",
     "f1_macro": "macro F1",
+    "subset_accuracy": "all labels correct",
+    "hamming_loss": "Hamming loss",
     "log_loss": "log loss (nats)",
     "auroc_macro": "macro AUROC",
     "expected_calibration_error": "calibration error (ECE)",
+    "expected_calibration_error_macro": "calibration error (ECE)",
+    "labels_per_row": "labels per row",
+    "predicted_labels_per_row": "predicted labels per row",
     "mean_confidence": "mean confidence",
     "coverage": "accepted",
     "ood_rate": "out of distribution",
@@ -368,9 +375,19 @@ HEADLINES = {
     "mean_set_size": "labels per label set",
     "error_rate": "without a prediction",
 }
-"""Metrics that are logged and shown first in the report, in this order, and their labels."""
+"""Metrics that are logged and shown first in the report, in this order, and their labels.
 
-_UNITS: dict[str, Unit] = {spec.name: spec.unit for spec in METRICS}
+Includes those of multi-label runs (`imgcls.metrics.multilabel.registry`).
+"""
+
+MULTILABEL_UNITS: dict[str, Unit] = {
+    "coverage_error": "score",
+    "labels_per_row": "score",
+    "predicted_labels_per_row": "score",
+}
+"""Units of the metrics that only multi-label runs have; the others are fractions."""
+
+_UNITS: dict[str, Unit] = {spec.name: spec.unit for spec in METRICS} | MULTILABEL_UNITS
 
 
 def find_unit(name: str) -> Unit:
@@ -407,7 +424,7 @@ def find_headline(name: str) -> str | None:
 
     Examples
     --------
-    >>> find_headline("top_5_accuracy"), find_headline("f1_micro")
+    >>> find_headline("top_5_accuracy"), find_headline("f1_weighted")
     ('top-5 accuracy', None)
     """
     pattern = get_pattern(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,6 +18,7 @@ from imgcls.metrics.drift import (
     maximum_mean_discrepancy,
     population_stability_index,
 )
+from imgcls.metrics.multilabel import MultiLabelCounts
 from tests.evaluation.runs import drawn
 
 cells = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=2, max_size=40)
@@ -58,6 +61,39 @@ def test_classes_meet_by_name() -> None:
     other = counts(1, classes=("ant", "bee", "cat", "dog", "fox"))
     found = compute_drift(counts(1), other).to_pylist()[0]
     assert found["jensen_shannon"] > 0.15  # a fifth on either side has nothing to meet
+
+
+def count_labels(
+    seed: int, rates: Sequence[float], classes: Sequence[str] = ("ant", "bee", "cat")
+) -> MultiLabelCounts:
+    rng = np.random.default_rng(seed)
+    predicted = rng.random((4_000, len(rates))) < np.array(rates)
+    return MultiLabelCounts.from_arrays(None, predicted, classes)
+
+
+def test_the_drift_of_several_labels_is_that_of_their_occurrences() -> None:
+    rates = (0.5, 0.2, 0.02)
+    (same,) = compute_drift(count_labels(1, rates), count_labels(2, rates)).to_pylist()
+    assert (same["of"], same["rows"], same["reference_rows"]) == ("predicted_labels", 4_000, 4_000)
+    assert same["psi"] < 0.01
+    # a rare label becomes frequent; or every label does, which leaves their shares as they are
+    for moved in ((0.5, 0.2, 0.4), (0.05, 0.02, 0.002)):
+        (found,) = compute_drift(count_labels(1, moved), count_labels(2, rates)).to_pylist()
+        assert found["psi"] > 0.25, moved
+        assert found["jensen_shannon"] > 0.02
+
+
+def test_the_labels_of_two_bundles_meet_by_name() -> None:
+    first = count_labels(1, (0.5, 0.2), ("ant", "bee"))
+    (same,) = compute_drift(first, count_labels(2, (0.2, 0.5), ("bee", "ant"))).to_pylist()
+    assert same["psi"] < 0.01
+    (other,) = compute_drift(first, count_labels(2, (0.5, 0.2), ("ant", "fox"))).to_pylist()
+    assert other["psi"] > 0.25
+    empty = MultiLabelCounts.empty(("ant", "bee"))
+    assert compute_drift(empty, first).num_rows == 0
+    # rows without any label are compared too
+    (none,) = compute_drift(count_labels(1, (0.0, 0.0), ("ant", "bee")), first).to_pylist()
+    assert none["psi"] > 0.25
 
 
 def test_nothing_is_not_compared() -> None:

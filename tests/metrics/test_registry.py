@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from imgcls.metrics import PredictionCounts, registry, tables
+from imgcls.metrics.multilabel import MULTILABEL_METRICS
 
 CLASSES = [f"class {i}" for i in range(9)]
 
@@ -29,5 +30,8 @@ def test_a_new_metric_is_a_function_and_a_registry_line(make_predictions, monkey
 
 def test_names_of_metrics_and_headlines_are_unique_and_match():
     names = [spec.name for spec in registry.METRICS]
+    others = [spec.name for spec in MULTILABEL_METRICS]
     assert len(names) == len(set(names))
-    assert set(registry.HEADLINES) <= set(names)
+    assert len(others) == len(set(others))
+    assert set(registry.HEADLINES) <= {*names, *others}
+    assert set(registry.MULTILABEL_UNITS) <= set(others) - set(names)
