@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from imgcls.data.containers.archive import TEXT_SUFFIXES, Archive
 from imgcls.data.containers.members import MemberUrl
@@ -23,16 +24,22 @@ _SAMPLE_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _COLUMN_OF_SUFFIX = {".cls": "label", ".txt": "text", ".json": "json"}
 
 
+ArchiveValue = str | list[str] | None
+"""A value of a row; a list of texts only for a field of JSON with several labels."""
+
+
 @dataclass(frozen=True)
 class ArchiveOptions:
     """Columns of a manifest of archives, as the user named them.
 
-    label_column: None for the usual one, `label`
+    label_column:  None for the usual one, `label`
+    label_columns: fields of JSON, one per class
     """
 
     path_column: str
     label_column: str | None
     keys: KeyNames
+    label_columns: tuple[str, ...] = ()
 
 
 @dataclass
@@ -40,12 +47,12 @@ class ArchiveRows:
     """The rows of one archive, and its members that are in no row.
 
     columns: by name, all of one length; the first one has the paths, which are member URLs
-    fields:  names of the scalar fields in the JSON texts, when a label was looked for in them
+    fields:  names of the fields in the JSON texts that may be labels, when one was looked for
     skipped: members that are no images, by suffix
     notes:   what else a user should know
     """
 
-    columns: dict[str, list[str | None]]
+    columns: dict[str, list[ArchiveValue]]
     fields: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
@@ -93,27 +100,27 @@ def list_webdataset(archive: Archive, options: ArchiveOptions) -> ArchiveRows:
         suffix for suffix in TEXT_SUFFIXES if any(s.find_text(suffix) for _, s, _ in samples)
     ]
     names = ["key", *(_COLUMN_OF_SUFFIX[suffix] for suffix in suffixes)]
-    label = options.label_column
-    has_field = label is not None and label not in names and ".json" in suffixes
-    if options.path_column in names or (has_field and label == options.path_column):
+    wanted = [options.label_column] if options.label_column else options.label_columns
+    fields = [name for name in wanted if name not in names and ".json" in suffixes]
+    if options.path_column in (*names, *fields):
         raise ManifestError(
             f"manifest {archive.url}: {options.keys.option('path_column')} "
             f"{options.path_column!r} is also the name of another column; name it differently"
         )
-    rows.columns |= {name: [] for name in (*names, *([label] if has_field and label else []))}
-    fields: set[str] = set()
+    rows.columns |= {name: [] for name in (*names, *fields)}
+    found: set[str] = set()
     for key, sample, images in samples:
-        values: list[str | None] = [key]
+        values: list[ArchiveValue] = [key]
         for suffix in suffixes:
             member = sample.find_text(suffix)
             values.append(None if member is None else archive.read_text(member))
-        if has_field and label is not None:
-            values.append(_read_field(archive, sample.find_text(".json"), label, fields))
+        if fields:
+            values += _read_fields(archive, sample.find_text(".json"), fields, found)
         for image in images:
             row = [build_member_path(archive, image), *values]
             for column, value in zip(rows.columns.values(), row, strict=True):
                 column.append(value)
-    rows.fields = sorted(fields)
+    rows.fields = sorted(found)
     _add_index_notes(archive, rows)
     return rows
 
@@ -160,13 +167,15 @@ def build_member_path(archive: Archive, member: str) -> str:
     return str(MemberUrl(archive.kind, archive.url, member))
 
 
-def _read_field(archive: Archive, member: str | None, name: str, fields: set[str]) -> str | None:
-    """A scalar field of a sample's JSON as text; None where it is null or there is none.
+def _read_fields(
+    archive: Archive, member: str | None, names: Sequence[str], found: set[str]
+) -> list[ArchiveValue]:
+    """Fields of a sample's JSON as text or lists of text; None where one is null or missing.
 
-    fields: the names of all scalar fields are added to it
+    found: the names of all fields that may be labels are added to it
     """
     if member is None:
-        return None
+        return [None] * len(names)
     place = f"manifest {archive.url}: member {member!r}"
     try:
         # numbers stay as they are written
@@ -175,13 +184,27 @@ def _read_field(archive: Archive, member: str | None, name: str, fields: set[str
         raise ManifestError(f"{place} is not JSON ({one_line(error)}); correct it") from error
     if not isinstance(values, dict):
         raise ManifestError(f"{place} is not a JSON object; correct it")
-    fields.update(key for key, value in values.items() if not isinstance(value, (dict, list)))
-    value = values.get(name)
+    found.update(key for key, value in values.items() if _may_be_label(value))
+    return [_convert_field(values.get(name), name, place) for name in names]
+
+
+def _may_be_label(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(each, str) for each in value)
+    return not isinstance(value, dict)
+
+
+def _convert_field(value: Any, name: str, place: str) -> ArchiveValue:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if value is not None and not isinstance(value, str):
-        raise ManifestError(f"{place} has a list or an object as {name!r}, not one label")
-    return value
+    if value is None or isinstance(value, str):
+        return value
+    if not _may_be_label(value):
+        raise ManifestError(
+            f"{place} has {name!r} as an object, or as a list of other than texts; expected one "
+            "label or a list of labels"
+        )
+    return list(value)
 
 
 def list_zip(archive: Archive, options: ArchiveOptions) -> ArchiveRows:

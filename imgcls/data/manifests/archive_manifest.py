@@ -10,13 +10,13 @@ import collections
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
 import pyarrow as pa
 
 from imgcls import log
-from imgcls.data.manifests.archive_listing import ArchiveOptions, ArchiveRows
+from imgcls.data.manifests.archive_listing import ArchiveOptions, ArchiveRows, ArchiveValue
 from imgcls.data.manifests.discovery import log_skipped_files
 from imgcls.data.manifests.parquet_reader import READ_BATCH_ROWS
 from imgcls.data.manifests.readers import ArchiveFormat
@@ -29,10 +29,15 @@ _CONCURRENT_REQUESTS = 16
 _MAX_NOTES = 10
 
 
+def _find_type(values: Sequence[ArchiveValue]) -> pa.DataType:
+    is_list = any(isinstance(value, list) for value in values)
+    return pa.list_(pa.string()) if is_list else pa.string()
+
+
 class ArchiveTable:
     """The rows of several archives as one table; the archives are listed at each pass.
 
-    schema:       of text columns, the first one the path
+    schema:       of text columns, the first one the path; labels may be lists of text
     label_column: None when unlabeled
     """
 
@@ -51,8 +56,11 @@ class ArchiveTable:
         self._first_at, self._first = self._find_first()
         self._has_logged = False
         names = list(self._first.columns)
-        self.schema = pa.schema([(name, pa.string()) for name in names])
+        self.schema = pa.schema([(n, _find_type(v)) for n, v in self._first.columns.items()])
         self.label_column = self._find_label_column(names)
+        for name in options.label_columns:
+            if name not in self._first.fields:
+                raise self._build_missing_error(name, names, "label_columns")
 
     def _find_versions(self) -> list[tuple[int, str | None]]:
         """Size and version of each archive."""
@@ -96,13 +104,17 @@ class ArchiveTable:
         if wanted not in names or not any(
             value is not None for value in self._first.columns[wanted]
         ):
-            fields = ", ".join(self._first.fields)
-            raise ManifestError(
-                f"manifest {self._source}: no column {wanted!r} (found: {', '.join(names)}"
-                + (f"; JSON fields: {fields}" if fields else "")
-                + f"); name it with {self._options.keys.option('label_column')}"
-            )
+            raise self._build_missing_error(wanted, names, "label_column")
         return wanted
+
+    def _build_missing_error(self, name: str, names: list[str], key: str) -> ManifestError:
+        found = ", ".join(each for each in names if each != name)
+        fields = ", ".join(self._first.fields)
+        return ManifestError(
+            f"manifest {self._source}: no column {name!r} (found: {found}"
+            + (f"; JSON fields: {fields}" if fields else "")
+            + f"); name it with {self._options.keys.option(key)}"
+        )
 
     def _list_rows(self, at: int) -> ArchiveRows:
         url = self.files[at]
@@ -157,19 +169,26 @@ class ArchiveTable:
         """The rows in the columns of the first archive, null where it lacks one."""
         first, here = self.files[self._first_at], self.files[at]
         pairs = [(here, name, first) for name in rows.columns if name not in self.schema.names]
-        if self.label_column is not None and self.label_column not in rows.columns:
-            pairs.append((first, self.label_column, here))
+        labels = (*self._options.label_columns, *([self.label_column] if self.label_column else []))
+        pairs += [(first, name, here) for name in labels if name not in rows.columns]
         if pairs and rows.count:
             has, name, lacks = pairs[0]
             raise ManifestError(
                 f"manifest {has}: has the column {name!r}, and {lacks} has not; pass archives with "
                 "the same columns"
             )
-        columns = [
-            pa.array(rows.columns.get(name, [None] * rows.count), pa.string())
-            for name in self.schema.names
-        ]
+        columns = [self._build_column(field, rows, here) for field in self.schema]
         return pa.table(columns, schema=self.schema)
+
+    def _build_column(self, field: pa.Field, rows: ArchiveRows, url: str) -> pa.Array:
+        values = rows.columns.get(field.name, [None] * rows.count)
+        is_list = pa.types.is_list(field.type)
+        if any(value is not None and isinstance(value, list) != is_list for value in values):
+            raise ManifestError(
+                f"manifest {url}: {field.name!r} is a list in some samples and one text in others; "
+                "write lists in all of them"
+            )
+        return pa.array(values, field.type)
 
     def compute_fingerprint(self) -> str:
         """BLAKE2b of path, size and version of each archive."""

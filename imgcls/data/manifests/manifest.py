@@ -40,6 +40,7 @@ from imgcls.data.manifests.discovery import (
     walk_images,
 )
 from imgcls.data.manifests.image_columns import find_image_columns, leave_out_images
+from imgcls.data.manifests.label_columns import LIST_NAMES, LabelColumns, find_label_columns
 from imgcls.data.manifests.options import DEFAULT_KEYS, ImageColumns, KeyNames, ReadOptions
 from imgcls.data.manifests.parquet_reader import READ_BATCH_ROWS
 from imgcls.data.manifests.readers import (
@@ -70,7 +71,12 @@ class ManifestConfig(Section):
     image_column: str | None = None
     """Column of the images themselves: bytes, struct<bytes, path> (default: detected) or base64."""
     label_column: str | None = None
-    """Name of the column of class names (default: `label`, if the table has it)."""
+    """Name of the column of class names (default: `label`, if the table has it). A column of lists
+    has any number of classes per image."""
+    label_delimiter: str | None = None
+    """Separator of several class names in the label column, such as ; (multi-label)."""
+    label_columns: Names = []
+    """Columns of classes, separated by commas: 1, 0, or no value where unknown (multi-label)."""
     drop_columns: Names = []
     """Columns that are not read, separated by commas: no output has them. `label`: unlabeled."""
     root: str | None = None
@@ -89,7 +95,8 @@ class Manifest:
 
     schema:       Arrow schema of the columns, as in the files
     path_column:  name of the column of image paths
-    label_column: name of the column of class names, None when unlabeled
+    label_column: name of the column of class names, None when unlabeled or multi-label
+    label_columns: where the labels are, if an image may have any number of them
     files:        the tables of the manifest; empty for a folder or glob of images
     version:      of a table with versions, such as a snapshot; else None
     dropped:      the columns that are not read
@@ -106,6 +113,7 @@ class Manifest:
     _compute_fingerprint: Callable[[], str] = field(repr=False)
     version: str | None = None
     dropped: tuple[str, ...] = ()
+    label_columns: LabelColumns | None = None
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Stream the rows, in order; raises ManifestError where a row cannot be read."""
@@ -128,9 +136,17 @@ class Manifest:
         }
         if self.version is not None:
             identity["version"] = self.version
+        if self.label_columns is not None:
+            identity["label_columns"] = self.label_columns.to_json()
         if self.dropped:
             identity["drop_columns"] = list(self.dropped)
         return identity
+
+    def find_label_columns(self) -> LabelColumns | None:
+        """The labels as those of a multi-label manifest; a column of class names has one each."""
+        if self.label_columns is None and self.label_column is not None:
+            return LabelColumns(self.label_column)
+        return self.label_columns
 
     def resolve(self, path: str | None) -> str | None:
         """Resolve the path of a row: unchanged when absolute or a URL, else below `root`."""
@@ -212,6 +228,9 @@ def open_manifest(
             manifest = _ImageListing(config, found, format, keys).open()
         else:
             manifest = _TableFiles(config, found, format, keys).open(any_key=any_key)
+        labels = find_label_columns(config, manifest.schema, keys)
+        if labels is not None:
+            manifest = replace(manifest, label_column=None, label_columns=labels)
         return _drop_columns(manifest, config, keys) if config.drop_columns else manifest
     except (StorageError, UnicodeDecodeError) as error:
         raise request_error(ManifestError, f"manifest {config.path}: {error}", error) from error
@@ -221,16 +240,18 @@ def _drop_columns(manifest: Manifest, config: ManifestConfig, keys: KeyNames) ->
     dropped, option = tuple(sorted(set(config.drop_columns))), keys.option("drop_columns")
     for name in dropped:
         check_named_column(config, manifest.schema, name, option)
-        if name in (manifest.path_column, config.label_column):
+        if name in (manifest.path_column, config.label_column, *config.label_columns):
             raise ManifestError(
                 f"manifest {config.path}: column {name!r} is read as that of the "
                 f"{'paths' if name == manifest.path_column else 'labels'}; remove it from {option}"
             )
     kept = [name for name in manifest.schema.names if name not in dropped]
+    labels = set(() if manifest.label_columns is None else manifest.label_columns.names)
     return replace(
         manifest,
         schema=pa.schema([manifest.schema.field(name) for name in kept]),
         label_column=None if manifest.label_column in dropped else manifest.label_column,
+        label_columns=manifest.label_columns if labels <= set(kept) else None,
         _read_batches=lambda: (batch.select(kept) for batch in manifest.batches()),
         dropped=dropped,
     )
@@ -239,7 +260,9 @@ def _drop_columns(manifest: Manifest, config: ManifestConfig, keys: KeyNames) ->
 def _open_archives(
     config: ManifestConfig, found: ManifestFiles, format: ArchiveFormat, keys: KeyNames
 ) -> Manifest:
-    options = ArchiveOptions(config.path_column, config.label_column, keys)
+    options = ArchiveOptions(
+        config.path_column, config.label_column, keys, tuple(config.label_columns)
+    )
     table = ArchiveTable(config.path, found.files, format, options)
     return Manifest(
         source=config.path,
@@ -261,7 +284,13 @@ class _TableFiles:
         self, config: ManifestConfig, found: ManifestFiles, format: TableFormat, keys: KeyNames
     ) -> None:
         self._config, self._found, self._format, self._keys = config, found, format, keys
-        self._options = ReadOptions(config.delimiter, config.encoding, config.escape, keys)
+        self._options = ReadOptions(
+            config.delimiter,
+            config.encoding,
+            config.escape,
+            keys,
+            list_labels=LIST_NAMES if config.label_column is None else (config.label_column,),
+        )
 
     def open(self, *, any_key: bool) -> Manifest:
         files = self._found.files

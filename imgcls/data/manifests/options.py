@@ -74,6 +74,7 @@ class ReadOptions:
                (RFC 4180)
     keys:      names of these options in error messages
     images:    the columns of images of Parquet files
+    list_labels: columns that may have lists of labels, whose codes become names
 
     The first three are for CSV files.
     """
@@ -83,3 +84,4 @@ class ReadOptions:
     escape: str | None = None
     keys: KeyNames = DEFAULT_KEYS
     images: ImageColumns = ImageColumns()
+    list_labels: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ def read_parquet_schema(file: str, options: ReadOptions) -> pa.Schema:
     """
     parquet = _open_parquet(file, options.keys)
     try:
-        return convert_label_types(parquet.schema_arrow).remove_metadata()
+        return convert_label_types(parquet.schema_arrow, options.list_labels).remove_metadata()
     except pa.ArrowException as error:
         raise _build_type_error(file, error) from error
 
@@ -40,7 +40,9 @@ def read_parquet_batches(file: str, options: ReadOptions) -> Iterator[pa.RecordB
         for batch in parquet.iter_batches(READ_BATCH_ROWS, columns=converted.names):
             if batch.num_rows:
                 batch.validate(full=True)  # Parquet readers do not check that text is UTF-8
-                yield convert_class_labels(converted.convert(batch), schema, f"manifest {file}")
+                yield convert_class_labels(
+                    converted.convert(batch), schema, f"manifest {file}", options.list_labels
+                )
     except pa.ArrowNotImplementedError as error:
         raise _build_type_error(file, error, _describe_nested_dictionary(file)) from error
     except (pa.ArrowException, OSError) as error:

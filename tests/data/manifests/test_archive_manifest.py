@@ -9,9 +9,11 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from imgcls.data import image_files
+from imgcls.data.manifests.label_columns import LabelColumns
 from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, StorageError
 from tests.data.archives import add_members, rows_of, write_tar, write_zip
@@ -49,7 +51,7 @@ def test_the_texts_of_samples_are_columns(tmp_path: Path) -> None:
         "d.x/1.jpg": b"",
         "d.x/1.CLS": b" cat\n",
         "d.x/1.txt": "\ufeffa cät".encode(),
-        "d.x/1.json": b'{"id": 007.50, "kind": "x", "ok": true, "none": null, "list": []}',
+        "d.x/1.json": b'{"id": 007.50, "kind": "x", "ok": true, "none": null, "object": {}}',
         "2.png": b"",
         "2.json": b'{"id": 12345678901234567890, "ok": false}',
     }
@@ -75,7 +77,59 @@ def test_the_texts_of_samples_are_columns(tmp_path: Path) -> None:
         assert found.label_column == name
     assert "no column 'none'" in refused(archive, label_column="none")
     assert "JSON fields: id, kind, none, ok" in refused(archive, label_column="nothing")
-    assert "a list or an object as 'list'" in refused(archive, label_column="list")
+    assert "has 'object' as an object, or as a list of" in refused(archive, label_column="object")
+
+
+def test_a_list_in_json_has_several_labels(tmp_path: Path) -> None:
+    texts = ['{"tags": ["b", "a"], "n": [{}], "i": [1]}', '{"tags": []}', '{"tags": null}', "{}"]
+    members = {f"{i}.json": text.encode() for i, text in enumerate(texts)}
+    members |= {f"{i}.jpg": b"" for i in range(4)}
+    archive = write_tar(tmp_path / "x.tar", members)
+    found = open_manifest(ManifestConfig(path=archive, label_column="tags"))
+    assert (found.label_column, found.label_columns) == (None, LabelColumns("tags"))
+    assert found.schema.field("tags").type == pa.list_(pa.string())
+    rows = rows_of(archive, label_column="tags")
+    assert [row["tags"] for row in rows] == [["b", "a"], [], None, None]
+    assert "JSON fields: i, tags)" in refused(archive, label_column="nothing")
+    assert [row["i"] for row in rows_of(archive, label_column="i")] == [["1"], None, None, None]
+    assert "list of other than texts" in refused(archive, label_column="n")
+
+
+def test_text_in_json_may_have_several_labels(tmp_path: Path) -> None:
+    archive = write_tar(tmp_path / "x.tar", {"1.jpg": b"", "1.json": b'{"tags": "a;b"}'})
+    labels = {"label_column": "tags", "label_delimiter": ";"}
+    assert rows_of(archive, **labels)[0]["tags"] == "a;b"
+    found = open_manifest(ManifestConfig(path=archive, **labels))
+    assert found.label_columns == LabelColumns("tags", ";")
+
+
+def test_lists_and_texts_in_one_field_of_json_are_refused(tmp_path: Path) -> None:
+    for one, other in (('["a"]', '"a"'), ('"a"', '["a"]')):
+        first = {"1.jpg": b"", "1.json": f'{{"tags": {one}}}'.encode()}
+        second = {"2.jpg": b"", "2.json": f'{{"tags": {other}}}'.encode()}
+        write_tar(tmp_path / "0.tar", first)
+        write_tar(tmp_path / "1.tar", second)
+        message = r"1\.tar: 'tags' is a list in some samples and one text in others"
+        with pytest.raises(ManifestError, match=message):
+            rows_of(f"{tmp_path}/*.tar", label_column="tags")
+
+
+def test_fields_of_json_are_class_columns(tmp_path: Path) -> None:
+    texts = ['{"a": 1, "b": 0}', '{"a": null, "b": 1.0}', '{"a": true, "b": false}']
+    members = {f"{i}.json": text.encode() for i, text in enumerate(texts)}
+    members |= {f"{i}.jpg": b"" for i in range(3)}
+    archive = write_tar(tmp_path / "x.tar", members)
+    found = open_manifest(ManifestConfig(path=archive, label_columns=["a", "b"]))
+    assert found.label_columns == LabelColumns(per_class=("a", "b"))
+    [batch] = found.batches()
+    assert found.label_columns.encode(batch, ["a", "b"]).targets.tolist() == [
+        [1, 0], [-1, 1], [1, 0],
+    ]  # fmt: skip
+    message = refused(archive, label_columns=["a", "c"])
+    assert "no column 'c' (found: path, key, json, a; JSON fields: a, b)" in message
+    write_tar(tmp_path / "y.tar", {"1.jpg": b""})
+    with pytest.raises(ManifestError, match=r"has the column 'a', and .*y\.tar has not"):
+        rows_of(f"{tmp_path}/*.tar", label_columns=["a", "b"])
 
 
 def test_members_of_a_sample_may_be_apart(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls.data import image_files
+from imgcls.data.manifests.label_columns import LabelColumns
 from imgcls.data.manifests.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import ManifestError, StorageMissing
@@ -284,6 +285,50 @@ def test_a_data_set_of_hugging_face_is_read_as_written(tmp_path: Path) -> None:
     assert table["label"].to_pylist() == ["dog", "cat", None]
     assert table["image_path"].to_pylist() == ["0.jpg", "1.jpg", "2.jpg"]
     assert read_images(manifest) == IMAGES
+
+
+CLASS_LABEL = {"names": ["cat", "dog"], "_type": "ClassLabel"}
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [[CLASS_LABEL], *({"_type": t, "feature": CLASS_LABEL} for t in ("Sequence", "List"))],
+    ids=["list", "Sequence", "List"],
+)
+@pytest.mark.parametrize("type", [pa.list_(pa.int64()), pa.large_list(pa.int8())], ids=str)
+def test_lists_of_numbers_of_classes_become_lists_of_names(
+    tmp_path: Path, feature: object, type: pa.DataType
+) -> None:
+    labels = pa.array([[1, 0], [], None, [-1, 1], [-1]], type)
+    table = pa.table({"path": list("abcde"), "labels": labels, "others": labels})
+    features = {"labels": feature, "others": feature}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    path = tmp_path / "a.parquet"
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    manifest = open_(path)
+    assert manifest.label_columns == LabelColumns("labels")
+    names = [["dog", "cat"], [], None, [None, "dog"], None]
+    assert read_rows(manifest)["labels"].to_pylist() == names
+    assert read_rows(manifest)["others"].to_pylist() == labels.to_pylist(), "no label column"
+    found = manifest.label_columns.read_names(read_rows(manifest)).to_pylist()
+    assert found == [["dog", "cat"], [], None, ["dog"], None]
+    wrong = table.set_column(1, "labels", pa.array([[], [], [], [], [0, 2]], type))
+    pq.write_table(wrong.replace_schema_metadata(metadata), path)
+    with pytest.raises(ManifestError, match=r"'labels' contains 2, and .* names of 2 classes"):
+        read_rows(open_(path))
+
+
+def test_a_multi_label_data_set_of_hugging_face_is_read_as_written(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    features = datasets.Features(
+        {"path": datasets.Value("string"), "labels": datasets.Sequence(names)}
+    )
+    rows = {"path": ["a", "b"], "labels": [[1, 0], []]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
+    manifest = open_(tmp_path / "a.parquet")
+    assert read_rows(manifest)["labels"].to_pylist() == [["dog", "cat"], []]
+    assert manifest.label_columns == LabelColumns("labels")
 
 
 def test_base64_text_and_pixels_of_spark_are_explained(tmp_path: Path) -> None:
