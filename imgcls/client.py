@@ -64,6 +64,12 @@ class Client:
     >>> with Client("http://127.0.0.1:8000", "KEY") as client:  # doctest: +SKIP
     ...     for row in client.predict(["cat.jpg", "dog.jpg"], top_k=3):
     ...         print(row["name"], row["predicted_label"], row["confidence"])
+
+    A multi-label model returns all labels whose scores reach their thresholds, possibly none:
+
+    >>> with Client("http://127.0.0.1:8000", "KEY") as client:  # doctest: +SKIP
+    ...     for row in client.predict(["street.jpg"], threshold=0.3, scores=True):
+    ...         print(row["name"], row["predicted_labels"], row["scores"]["bicycle"])
     """
 
     def __init__(
@@ -98,6 +104,7 @@ class Client:
         top_k: int | None = None,
         threshold: float | None = None,
         embeddings: bool = False,
+        scores: bool = False,
     ) -> list[dict[str, Any]]:
         """Classify image files.
 
@@ -108,15 +115,19 @@ class Client:
         top_k : int, optional
             Number of labels per image. Default: the service's.
         threshold : float, optional
-            Minimum confidence of an accepted prediction, 0 to 1. Default: the service's.
+            Minimum confidence of an accepted prediction, 0 to 1. For a multi-label model, minimum
+            score of each predicted label. Default: the service's.
         embeddings : bool
             Also return the embedding of each image.
+        scores : bool
+            Also return the score of each class, as a dict with the class names as keys.
 
         Returns
         -------
         list of dict
-            One row per image, in the columns of a prediction table. If several images are sent, a
-            rejected image is a row with its ``status`` and ``error``.
+            One row per image, in the columns of a prediction table. A row of a multi-label model
+            has the list ``predicted_labels`` instead of ``predicted_label`` and ``confidence``. If
+            several images are sent, a rejected image is a row with its ``status`` and ``error``.
 
         Raises
         ------
@@ -130,7 +141,12 @@ class Client:
         if not images:
             raise RequestError("predict: no image. Pass at least one path or bytes object")
         files = [("image", _read_image(image)) for image in images]
-        options = {"top_k": top_k, "threshold": threshold, "embeddings": embeddings or None}
+        options = {
+            "top_k": top_k,
+            "threshold": threshold,
+            "embeddings": embeddings or None,
+            "scores": scores or None,
+        }
         params = {name: value for name, value in options.items() if value is not None}
         rows: list[dict[str, Any]] = self._request(
             "POST", "/v1/predict", files=files, params=params
@@ -143,7 +159,7 @@ class Client:
         Returns
         -------
         dict
-            Hash, architecture, classes, preprocessing, thresholds and metrics.
+            Hash, task, architecture, classes, preprocessing, thresholds and metrics.
 
         Raises
         ------

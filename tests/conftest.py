@@ -123,6 +123,29 @@ def color_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def multilabel_bundle(color_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`color_bundle` for any number of colors per image.
+
+    The scores of any drawn image are about 0.90, 0.61 and 0.24. By the thresholds of the classes,
+    its labels are red and blue.
+    """
+    from imgcls.models.bundle import VectorScaling, load_bundle, load_bundle_weights, save_bundle
+
+    loaded = load_bundle(str(color_bundle))
+    changes = {
+        "task": "multilabel",
+        "format_version": 2,
+        "threshold": 0.5,
+        "thresholds": {"green": 0.7, "blue": 0.2},
+        "vector_scaling": VectorScaling(scale=[1.0, 1.0, 1.0], bias=[2.0, 0.3, -1.0]),
+    }
+    folder = tmp_path_factory.mktemp("multilabel") / "bundle"
+    spec = type(loaded.spec).model_validate(loaded.spec.model_dump() | changes)
+    save_bundle(str(folder), spec, load_bundle_weights(loaded))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def overflowing_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small CNN of finite weights whose first logit is infinite for a white image only."""
     import torch

@@ -150,7 +150,8 @@ def test_what_print_config_prints_is_a_file_that_gives_the_same_again(tmp_path: 
     settings = yaml.safe_load(first.stdout)
     assert settings["manifest"] == {
         "path": "a b.csv", "format": "auto", "path_column": "path", "image_column": None,
-        "label_column": None, "drop_columns": [], "root": None, "delimiter": ";",
+        "label_column": None, "label_delimiter": None, "label_columns": [], "drop_columns": [],
+        "root": None, "delimiter": ";",
         "encoding": "utf-8", "escape": None,
     }  # fmt: skip
     assert (settings["threshold"], settings["scores"], settings["scale"]["workers"]) == (

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.data.containers import archive_index
+from imgcls.data.manifests.label_columns import describe_no_labels
 from imgcls.data.manifests.manifest import Manifest, log_label_variants, normalize_labels
 from imgcls.data.storage import filesystem
 from imgcls.errors import ManifestError, OutputError
@@ -361,18 +362,21 @@ class _LabelChecker:
         self._known = 0
 
     def add(self, table: pa.Table) -> None:
-        column = self._manifest.label_column
-        if column is None:
-            return
-        counted = pc.value_counts(normalize_labels(table.column(column)))
-        for entry in counted.to_pylist():
-            name, count = entry["values"], entry["counts"]
-            if name is None:
-                continue
+        for name, count in self._count_labels(table).items():
             if name in self._classes:
                 self._known += count
-                continue
-            self._unknown[name] += count
+            elif count:
+                self._unknown[name] += count
+
+    def _count_labels(self, table: pa.Table) -> Mapping[str, int]:
+        manifest = self._manifest
+        if manifest.label_columns is not None:
+            return manifest.label_columns.count_names(table, f"manifest {manifest.source}")
+        if manifest.label_column is None:
+            return {}
+        counted = pc.value_counts(normalize_labels(table.column(manifest.label_column)))
+        entries = counted.to_pylist()
+        return {each["values"]: each["counts"] for each in entries if each["values"] is not None}
 
     def check(self, *, refuse: bool) -> None:
         if not self._unknown:
@@ -389,12 +393,14 @@ class _LabelChecker:
                     "images to label all images below it, or use the bundle trained on these "
                     "classes"
                 )
+            columns = self._manifest.find_label_columns()
+            assert columns is not None
             raise ManifestError(
-                f"manifest {self._manifest.source}: no label in column "
-                f"{self._manifest.label_column!r} is a class of the model (found {examples}; the "
-                f"model has {shown}, {format_count(len(classes), 'class', 'classes')}). Use the "
-                "bundle trained on these classes, pass another --manifest.label-column, or read no "
-                f"labels with --manifest.drop-columns {self._manifest.label_column}"
+                f"manifest {self._manifest.source}: no label in {columns.describe()} is a class of "
+                f"the model (found {examples}; the model has {shown}, "
+                f"{format_count(len(classes), 'class', 'classes')}). Use the bundle trained on "
+                "these classes, name other columns, or read no labels: "
+                f"{describe_no_labels(columns)}"
             )
         log_label_variants(f"manifest {self._manifest.source}", self._unknown, self._classes)
         log.emit(

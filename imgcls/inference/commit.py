@@ -23,14 +23,20 @@ from imgcls.inference import rollup
 from imgcls.inference.config import ErrorStatus
 from imgcls.inference.incremental import read_failed_before
 from imgcls.inference.status import read_status
-from imgcls.metrics import PredictionCounts, tables
+from imgcls.metrics import tables
 from imgcls.metrics.drift import compute_drift, maximum_mean_discrepancy
 from imgcls.metrics.formatting import format_summary
+from imgcls.metrics.multilabel import (
+    MultiLabelCounts,
+    build_multilabel_per_class,
+    compute_multilabel_metrics,
+)
 from imgcls.models.embeddings import normalize_embeddings
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
 from imgcls.runs.embeddings import sample_embeddings
 from imgcls.runs.error_limits import check_status_counts
+from imgcls.runs.table_counts import RunCounts, TableCounter, merge_counts
 
 DEFAULT_MAX_ERRORS = 10
 """Default of `max_errors` with `since`: a night may have so few images that one broken one exceeds
@@ -47,24 +53,14 @@ _ERRORS_SCHEMA = pa.schema(
 
 
 def write_metric_tables(
-    output: str, plan: Plan, counts: PredictionCounts, *, top_k: int, path_column: str
+    output: str, plan: Plan, counts: RunCounts, *, top_k: int, path_column: str
 ) -> pa.Table:
     """Write `metrics/*.parquet`; returns the summary.
 
     For embeddings alone, whose counts have no classes, the summary has the numbers of rows.
     """
-    summary = tables.compute_summary(counts, top_k=top_k)
-    if not counts.classes:
-        names = summary["metric"]
-        is_row_metric = pc.is_in(names, value_set=pa.array(_ROW_METRICS))
-        summary = summary.filter(pc.or_(is_row_metric, pc.starts_with(names, "status_")))
-    made = {"summary": summary}
-    if counts.classes:
-        made |= {
-            "per_class": tables.build_per_class(counts),
-            "confusion": tables.build_confusion(counts),
-            "calibration": tables.build_calibration(counts),
-        }
+    made = _build_metric_tables(counts, top_k)
+    summary = made["summary"]
     folder = filesystem.join(output, layout.METRICS_FOLDER)
     layout.write_tables(folder, made)
     with (
@@ -75,6 +71,25 @@ def write_metric_tables(
             for failed in rollup.read_failed_rows(output, plan, path_column):
                 writer.write_table(failed.rename_columns(_ERRORS_SCHEMA.names).cast(_ERRORS_SCHEMA))
     return summary
+
+
+def _build_metric_tables(counts: RunCounts, top_k: int) -> dict[str, pa.Table]:
+    if isinstance(counts, MultiLabelCounts):
+        return {
+            "summary": tables.build_summary_table(compute_multilabel_metrics(counts)),
+            "per_class": build_multilabel_per_class(counts),
+        }
+    summary = tables.compute_summary(counts, top_k=top_k)
+    if not counts.classes:
+        names = summary["metric"]
+        is_row_metric = pc.is_in(names, value_set=pa.array(_ROW_METRICS))
+        return {"summary": summary.filter(pc.or_(is_row_metric, pc.starts_with(names, "status_")))}
+    return {
+        "summary": summary,
+        "per_class": tables.build_per_class(counts),
+        "confusion": tables.build_confusion(counts),
+        "calibration": tables.build_calibration(counts),
+    }
 
 
 def log_metrics(summary: pa.Table) -> None:
@@ -90,7 +105,7 @@ def write_success(
     output: str,
     *,
     run: Mapping[str, Any],
-    counts: PredictionCounts,
+    counts: RunCounts,
     seconds: Mapping[str, float],
     steady_rate: float | None,
     precision: Sequence[str],
@@ -157,7 +172,7 @@ def store_refusal(run: Mapping[str, Any], output: str) -> Iterator[None]:
 
 
 def check_errors(
-    output: str, plan: Plan, counts: PredictionCounts, path_column: str, limits: ErrorLimits
+    output: str, plan: Plan, counts: RunCounts, path_column: str, limits: ErrorLimits
 ) -> None:
     """Raise TooManyErrors when too many rows failed."""
     max_errors = limits.max_errors
@@ -175,7 +190,7 @@ def check_errors(
 
 def check_error_rates(
     output: str,
-    counts: PredictionCounts,
+    counts: RunCounts,
     allowed: float,
     by_status: Mapping[ErrorStatus, float],
     *,
@@ -206,7 +221,7 @@ def count_repeated_failures(output: str, plan: Plan, path_column: str) -> Counte
 
 
 def check_drift(
-    output: str, counts: PredictionCounts, reference: CommittedRun | None, max_psi: float | None
+    output: str, counts: RunCounts, reference: CommittedRun | None, max_psi: float | None
 ) -> None:
     """Write `metrics/drift.parquet`; raise TooManyErrors when predictions have drifted too far.
 
@@ -217,11 +232,7 @@ def check_drift(
     if reference is None:
         return
     _measure_embedding_drift(output, reference)
-    then = PredictionCounts.empty(reference.classes)
-    names = ["predicted_label", "confidence", "accepted", "status"]
-    for table in iter_tables(reference, names):
-        then += PredictionCounts.from_table(table, label_column=None, classes=reference.classes)
-    moved = compute_drift(counts, then)
+    moved = _compute_drift(counts, reference)
     layout.write_tables(filesystem.join(output, layout.METRICS_FOLDER), {"drift": moved})
     for row in moved.to_pylist():
         log.emit(
@@ -237,6 +248,15 @@ def check_drift(
                 "images and metrics/drift.parquet, then rerun with a higher --max-psi, or with "
                 "another --reference"
             )
+
+
+def _compute_drift(counts: RunCounts, reference: CommittedRun) -> pa.Table:
+    """Drift of the predictions from those of a run with the same task."""
+    counter = TableCounter(reference.classes, task=reference.task)
+    then = counter.empty()
+    for table in iter_tables(reference, counter.select_columns(reference.schema)):
+        then = merge_counts(then, counter.count(table))
+    return compute_drift(counts, then)
 
 
 def _measure_embedding_drift(output: str, reference: CommittedRun) -> None:
@@ -278,7 +298,7 @@ def _has_embeddings(files: list[str]) -> bool:
         return "embedding" in pq.read_schema(stream).names
 
 
-def check_ood_share(output: str, counts: PredictionCounts, allowed: float | None) -> None:
+def check_ood_share(output: str, counts: RunCounts, allowed: float | None) -> None:
     """Raise TooManyErrors when a larger share of rows is out of distribution than allowed."""
     if allowed is None:
         return

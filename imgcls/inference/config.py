@@ -173,7 +173,7 @@ class RelabelConfig(Section):
     """Bundle of the same network with another head, such as of `imgcls train --strategy probe`."""
     labels: ManifestConfig | None = None
     """Labeled images of the run, instead of a model: each image gets the labels of the k most
-    similar ones."""
+    similar ones, any number of them if the labeled images have."""
     k: PositiveInt = 20
     """Number of labeled neighbors of an image, with labels."""
     source_model: str | None = None
@@ -181,8 +181,8 @@ class RelabelConfig(Section):
     top_k: int | None = Field(default=None, ge=1, le=20)
     """Number of labels kept per image. Default: as in the run."""
     threshold: UnitFloat | None = None
-    """Minimum confidence of an accepted prediction. Default: the bundle's threshold; 0 with labels.
-    """
+    """Minimum confidence of an accepted prediction, or minimum score of a predicted label for
+    multilabel. Default: the bundle's threshold; with labels 0, or 0.5 for multilabel."""
     scores: bool = False
     """Also write the score of every class."""
     scores_type: Literal["float32", "float16"] = "float32"

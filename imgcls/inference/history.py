@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import pyarrow as pa
@@ -63,11 +64,12 @@ def compact(config: CompactConfig) -> str:
     `bundle_sha256` and `labelled_at` (of the commit, ISO 8601); manifest columns of these names are
     replaced. The order of the runs decides which row is the newest, see `nights`. Images that a
     later run found deleted are left out.
-    Raises RequestError when there is no run, or columns of one name have types without a common
-    one.
+    Raises RequestError when there is no run, runs have different tasks, or columns of one name have
+    types without a common one.
     """
     output = filesystem.absolute(config.output)
-    runs = find_past_runs(config.source, exclude=output).committed
+    found = find_past_runs(config.source, exclude=output)
+    runs = found.committed
     if not runs:
         raise RequestError(
             f"{config.source}: holds no committed run, nothing to merge. Pass a folder "
@@ -78,6 +80,7 @@ def compact(config: CompactConfig) -> str:
             f"{config.source}: holds runs of `imgcls predict` and of `imgcls embed`; keep them in "
             "folders of their own"
         )
+    replace(found, unfinished=()).check_task(config.source)
     schema = _unify_run_schemas(runs)
     lease = Lease.acquire(output)
     try:

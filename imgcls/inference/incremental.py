@@ -39,6 +39,7 @@ from imgcls.inference.known_images import (
     take_rows,
 )
 from imgcls.inference.nights import PastRuns, find_past_runs
+from imgcls.models.bundle import TaskName
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
 
@@ -74,6 +75,7 @@ class SinceRequest:
         retry_failed: bool,
         exclude: str | None,
         has_predictions: bool = True,
+        task: TaskName = "single_label",
     ) -> SinceRequest:
         """Find the earlier runs and the columns to compare.
 
@@ -82,12 +84,15 @@ class SinceRequest:
         retry_failed: also select broken images that have not changed
         exclude:      folder of a run that does not count as an earlier one
         has_predictions: false to compare with runs of embeddings alone; others do not count
-        Raises OutputError when there is no earlier run, ManifestError when a version column is
-        missing.
+        task:         of the bundle
+        Raises OutputError when there is no earlier run, RequestError when an earlier run has
+        predictions of another task, ManifestError when a version column is missing.
         """
         past_runs = find_past_runs(config.path, exclude=exclude).select(
             has_predictions=has_predictions
         )
+        if has_predictions:
+            past_runs.check_task(f"since {config.path}", task)
         runs = past_runs.committed
         if not runs:
             since = filesystem.absolute(config.path)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,22 +14,19 @@ import torch
 from torch.nn import functional as F
 
 from imgcls import log
-from imgcls.data.manifests.manifest import (
-    Manifest,
-    normalize_labels,
-    open_manifest,
-    resolve_paths,
-)
-from imgcls.data.manifests.options import KeyNames
-from imgcls.errors import ManifestError, RequestError
+from imgcls.data.manifests.manifest import open_manifest
 from imgcls.formatting import format_count
 from imgcls.inference.config import RelabelConfig
+from imgcls.inference.neighbor_labels import KEYS, NeighborLabels, read_label_lists, read_labels
 from imgcls.models.bundle import load_bundle, load_ood_detector
 from imgcls.models.embeddings import normalize_embeddings
 from imgcls.models.label_sets import LabelSets
 from imgcls.models.linear_head import check_same_embeddings, load_linear_head
+from imgcls.models.multilabel import MULTILABEL
 from imgcls.models.ood import OodDetector
-from imgcls.models.task import SINGLE_LABEL, ScoreScaling, Task, find_task
+from imgcls.models.single_label import SINGLE_LABEL
+from imgcls.models.task import ScoreScaling, Task
+from imgcls.models.tasks import find_task
 from imgcls.runs.committed import CommittedRun, load_source_bundle
 from imgcls.runs.embeddings import gather_embeddings, normalize_urls
 
@@ -41,7 +36,6 @@ TEMPERATURE = 0.07
 _BLOCK_VALUES = 16_000_000
 """Number of similarities in memory at a time: 64 MB."""
 _MAX_LISTED = 3
-_KEYS = KeyNames("labels")
 
 
 class Labeler(ABC):
@@ -108,6 +102,9 @@ class NeighborLabeler(Labeler):
     The score of a class is the share of its neighbors, weighted by exp(similarity / 0.07). An image
     is no neighbor of itself. Source: Wu et al., CVPR 2018, "Unsupervised feature learning via
     non-parametric instance discrimination".
+
+    With any number of labels per image, a neighbor whose label of a class is unknown does not count
+    for it. If all are unknown, the score is the share of the class among all labeled images.
     """
 
     needs_urls = True
@@ -115,28 +112,29 @@ class NeighborLabeler(Labeler):
     def __init__(self, config: RelabelConfig, run: CommittedRun) -> None:
         """Raises ManifestError for labels that cannot be used, RequestError without embeddings."""
         assert config.labels is not None
-        manifest = open_manifest(config.labels, keys=_KEYS)
+        manifest = open_manifest(config.labels, keys=KEYS)
         place = f"labels {manifest.source}"
-        urls, labels = _read_labels(manifest, place)
+        is_multilabel = manifest.label_columns is not None
+        labels: NeighborLabels
+        urls, labels = (read_label_lists if is_multilabel else read_labels)(manifest, place)
         vectors, index, reasons = gather_embeddings(run, urls)
         if reasons:
             _log_left_out(place, run, urls, reasons)
-        self.classes = sorted(set(labels.to_pylist()))
-        codes = np.searchsorted(np.array(self.classes, object), labels.to_numpy(False))
-        is_found = index >= 0
-        _check_classes(place, run, self.classes, codes[is_found])
-        places, first = np.unique(index[is_found], return_index=True)
-        self._codes = torch.from_numpy(codes[is_found][first].astype(np.int64))
+        self.classes = labels.classes
+        found = np.flatnonzero(index >= 0)
+        labels.select(found).check_classes(place, run.url)
+        places, first = np.unique(index[found], return_index=True)
+        self._labels = labels.select(found[first])
         self._vectors = torch.from_numpy(normalize_embeddings(vectors[places]))
-        known = normalize_urls(urls).take(pa.array(np.flatnonzero(is_found)[first]))
-        self._urls = known.combine_chunks()
+        self._urls = normalize_urls(urls).take(pa.array(found[first])).combine_chunks()
         self._k = min(config.k, len(places) - 1)
         self.model = manifest.source
         identity = [run.bundle_sha256, manifest.describe_identity(), config.k]
         text = json.dumps(identity, sort_keys=True)
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        self.task = SINGLE_LABEL
-        self.threshold = config.threshold or 0.0
+        self.task = MULTILABEL if is_multilabel else SINGLE_LABEL
+        default = self.task.default_threshold
+        self.threshold = default if config.threshold is None else config.threshold
         self.thresholds = [self.threshold] * len(self.classes)
         log.show(
             f"labels: {format_count(len(places), 'image')} of "
@@ -158,56 +156,9 @@ class NeighborLabeler(Labeler):
             similarity[known, own[block][known]] = -torch.inf
             nearest, place = similarity.topk(self._k, dim=1)
             weights = (nearest / TEMPERATURE).softmax(dim=1)
-            scores[block].scatter_add_(1, self._codes[place], weights)
+            scores[block] = self._labels.compute_scores(weights, place)
         found: Floats = scores.numpy()
         return found
-
-
-def _read_labels(manifest: Manifest, place: str) -> tuple[pa.ChunkedArray, pa.Array]:
-    """URL and label of the labeled rows of `labels`; raises ManifestError without any."""
-    if manifest.label_column is None:
-        raise ManifestError(
-            f"{place}: no label column (found: {', '.join(manifest.schema.names)}); set "
-            "--labels.label-column, or pass a folder with one subfolder per class"
-        )
-    urls: list[pa.Array] = []
-    labels: list[pa.Array] = []
-    for batch in manifest.batches():
-        label = normalize_labels(batch.column(manifest.label_column), _KEYS).cast(pa.string())
-        has_label = label.is_valid()
-        paths = pa.chunked_array([batch.column(manifest.path_column).filter(has_label)])
-        urls += resolve_paths(paths, manifest.root).cast(pa.large_string()).chunks
-        labels.append(label.filter(has_label))
-    if not sum(map(len, labels)):
-        raise ManifestError(f"{place}: has no row with a label")
-    found = pa.concat_arrays(labels)
-    _check_one_label(place, pa.chunked_array(urls), found)
-    return pa.chunked_array(urls), found
-
-
-def _check_one_label(place: str, urls: pa.ChunkedArray, labels: pa.Array) -> None:
-    """Raise ManifestError for an image with two labels."""
-    by_url: dict[str, set[str]] = defaultdict(set)
-    for url, label in zip(normalize_urls(urls).to_pylist(), labels.to_pylist(), strict=True):
-        if url is None:
-            continue
-        by_url[url].add(label)
-        if len(by_url[url]) > 1:
-            names = " and ".join(map(repr, sorted(by_url[url])))
-            raise ManifestError(f"{place}: {url} has labels {names}; correct one of the rows")
-
-
-def _check_classes(
-    place: str, run: CommittedRun, classes: Sequence[str], codes: npt.NDArray[np.int64]
-) -> None:
-    present = np.bincount(codes, minlength=len(classes)) > 0
-    if not present.all():
-        raise RequestError(
-            f"{place}: no image of class {classes[int(present.argmin())]!r} has an embedding in "
-            f"{run.url}; add images of it to the run, or remove the class"
-        )
-    if len(classes) < 2:
-        raise RequestError(f"{place}: has only one class ({classes[0]!r}); pass two or more")
 
 
 def _log_left_out(

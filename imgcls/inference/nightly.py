@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls import log
+from imgcls.data.manifests.label_columns import read_label_columns
 from imgcls.data.manifests.manifest import Manifest
 from imgcls.data.storage import filesystem
 from imgcls.errors import TooManyErrors
@@ -25,6 +26,7 @@ from imgcls.inference.config import SinceConfig
 from imgcls.inference.incremental import ManifestComparison, SinceRequest
 from imgcls.inference.known_images import read_planned_rows
 from imgcls.inference.nights import OutputSeries, PlannedRun, compute_next_sequence
+from imgcls.models.bundle import TaskName
 from imgcls.runs import layout
 from imgcls.runs.schema import list_prediction_columns
 
@@ -63,6 +65,7 @@ class NightlyRequest:
     retry_failed: bool
     retry_errors: bool
     overwrite: bool
+    task: TaskName = "single_label"
 
     def find_differences(self, stored: Mapping[str, Any]) -> list[str]:
         """The differences between a stored run and this request, except for the rows."""
@@ -74,9 +77,12 @@ class NightlyRequest:
         """Whether a run was planned from this manifest, with the same columns and `relabel`."""
         since, planned = stored.get("since", {}), stored["identity"]["manifest"]
         listed = since.get("listed", planned["fingerprint"])
-        is_read_alike = all(
-            planned[name] == getattr(self.manifest, name)
-            for name in ("path_column", "label_column", "root")
+        is_read_alike = (
+            all(
+                planned[name] == getattr(self.manifest, name)
+                for name in ("path_column", "label_column", "root")
+            )
+            and read_label_columns(planned) == self.manifest.label_columns
         )
         is_same = is_read_alike and bool(listed == self.manifest.fingerprint())
         return is_same and bool(since.get("relabel", False)) >= self.relabel
@@ -93,6 +99,7 @@ class NightlyRequest:
                 retry_failed=self.retry_failed,
                 exclude=exclude,
                 has_predictions=self.settings.get("has_predictions", True),
+                task=self.task,
             )
         )
 
@@ -257,6 +264,7 @@ def load_planned_manifest(
         schema=schema,
         path_column=identity["path_column"],
         label_column=identity["label_column"],
+        label_columns=read_label_columns(identity),
         root=identity["root"],
         version=identity.get("version"),
         _read_batches=batches,

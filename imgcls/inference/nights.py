@@ -19,8 +19,9 @@ from imgcls import log
 from imgcls.data.formats import LISTING_FILE
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import create_thread_pool
-from imgcls.errors import OutputError, StorageForbidden, StorageMissing
+from imgcls.errors import OutputError, RequestError, StorageForbidden, StorageMissing
 from imgcls.execution.plan import Plan, parse_plan
+from imgcls.models.bundle import TaskName
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, open_run
 
@@ -109,6 +110,30 @@ class PastRuns:
                 if has_predictions
                 == run.run_record["identity"]["settings"].get("has_predictions", True)
             ),
+        )
+
+    def check_task(self, place: str, task: TaskName | None = None) -> None:
+        """Raise RequestError if runs have predictions of another task.
+
+        place: what found the runs, with which the error begins
+        task:  of the run to add; None if the runs are only to have one task
+        """
+        tasks = {run.url: run.task for run in self.committed if run.has_predictions}
+        for planned in self.unfinished:
+            if planned.run_record["identity"]["settings"].get("has_predictions", True):
+                tasks[planned.url] = planned.run_record.get("task", "single_label")
+        urls = {name: [url for url in tasks if tasks[url] == name] for name in tasks.values()}
+        if len(urls.keys() | {task or next(iter(urls), None)}) < 2:
+            return
+        texts = [
+            f"{name}: {', '.join(each[:_MAX_NAMED_RUNS])}"
+            + (f" and {len(each) - _MAX_NAMED_RUNS:,} more" if len(each) > _MAX_NAMED_RUNS else "")
+            for name, each in urls.items()
+        ]
+        new = "" if task is None else f", and the new run is {task}"
+        raise RequestError(
+            f"{place}: runs of different tasks cannot be merged ({'; '.join(texts)}{new}). Keep "
+            "the runs of each task in a folder of their own"
         )
 
     @property

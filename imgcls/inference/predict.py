@@ -46,6 +46,8 @@ from imgcls.inference.requests import (
     check_request,
     check_resumable,
     estimate_image_bytes,
+    estimate_row_bytes,
+    ignore_labels,
     is_on_web,
     iter_image_urls,
     limit_chunk_rows,
@@ -61,12 +63,13 @@ from imgcls.inference.specs import (
     find_embedding_width,
 )
 from imgcls.inference.workers import LABELING
-from imgcls.metrics import PredictionCounts
 from imgcls.models.bundle import Bundle
 from imgcls.models.device_support import check_device
+from imgcls.models.tasks import find_task
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 from imgcls.runs.provenance import build_provenance
+from imgcls.runs.table_counts import RunCounts, TableCounter, describe_task
 
 
 def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictResult:
@@ -159,6 +162,7 @@ def _label_new(
         retry_failed=config.retry_failed,
         retry_errors=config.retry_errors,
         overwrite=config.overwrite,
+        task=bundle.spec.task,
     )
 
     def return_committed(output: str, rows: int) -> PredictResult:
@@ -208,8 +212,8 @@ class _PredictRun:
         self.driver = driver
         self.started_at = started_at
         self.classes = bundle.spec.classes if config.has_predictions else []
-        self.label_column = job.manifest.label_column if config.has_predictions else None
-        self.reference = open_reference(config)
+        self.task = find_task(bundle.spec)
+        self.reference = open_reference(config, bundle)
 
     def run(self) -> PredictResult:
         """Plan or resume the run, label what is missing, commit."""
@@ -265,14 +269,12 @@ class _PredictRun:
     def _check_identity(self, stored: dict[str, Any]) -> None:
         """Raise OutputError when the output holds a run of another manifest, bundle or setting."""
         identity = self._build_identity()
+        if not self.config.has_predictions:
+            identity = ignore_labels(identity, stored["identity"])
         if layout.is_committed(self.output) and not self.config.retry_errors:
             # a run of an earlier version has no values of settings that were added since
-            known = stored["identity"]["settings"]
-            settings = {
-                key: value
-                for key, value in identity.settings.items()
-                if key in known or key == "has_predictions"
-            }
+            known = {*stored["identity"]["settings"], "has_predictions"}
+            settings = {key: each for key, each in identity.settings.items() if key in known}
             identity = replace(identity, settings=settings)
         identity.check_same_run(self.output, stored["identity"])
 
@@ -295,10 +297,6 @@ class _PredictRun:
     def _make_plan(self) -> Plan:
         """Plan the run: write the manifest shards and `_run.json`."""
         config, classes = self.config, self.classes
-        score_bytes = 2 if config.scores_type == "float16" else 4
-        kind = find_embedding_type(config.embeddings)
-        embedding_bytes = 0 if kind is None else 4096 if kind == "float16" else 8192
-        row_bytes = 128 + score_bytes * len(classes) * config.scores + embedding_bytes
         comparison = self.job.comparison
         try:
             if comparison is not None:
@@ -309,7 +307,7 @@ class _PredictRun:
                 self._build_identity(),
                 chunk_rows=config.chunk_rows,
                 part_rows=config.part_rows,
-                row_bytes=row_bytes,
+                row_bytes=estimate_row_bytes(config, self.bundle),
                 limit=config.limit,
                 provenance=build_provenance(config.model_dump(mode="json", exclude={"storage"})),
                 classes=classes if config.has_predictions else None,
@@ -317,7 +315,7 @@ class _PredictRun:
                 may_be_empty=config.since is not None,
                 # after a first night, a few new rows may all have labels of new classes
                 any_labels=comparison is not None and bool(comparison.past_runs.committed),
-                notes=self.job.build_run_entries(),
+                notes={**self.job.build_run_entries(), **describe_task(self.task.name)},
             )
         except RequestError:
             filesystem.remove(filesystem.join(self.output, layout.STAGING_FOLDER))
@@ -334,6 +332,13 @@ class _PredictRun:
             self.manifest = load_planned_manifest(self.output, run, self.manifest)
             comparison.close()
         return plan
+
+    @functools.cached_property
+    def counter(self) -> TableCounter:
+        """Counts the rows of the table, whose manifest is that of the plan."""
+        if not self.config.has_predictions:
+            return TableCounter(())
+        return TableCounter.from_manifest(self.manifest, self.classes, self.task.name)
 
     def _tune(self, run: dict[str, Any], placement: Placement) -> TunedSettings:
         """The automatic settings: those that the run has stored, else chosen and stored now."""
@@ -375,7 +380,7 @@ class _PredictRun:
             bundle_url=filesystem.absolute(self.bundle.url),
             bundle_sha256=self.bundle.sha256,
             path_column=manifest.path_column,
-            label_column=self.label_column,
+            label_column=self.counter.label_column,
             root=manifest.root,
             top_k=settings["top_k"],
             thresholds=tuple(self.bundle.spec.resolve_thresholds(self.config.threshold)),
@@ -398,10 +403,10 @@ class _PredictRun:
             is_on_web=is_on_web(manifest),
         )
 
-    def _run_first_pass(self, placement: Placement) -> PredictionCounts:
+    def _run_first_pass(self, placement: Placement) -> RunCounts:
         """Process every chunk that is not written, roll parts up as they complete, count all."""
         completed = load_completed(self.output, self.plan, self.manifest)
-        parts = self._start_rollup()
+        parts = PartRollup(self.driver, self.plan, self.counter)
         remaining, done = completed.list_remaining(), completed.rows_done
         for part in sorted(completed.parts):
             parts.count(part)
@@ -415,9 +420,6 @@ class _PredictRun:
             rollup.write_empty_part(self.output, self.plan, self._build_empty_table())
         return parts.finish(completed)
 
-    def _start_rollup(self) -> PartRollup:
-        return PartRollup(self.driver, self.plan, self.spec.label_column, self.classes)
-
     def _build_empty_table(self) -> pa.Table:
         """The table of a run without rows, as of a night with nothing new."""
         width = find_embedding_width(self.bundle) if self.spec.embeddings else None
@@ -426,13 +428,14 @@ class _PredictRun:
 
     def _retry_rows(
         self, placement: Placement, statuses: Collection[str] | None
-    ) -> PredictionCounts | None:
+    ) -> RunCounts | None:
         """Process failed rows again, all or those with some statuses; replace them in their parts.
 
         Returns the counts of the whole run; None when there is no such row.
         """
-        output, plan, label = self.output, self.plan, self.spec.label_column
+        output, plan = self.output, self.plan
         rollup.remove_retries(output, plan)
+        label = self.spec.label_column
         columns = [self.spec.path_column, *([label] if label is not None else [])]
         tasks = rollup.list_failed_rows(output, plan, columns, statuses)
         if not tasks:
@@ -442,7 +445,7 @@ class _PredictRun:
         filesystem.remove(filesystem.join(output, layout.SUCCESS_FILE))
         for _ in self.job_run.run(placement, tasks, total=rows):
             pass
-        parts = self._start_rollup()
+        parts = PartRollup(self.driver, self.plan, self.counter)
         for part in range(plan.num_parts):
             retried = [task for task in tasks if plan.part_of(task.chunk) == part]
             if retried:
@@ -451,7 +454,7 @@ class _PredictRun:
             parts.count(part)
         return parts.finish(None)
 
-    def _commit(self, run: dict[str, Any], counts: PredictionCounts) -> PredictResult:
+    def _commit(self, run: dict[str, Any], counts: RunCounts) -> PredictResult:
         """Check the table against the manifest, write metrics, check the gates, mark success."""
         config, output, plan, lease = self.config, self.output, self.plan, self.driver.lease
         if counts.rows != plan.rows:

@@ -34,13 +34,13 @@ from imgcls.inference.config import RelabelConfig
 from imgcls.inference.labelers import HeadLabeler, Labeler, NeighborLabeler
 from imgcls.inference.nights import compute_next_sequence
 from imgcls.inference.result import PredictResult
-from imgcls.metrics import PredictionCounts
 from imgcls.metrics.columns import encode_classes
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, open_run
 from imgcls.runs.lease import Lease
 from imgcls.runs.provenance import build_provenance
 from imgcls.runs.schema import build_prediction_schema, list_prediction_columns
+from imgcls.runs.table_counts import RunCounts, describe_task, merge_counts
 
 NO_EMBEDDING = "not_finite"
 _NO_EMBEDDING_ERROR = "the run has no embedding of it, beyond the range of float16"
@@ -131,12 +131,16 @@ class _Relabeling:
         self._lease = lease
         self._interruption = interruption
         self._top_k = config.top_k or run.top_k
+        self._counter = replace(
+            run, classes=tuple(labeler.classes), task=labeler.task.name
+        ).create_counter()
+        self._has_scores = config.scores or labeler.task.needs_scores
         kind = run.schema.field("embedding").type
         self._schema = build_prediction_schema(
-            labeled=run.label_column is not None,
+            labeled=self._counter.label_column is not None,
             has_label_sets=labeler.label_sets is not None,
             has_ood=labeler.ood_detector is not None,
-            scores=len(labeler.classes) if config.scores else None,
+            scores=len(labeler.classes) if self._has_scores else None,
             scores_type=config.scores_type,
             embedding=kind.list_size if config.embeddings else None,
             embedding_type="float16" if pa.types.is_float16(kind.value_type) else "float32",
@@ -168,9 +172,9 @@ class _Relabeling:
                 return PredictResult(output, rows, None)
         plan = replace(parse_plan(self._source.run_record), run_id=identity.compute_run_id())
         record = self._write_record(identity, plan) if stored is None else stored
-        counts = PredictionCounts.empty(tuple(self._labeler.classes))
+        counts = self._counter.empty()
         for part in self._label_parts(plan):
-            counts += part
+            counts = merge_counts(counts, part)
         return self._commit(record, plan, counts, started_at)
 
     def _build_identity(self) -> RunIdentity:
@@ -184,7 +188,7 @@ class _Relabeling:
                 **settings,
                 "top_k": self._top_k,
                 "threshold": self._labeler.threshold,
-                "scores": config.scores_type if config.scores else False,
+                "scores": config.scores_type if self._has_scores else False,
                 "embeddings": then["settings"]["embeddings"] if config.embeddings else False,
                 # after `predict --retry-errors`, the same run has other rows and another commit
                 "relabeled": {name: self._source.success_record[name] for name in _SOURCE_KEYS},
@@ -203,11 +207,12 @@ class _Relabeling:
                 | {"relabel": self._config.model_dump(mode="json", exclude={"storage"})}
             ),
             "sequence": compute_next_sequence(self._output, None),
+            **describe_task(self._labeler.task.name),
         }
         layout.write_run(self._output, record)
         return record
 
-    def _label_parts(self, plan: Plan) -> Iterator[PredictionCounts]:
+    def _label_parts(self, plan: Plan) -> Iterator[RunCounts]:
         """The counts of the parts, in order; several are labeled at a time."""
         files = self._source.files
         cores = len(os.sched_getaffinity(0))
@@ -221,16 +226,15 @@ class _Relabeling:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(before)
 
-    def _label_part(self, plan: Plan, part: int, url: str) -> PredictionCounts:
+    def _label_part(self, plan: Plan, part: int, url: str) -> RunCounts:
         self._lease.check()
         target = layout.part_url(self._output, part)
-        label_column, classes = self._source.label_column, self._labeler.classes
         if filesystem.exists(target):
-            return rollup.count_part(self._output, part, label_column, classes)
-        counts = PredictionCounts.empty(tuple(classes))
+            return rollup.count_part(self._output, part, self._counter)
+        counts = self._counter.empty()
         with filesystem.open_write(target) as stream:
             for table in rollup.write_row_groups(stream, self._label_batches(url), plan):
-                counts += rollup.count_table(table, label_column, classes)
+                counts = merge_counts(counts, self._counter.count(table))
             self._lease.check()
         return counts
 
@@ -256,8 +260,8 @@ class _Relabeling:
         vectors = vectors.reshape(-1, width)
         scores = self._labeler.compute_scores(vectors, urls)
         codes = None
-        if self._source.label_column is not None:
-            labels = normalize_labels(table[self._source.label_column])
+        if self._counter.label_column is not None:
+            labels = normalize_labels(table[self._counter.label_column])
             labels = pa.chunked_array([labels])
             codes = encode_classes(labels, self._labeler.classes)[has_embedding]
         detector = self._labeler.ood_detector
@@ -270,7 +274,7 @@ class _Relabeling:
                 codes=codes,
                 label_sets=self._labeler.label_sets,
                 ood=None if detector is None else detector.classify(vectors),
-                scores_type=self._config.scores_type if self._config.scores else None,
+                scores_type=self._config.scores_type if self._has_scores else None,
             )
         )
         place = pa.array(np.cumsum(has_embedding) - 1, mask=~has_embedding)
@@ -287,7 +291,7 @@ class _Relabeling:
         return kept
 
     def _commit(
-        self, record: dict[str, Any], plan: Plan, counts: PredictionCounts, started_at: float
+        self, record: dict[str, Any], plan: Plan, counts: RunCounts, started_at: float
     ) -> PredictResult:
         output, path_column = self._output, self._source.path_column
         summary = commit.write_metric_tables(

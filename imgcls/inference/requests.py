@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from imgcls import log
 from imgcls.cluster import autoscaler, session
 from imgcls.data import image_files
 from imgcls.data.containers import members
+from imgcls.data.manifests.label_columns import describe_no_labels
 from imgcls.data.manifests.manifest import Manifest, open_manifest
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.http import HttpStore
@@ -33,10 +34,12 @@ from imgcls.errors import (
     StorageForbidden,
 )
 from imgcls.execution.placement import MAX_STORAGE_WAITS
-from imgcls.execution.plan import DEFAULT_CHUNK_ROWS, MAX_CHUNK_ROWS
+from imgcls.execution.plan import DEFAULT_CHUNK_ROWS, MAX_CHUNK_ROWS, RunIdentity
 from imgcls.inference.config import PredictConfig
+from imgcls.inference.specs import find_embedding_type
 from imgcls.models.bundle import Bundle, load_bundle, require_int8, resolve_int8_engine
 from imgcls.models.openvino_package import check_engine
+from imgcls.models.tasks import find_task
 from imgcls.publishing.publish import check_target
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, open_run
@@ -67,13 +70,16 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
                 "another --precision"
             )
         config = config.model_copy(update={"engine": resolve_int8_engine(config.engine, bundle)})
-        log.emit("int8", require_int8(bundle).describe_cost())
+        accuracy = "accuracy" if bundle.spec.task == "single_label" else "correct decisions"
+        log.emit("int8", require_int8(bundle).describe_cost(accuracy))
     check_engine(config.engine, compile=config.compile == "always")
     if config.max_ood_share is not None and bundle.spec.ood is None:
         raise RequestError(
             f"max_ood_share: bundle {bundle.url} has no out-of-distribution detector; make "
             "one with `imgcls calibrate --max-ood-rate 0.05`"
         )
+    if config.has_predictions and bundle.spec.task == "single_label":
+        manifest = _check_one_label(config, manifest, bundle)
     check_columns(manifest)
     check_publish_target(config, manifest, bundle)
     check_timeouts(config, output, manifest)
@@ -84,6 +90,7 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
 def resolve_settings(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
     """The settings that change results or their files: part of a run's identity in `_run.json`."""
     threshold = bundle.spec.threshold if config.threshold is None else config.threshold
+    has_scores = config.scores or (config.has_predictions and find_task(bundle.spec).needs_scores)
     # absent with predictions, as in runs of versions that always had some
     kind = {} if config.has_predictions else {"has_predictions": False}
     return {
@@ -92,7 +99,7 @@ def resolve_settings(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
         "threshold": threshold,
         # true is float32, as in runs of versions with this type alone, which are resumed
         "embeddings": True if config.embeddings == "float32" else config.embeddings,
-        "scores": config.scores_type if config.scores else False,
+        "scores": config.scores_type if has_scores else False,
         "limit": config.limit,
         "precision": config.precision,
         # null, as in runs of versions without engines, which are resumed; for int8 by the bundle
@@ -108,6 +115,18 @@ def resolve_settings(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def ignore_labels(identity: RunIdentity, stored: Mapping[str, Any]) -> RunIdentity:
+    """The identity of embeddings alone, which need no labels, for a run of version 0.1.
+
+    stored: the identity of this run, whose manifest had one label column at most
+    """
+    then = stored["manifest"]
+    if "label_columns" in then:
+        return identity
+    known = {k: v for k, v in identity.manifest.items() if k != "label_columns"}
+    return replace(identity, manifest={**known, "label_column": then["label_column"]})
+
+
 def require_cpu_decoding(config: PredictConfig) -> PredictConfig:
     """The request without decoding on GPUs: nvJPEG's pixels are not those of `decode: exact`."""
     scale = config.scale
@@ -118,6 +137,30 @@ def require_cpu_decoding(config: PredictConfig) -> PredictConfig:
         )
     return config.model_copy(
         update={"scale": scale.model_copy(update={"cpu_decode_fraction": 1.0})}
+    )
+
+
+def _check_one_label(config: PredictConfig, manifest: Manifest, bundle: Bundle) -> Manifest:
+    """The manifest for a bundle that predicts one label; ManifestError if images have several.
+
+    A column `labels` that no setting names is not read as labels, as in version 0.1.
+    """
+    labels = manifest.label_columns
+    if labels is None:
+        return manifest
+    given = config.manifest
+    is_named = given.label_column or given.label_delimiter or given.label_columns
+    if not is_named and labels.names == ("labels",):
+        log.emit(
+            "note",
+            f"manifest {manifest.source}: column 'labels' has lists, which are not read as labels: "
+            f"bundle {bundle.url} predicts one per image",
+        )
+        return replace(manifest, label_columns=None)
+    raise ManifestError(
+        f"manifest {manifest.source}: {labels.describe()} may have several labels per image, "
+        f"but bundle {bundle.url} predicts one. Pass a multilabel bundle, or read no labels: "
+        f"{describe_no_labels(labels)}"
     )
 
 
@@ -163,12 +206,14 @@ def check_publish_target(config: PredictConfig, manifest: Manifest, bundle: Bund
     """Raise RequestError where the table of this run could not be published."""
     if config.publish is None:
         return
+    task = find_task(bundle.spec)
     added = build_prediction_schema(
         labeled=manifest.label_column is not None,
         has_predictions=config.has_predictions,
         has_label_sets=bundle.spec.label_sets is not None,
         has_ood=bundle.spec.ood is not None,
-        scores=1 if config.scores else None,  # tables have lists of any length
+        task=task,
+        scores=1 if config.scores or task.needs_scores else None,  # tables have lists of any length
         embedding=1 if config.embeddings else None,
     )
     schema = pa.schema([*manifest.schema, *added])
@@ -265,6 +310,16 @@ def estimate_image_bytes(config: PredictConfig, manifest: Manifest, bundle: Bund
     return max(pixels, sum(sizes) // max(1, len(sizes)))
 
 
+def estimate_row_bytes(config: PredictConfig, bundle: Bundle) -> int:
+    """Mean size of a row of the table, about."""
+    kind = find_embedding_type(config.embeddings)
+    embedding = 0 if kind is None else 4096 if kind == "float16" else 8192
+    if not config.has_predictions or not (config.scores or find_task(bundle.spec).needs_scores):
+        return 128 + embedding
+    score = 2 if config.scores_type == "float16" else 4
+    return 128 + score * len(bundle.spec.classes) + embedding
+
+
 def may_use_gpus(config: PredictConfig) -> bool:
     """Whether the run may use GPUs, of nodes that are there or that may join."""
     may_join = [] if session.is_private_session() else autoscaler.find_max_nodes() or []
@@ -283,10 +338,15 @@ def limit_chunk_rows(config: PredictConfig, bundle: Bundle) -> int:
     return min(MAX_CHUNK_ROWS, MAX_CHUNK_SCORES // bundle.spec.num_outputs)
 
 
-def open_reference(config: PredictConfig) -> CommittedRun | None:
-    """The run to measure drift against; raises RequestError if it has no predictions."""
+def open_reference(config: PredictConfig, bundle: Bundle) -> CommittedRun | None:
+    """The run to measure drift against; raises RequestError without predictions of the task."""
     if config.reference is None:
         return None
     run = open_run(config.reference)
     run.check_predictions()
+    if run.task != bundle.spec.task:
+        raise RequestError(
+            f"reference {run.url}: was labeled by a {run.task} bundle, but {bundle.url} is a "
+            f"{bundle.spec.task} one; pass another --reference"
+        )
     return run

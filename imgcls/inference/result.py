@@ -13,13 +13,13 @@ from imgcls.data.storage import filesystem, storage_settings
 from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.errors import StorageError
 from imgcls.formatting import format_count, format_share
-from imgcls.metrics import PredictionCounts
 from imgcls.runs import layout
+from imgcls.runs.table_counts import RunCounts
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_SHOWN_METRICS = ("accuracy", "f1_macro", "expected_calibration_error")
+_SHOWN_METRICS = ("accuracy", "mean_average_precision", "f1_macro", "expected_calibration_error")
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,7 +34,7 @@ class PredictResult:
 
     output: str
     rows: int
-    counts: PredictionCounts | None
+    counts: RunCounts | None
     storage: StorageConfig = field(default_factory=storage_settings.current_settings)
 
     @property

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import ray
 
 from imgcls.cluster.autoscaler import WaitTimeout
-from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.manifests.schemas import conform_table, widen_dictionaries
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import OK, RunFailed
@@ -29,9 +28,8 @@ from imgcls.execution.placement import ROLLUP_TASK_CPUS
 from imgcls.execution.plan import Plan, read_shard_chunk
 from imgcls.execution.runner import Driver
 from imgcls.formatting import format_count
-from imgcls.metrics import PredictionCounts
-from imgcls.metrics.columns import EVALUATED_COLUMNS, OOD_COLUMN
 from imgcls.runs import layout
+from imgcls.runs.table_counts import RunCounts, TableCounter, merge_counts
 
 _ROW_GROUP_ROWS = 65_536
 _ROW_GROUP_BYTES = 64_000_000
@@ -42,20 +40,17 @@ MAX_DRIVER_ROWS = 50_000
 class PartRollup:
     """Rolls parts up and counts them on the cluster during labeling; sums the counts."""
 
-    def __init__(
-        self, driver: Driver, plan: Plan, label_column: str | None, classes: Sequence[str]
-    ) -> None:
+    def __init__(self, driver: Driver, plan: Plan, counter: TableCounter) -> None:
         self._driver = driver
         self._plan = plan
-        self._label_column = label_column
-        self._classes = classes
+        self._counter = counter
         self._is_local = plan.rows <= MAX_DRIVER_ROWS
         self._rolling: dict[ray.ObjectRef[Any], int] = {}
         self._counting: set[ray.ObjectRef[Any]] = set()
-        self._total = PredictionCounts.empty(tuple(classes))
+        self._total = counter.empty()
         if self._is_local:
             return
-        self._shared_classes: Any = ray.put(classes)
+        self._shared_counter: Any = ray.put(counter)
         remote = ray.remote(num_cpus=ROLLUP_TASK_CPUS, max_retries=3)
         self._roll_up = remote(storage_settings.bind_settings(roll_up))
         self._count = remote(storage_settings.bind_settings(count_part))
@@ -64,26 +59,29 @@ class PartRollup:
         """Count a part that is written."""
         output = self._driver.output
         if self._is_local:
-            self._total += count_part(output, part, self._label_column, self._classes)
+            self._add(count_part(output, part, self._counter))
             return
-        task = self._count.remote(output, part, self._label_column, self._shared_classes)
+        task = self._count.remote(output, part, self._shared_counter)
         self._counting.add(task)
 
     def roll_up(self, completed: CompletedChunks, part: int) -> None:
         """Start to roll a part up; marks the parts that have been finished meanwhile."""
         self._driver.lease.check()
-        arguments = (self._driver.output, self._plan, part, self._label_column)
+        arguments = (self._driver.output, self._plan, part)
         if self._is_local:
-            self._total += roll_up(*arguments, self._classes)
+            self._add(roll_up(*arguments, self._counter))
             completed.mark_rolled_up(part)
             return
-        self._rolling[self._roll_up.remote(*arguments, self._shared_classes)] = part
+        self._rolling[self._roll_up.remote(*arguments, self._shared_counter)] = part
         self._collect(completed, wait=False)
 
-    def finish(self, completed: CompletedChunks | None) -> PredictionCounts:
+    def finish(self, completed: CompletedChunks | None) -> RunCounts:
         """Wait for the parts in progress; returns the counts of all parts."""
         self._collect(completed, wait=True)
         return self._total
+
+    def _add(self, counts: RunCounts) -> None:
+        self._total = merge_counts(self._total, counts)
 
     def _collect(self, completed: CompletedChunks | None, *, wait: bool) -> None:
         timeout = WaitTimeout(self._driver.scale.resource_timeout_s)
@@ -100,25 +98,23 @@ class PartRollup:
                 time.monotonic() - last, f"the roll-up of {format_count(len(pending), 'part')}"
             )
             for task in ready:
-                self._total += ray.get(task)
+                self._add(ray.get(task))
                 part = self._rolling.pop(task, None)
                 self._counting.discard(task)
                 if part is not None and completed is not None:
                     completed.mark_rolled_up(part)
 
 
-def roll_up(
-    output: str, plan: Plan, part: int, label_column: str | None, classes: Sequence[str]
-) -> PredictionCounts:
+def roll_up(output: str, plan: Plan, part: int, counter: TableCounter) -> RunCounts:
     """Join a part's manifest rows and predictions into its final file; returns its counts.
 
     Raises RunFailed when the output belongs to another run meanwhile.
     """
     target = layout.part_url(output, part)
-    counts = PredictionCounts.empty(tuple(classes))
+    counts = counter.empty()
     with filesystem.open_write(target) as stream:
         for table in write_row_groups(stream, _join_part(output, plan, part), plan):
-            counts += count_table(table, label_column, classes)
+            counts = merge_counts(counts, counter.count(table))
         _check_run_owner(output, plan)
     return counts
 
@@ -129,34 +125,15 @@ def write_empty_part(output: str, plan: Plan, table: pa.Table) -> None:
         pq.write_table(table.replace_schema_metadata({"imgcls.run": plan.run_id}), stream)
 
 
-def count_part(
-    output: str, part: int, label_column: str | None, classes: Sequence[str]
-) -> PredictionCounts:
+def count_part(output: str, part: int, counter: TableCounter) -> RunCounts:
     """Count a part that was rolled up before; reads only the columns that are needed."""
-    wanted = {*EVALUATED_COLUMNS, OOD_COLUMN}
-    counts = PredictionCounts.empty(tuple(classes))
+    counts = counter.empty()
     with filesystem.open_read(layout.part_url(output, part)) as stream:
         file = pq.ParquetFile(stream)
-        columns = [n for n in file.schema_arrow.names if n in wanted or n == label_column]
+        columns = counter.select_columns(file.schema_arrow)
         for batch in file.iter_batches(batch_size=_ROW_GROUP_ROWS, columns=columns):
-            counts += count_table(pa.Table.from_batches([batch]), label_column, classes)
+            counts = merge_counts(counts, counter.count(pa.Table.from_batches([batch])))
     return counts
-
-
-def count_table(
-    table: pa.Table, label_column: str | None, classes: Sequence[str]
-) -> PredictionCounts:
-    """Count a table of predictions; its labels are read as class names.
-
-    Of embeddings alone only the statuses are counted.
-    """
-    if "predicted_label" not in table.schema.names:
-        return PredictionCounts.from_statuses(table["status"])
-    if label_column is not None:
-        index = table.schema.get_field_index(label_column)
-        text = normalize_labels(table.column(label_column))
-        table = table.set_column(index, label_column, text)
-    return PredictionCounts.from_table(table, label_column=label_column, classes=classes)
 
 
 def list_failed_rows(

@@ -10,6 +10,7 @@ from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.image_files import MAX_IMAGE_BYTES
 from imgcls.execution.messages import RunSpec
 from imgcls.models.bundle import Bundle, BundleSpec, EngineName
+from imgcls.models.tasks import find_task
 from imgcls.runs.schema import EmbeddingType, build_prediction_schema
 
 
@@ -75,6 +76,7 @@ def build_run_schema(
         has_predictions=spec.has_predictions,
         has_label_sets=bundle.label_sets is not None,
         has_ood=bundle.ood is not None,
+        task=find_task(bundle),
         scores=len(bundle.classes) if spec.scores else None,
         scores_type=spec.scores_type,
         embedding=embedding_width if spec.embeddings else None,

@@ -378,7 +378,7 @@ def _build_predictions(
     """
     classes = classifier.classes
     codes = None
-    if spec.label_column is not None:
+    if spec.label_column is not None:  # never for multilabel
         labels = manifest.normalize_labels(rows.column(spec.label_column))
         codes = encode_classes(pa.chunked_array([labels]), classes)[ok]
     return classifier.task.build_columns(

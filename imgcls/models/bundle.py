@@ -35,7 +35,9 @@ from imgcls.models.ood import OodDetector, OodSpec
 if TYPE_CHECKING:
     import torch
 
-BUNDLE_FORMAT_VERSION = 1
+TaskName = Literal["single_label", "multilabel"]
+FORMAT_VERSIONS: dict[TaskName, Literal[1, 2]] = {"single_label": 1, "multilabel": 2}
+"""Format version of the bundles of each task; versions of imgcls without multilabel refuse 2."""
 BUNDLE_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
 INT8_FILE = "int8.openvino.zip"
@@ -83,34 +85,43 @@ class Int8Calibration(Section):
     judged_images: int
     """Number of other images, for the accuracy."""
     agreement: UnitFloat
-    """Fraction of these with the same predicted label as in fp32."""
+    """Fraction of these with the same predicted label as in fp32; for multilabel, with exactly the
+    same predicted labels."""
     accuracy: UnitFloat | None = None
-    """Accuracy in int8 on the labeled ones."""
+    """Accuracy in int8 on the labeled ones; for multilabel, the fraction of the known classes of
+    all images that the thresholds decide correctly."""
     accuracy_fp32: UnitFloat | None = None
     """Accuracy in fp32 on the same images."""
 
-    def describe_cost(self) -> str:
-        """Text about the accuracy in int8."""
+    def describe_cost(self, accuracy: str = "accuracy") -> str:
+        """Text about the accuracy in int8.
+
+        accuracy: what the accuracy is called
+        """
         text = f"{self.agreement:.1%} of {self.judged_images:,} images labeled as in fp32"
         if self.accuracy is not None and self.accuracy_fp32 is not None:
-            text += f"; accuracy {self.accuracy:.1%}, in fp32 {self.accuracy_fp32:.1%}"
+            text += f"; {accuracy} {self.accuracy:.1%}, in fp32 {self.accuracy_fp32:.1%}"
         return text
 
 
 class BundleSpec(Section):
     """Content of `bundle.json`."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
+    task: TaskName = "single_label"
+    """multilabel: any number of classes per image; not written for single_label."""
     architecture: Architecture
     classes: list[str]
     """Class names in the order of the outputs; none for a backbone."""
     preprocess: Preprocess
     temperature: Annotated[FiniteFloat, Field(gt=0)] = 1.0
-    """Divisor of the logits before the softmax."""
+    """Divisor of the logits before the softmax, or the sigmoid of multilabel."""
     vector_scaling: VectorScaling | None = None
-    """Vector scaling of the log-softmax, followed by another softmax; default: none."""
+    """Vector scaling of the log-softmax, followed by another softmax; of the logits for multilabel.
+    Default: none."""
     threshold: AcceptanceThreshold = 0.0
-    """Minimum confidence to accept a prediction; 2 accepts none."""
+    """Minimum confidence to accept a prediction; 2 accepts none. For multilabel, minimum score of
+    each predicted label."""
     thresholds: dict[str, AcceptanceThreshold] = {}
     """Thresholds of single predicted classes, instead of `threshold`."""
     label_sets: LabelSets | None = None
@@ -133,6 +144,14 @@ class BundleSpec(Section):
         if doubled:
             raise ValueError(f"class {doubled[0]!r} is listed twice; class names must be unique")
         return classes
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        if self.format_version != FORMAT_VERSIONS[self.task]:
+            raise ValueError(f"format_version {self.format_version} is not that of {self.task}")
+        if self.task == "multilabel" and self.label_sets is not None:
+            raise ValueError("label_sets: are for one label per image, not for multilabel")
+        return self
 
     @model_validator(mode="after")
     def _check_per_class(self) -> Self:
@@ -357,7 +376,9 @@ def save_bundle(
         filesystem.write(filesystem.join(url, INT8_FILE), int8_model)
     if ood_arrays is not None:
         filesystem.write(filesystem.join(url, OOD_FILE), ood_arrays)
-    body = spec.model_dump(mode="json") | {"weights_sha256": hashlib.sha256(data).hexdigest()}
+    unwritten = {"task"} if spec.task == "single_label" else set()  # as in earlier versions
+    body = spec.model_dump(mode="json", exclude=unwritten)
+    body["weights_sha256"] = hashlib.sha256(data).hexdigest()
     body["sha256"] = _compute_digest(body)
     text = render_minimal_card(spec) if card is None else card
     filesystem.write(filesystem.join(url, MODEL_CARD_FILE), text.encode())
@@ -387,10 +408,10 @@ def read_description(url: str) -> Bundle:
             f"{place}: {BUNDLE_FILE} was modified (its digest differs); copy the bundle again, "
             "or write a new one instead of editing it"
         )
-    if body.get("format_version") != BUNDLE_FORMAT_VERSION:
+    if body.get("format_version") not in FORMAT_VERSIONS.values():
         raise BundleError(
             f"{place}: has format version {body.get('format_version')!r}, this imgcls reads "
-            f"{BUNDLE_FORMAT_VERSION}; install the imgcls that made it"
+            f"{max(FORMAT_VERSIONS.values())} and lower; install the imgcls that made it"
         )
     try:
         spec = BundleSpec.model_validate({k: v for k, v in body.items() if k != "weights_sha256"})

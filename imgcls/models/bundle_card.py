@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from imgcls.models.bundle import BundleSpec
 
 
+MULTILABEL_TEXT = (
+    "Any number of classes per image: the score of each class is the sigmoid of its logit, and the "
+    "labels of an image are all classes whose score reaches their threshold."
+)
+
+
 def render_minimal_card(spec: BundleSpec) -> str:
     """README of a bundle without information about the training."""
     lines = [f"# {render_card_title(spec)}", "", *render_card_description(spec)]
@@ -41,8 +47,11 @@ def render_card_description(spec: BundleSpec, max_classes: int = 20) -> list[str
     )
     if not spec.classes:
         return ["No classes: the network computes embeddings.", "", size]
-    decisions = f"{_describe_calibration(spec)}, acceptance threshold {_describe_acceptance(spec)}."
+    kind = "label" if spec.task == "multilabel" else "acceptance"
+    decisions = f"{_describe_calibration(spec)}, {kind} threshold {_describe_acceptance(spec)}."
     lines = [f"Classes: {shown}{more}.", "", size, decisions]
+    if spec.task == "multilabel":
+        lines[1:1] = ["", MULTILABEL_TEXT]
     if spec.label_sets is not None:
         lines.append(f"Label sets include the label with probability {spec.label_sets.coverage:g}.")
     if spec.ood is not None:
@@ -62,15 +71,17 @@ def _describe_acceptance(spec: BundleSpec, max_classes: int = 20) -> str:
     chosen = dict(zip(spec.classes, spec.resolve_thresholds(), strict=True))
     reached = [value for value in chosen.values() if value < NEVER_ACCEPT]
     never = [escape_markdown(name) for name, value in chosen.items() if value == NEVER_ACCEPT]
+    is_multilabel = spec.task == "multilabel"
     if not reached:
-        return "none: no prediction is accepted"
+        return "none: no " + ("label is predicted" if is_multilabel else "prediction is accepted")
     text = f"{spec.threshold:g}"
     if spec.thresholds:
         text = f"per class, {min(reached):g} to {max(reached):g}"
     if never:
         hidden = len(never) - max_classes
         more = f" and {hidden:,} more" if hidden > 0 else ""
-        text += f"; never accepted: {', '.join(never[:max_classes])}{more}"
+        verb = "predicted" if is_multilabel else "accepted"
+        text += f"; never {verb}: {', '.join(never[:max_classes])}{more}"
     return text
 
 

@@ -39,12 +39,14 @@ from imgcls.models.bundle import (
 )
 from imgcls.models.engines import build_engine
 from imgcls.models.label_sets import find_label_sets
+from imgcls.models.multilabel import build_label_lists
 from imgcls.models.ood import OodScores
 from imgcls.models.precision import choose_precision
 from imgcls.models.prediction import FailedPrediction, Prediction, Predictions
 from imgcls.models.scores import PendingScores, Scores
 from imgcls.models.sources import ImageSource
-from imgcls.models.task import ScoreScaling, find_task, rank_on_device
+from imgcls.models.task import ScoreScaling, rank_on_device
+from imgcls.models.tasks import find_task
 
 
 class Classifier:
@@ -395,6 +397,7 @@ class Classifier:
             thresholds = np.full(len(self.classes), threshold, np.float32)
         decisions = self.task.decide(scores, thresholds, top_k)
         sets = self._find_sets(scores)
+        labels = self._list_labels(scores, decisions.is_predicted)
         predictions = [
             Prediction(
                 label=self.classes[best[0]],
@@ -403,9 +406,10 @@ class Classifier:
                 topk_labels=[self.classes[i] for i in best],
                 topk_scores=[float(v) for v in value],
                 label_set=label_set,
+                labels=predicted,
             )
-            for best, value, accepted, label_set in zip(
-                decisions.classes, decisions.scores, decisions.accepted, sets, strict=True
+            for best, value, accepted, label_set, predicted in zip(
+                decisions.classes, decisions.scores, decisions.accepted, sets, labels, strict=True
             )
         ]
         if ood is None:
@@ -419,6 +423,15 @@ class Classifier:
             )
             for each, value, is_ood in zip(predictions, ood.values, ood.is_ood, strict=True)
         ]
+
+    def _list_labels(
+        self, scores: npt.NDArray[np.float32], is_predicted: npt.NDArray[np.bool_] | None
+    ) -> Sequence[list[str] | None]:
+        """The predicted labels of each row, best first; None for one label per image."""
+        if is_predicted is None:
+            return [None] * len(scores)
+        lists: list[list[str]] = build_label_lists(scores, is_predicted, self.classes).to_pylist()
+        return lists
 
     def find_ood(self, embeddings: npt.NDArray[np.float32]) -> OodScores | None:
         """OOD scores of (N, E) embeddings; None for a bundle without a detector."""

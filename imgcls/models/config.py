@@ -13,6 +13,7 @@ from imgcls.config import Section, names
 from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.data.storage.storage_settings import StorageConfig
+from imgcls.models.bundle import TaskName
 
 ExportFormat = Literal["onnx", "program", "torchscript"]
 
@@ -50,6 +51,9 @@ class ImportConfig(Section):
     classes: str | None = None
     """Text file with one class name per line, in the order of the network's outputs. Default: none,
     the bundle is a backbone for `imgcls embed`."""
+    task: TaskName = "single_label"
+    """single_label: exactly one class per image (softmax). multilabel: any number of classes
+    (sigmoid), each with a score of at least 0.5."""
     options: dict[str, Any] = {}
     """Keyword arguments of the architecture's constructor."""
     resize: PositiveInt | None = None

@@ -40,10 +40,12 @@ from imgcls.errors import (
     RunFailed,
     first_line,
 )
-from imgcls.models.bundle import MODEL_CARD_FILE, Bundle, BundleSpec, load_bundle
+from imgcls.models.bundle import MODEL_CARD_FILE, Bundle, BundleSpec, TaskName, load_bundle
 from imgcls.models.classifier import Classifier
 from imgcls.models.config import ExportConfig, ExportFormat
-from imgcls.models.task import ScoreScaling, find_task
+from imgcls.models.single_label import SINGLE_LABEL
+from imgcls.models.task import ScoreScaling, Task
+from imgcls.models.tasks import find_task
 from imgcls.models.torch_engine import load_network
 
 EXPORT_FILES: dict[ExportFormat, str] = {
@@ -56,7 +58,8 @@ EXAMPLE_FILE = "example.py"
 SYNTHETIC_IMAGES = 16
 """Number of synthetic images for the comparison if no images are configured."""
 CLEAR_MARGIN = 0.01
-"""Minimum lead of the best score over the next at which labels must be equal."""
+"""Minimum lead of the best score over the next at which labels must be equal. For multilabel,
+minimum distance of a score from its threshold."""
 
 
 class PortableNetwork(nn.Module):
@@ -120,13 +123,15 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for format in config.formats:
         data, run = _EXPORTERS[format](portable, bundle.spec.preprocess.crop)
-        files[EXPORT_FILES[format]] = compare_scores(format, expected, run(pixels))
+        files[EXPORT_FILES[format]] = compare_scores(
+            format, expected, run(pixels), portable.task, bundle.spec.resolve_thresholds()
+        )
         filesystem.write(filesystem.join(output, EXPORT_FILES[format]), data)
         result = files[EXPORT_FILES[format]]
         log.show(
             f"{EXPORT_FILES[format]:<12} {len(data) / 1e6:,.1f} MB; {result['same_label']} of "
-            f"{result['images']} images have the same label, scores differ by "
-            f"{result['largest_difference']:.1e} at most",
+            f"{result['images']} images have the same {_LABEL_TEXTS[bundle.spec.task]}, scores "
+            f"differ by {result['largest_difference']:.1e} at most",
         )
     for name in (*EXPORT_FILES.values(), EXAMPLE_FILE):
         if name not in files:
@@ -145,28 +150,29 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
 
 
 def compare_scores(
-    format: str, expected: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
+    format: str,
+    expected: npt.NDArray[np.float32],
+    scores: npt.NDArray[np.float32],
+    task: Task = SINGLE_LABEL,
+    thresholds: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Compare (N, C) scores with the expected ones; raises RunFailed if labels differ.
 
-    A label must be equal if its score leads by more than `CLEAR_MARGIN`.
+    A label must be equal if its score leads by more than `CLEAR_MARGIN`; for multilabel, the
+    decision of each class whose score is that far from its threshold.
     """
-    ranked = np.sort(expected, axis=1)
-    clear = (
-        ranked[:, -1] - ranked[:, -2] > CLEAR_MARGIN
-        if expected.shape[1] > 1
-        else np.ones(len(expected))
-    )
-    same = expected.argmax(axis=1) == scores.argmax(axis=1)
+    same, has_changed = task.compare_decisions(expected, scores, thresholds, CLEAR_MARGIN)
     largest = float(np.abs(expected - scores).max())
-    if (~same & clear.astype(bool)).any() or not np.isfinite(largest):
+    if has_changed.any() or not np.isfinite(largest):
+        another = {"single_label": "another label", "multilabel": "other labels"}[task.name]
         raise RunFailed(
-            f"{format}: {int((~same).sum())} of {len(same)} images have another label, and scores "
+            f"{format}: {int((~same).sum())} of {len(same)} images have {another}, and scores "
             f"differ by up to {largest:.3f}; the format does not express this network"
         )
     return {"images": len(same), "same_label": int(same.sum()), "largest_difference": largest}
 
 
+_LABEL_TEXTS: dict[TaskName, str] = {"single_label": "label", "multilabel": "labels"}
 RunExported = Callable[[Pixels], npt.NDArray[np.float32]]
 
 
@@ -298,6 +304,7 @@ def _build_description(spec: BundleSpec) -> dict[str, Any]:
         "output": {"name": "scores", "dtype": "float32", "shape": ["batch", len(spec.classes)]},
         "preprocess": pre.model_dump(mode="json", include={"resize", "crop", "interpolation"})
         | {"mode": pre.mode},
+        "task": spec.task,
         "classes": spec.classes,
         "threshold": spec.threshold,
         "thresholds": spec.thresholds,
@@ -319,17 +326,27 @@ def _build_card(bundle: Bundle, formats: Sequence[ExportFormat]) -> str:
         "calibrated `scores`; normalization is part of the model. `model.json` also has the resize "
         "settings, the class of each score, and the difference from the scores of imgcls.\n"
     )
+    if bundle.spec.task == "multilabel":
+        text += (
+            "\nEach class has its own score, the sigmoid of its logit. The labels of an image are "
+            "all classes whose score reaches their threshold: that in `thresholds` of "
+            "`model.json`, otherwise `threshold`.\n"
+        )
     return text + ("\n    python example.py IMAGE\n" if "onnx" in formats else "")
 
 
 def render_example(spec: BundleSpec) -> str:
     """A script that classifies an image with model.onnx, without imgcls."""
     fit = _RESIZE_CODE[spec.preprocess.mode].strip("\n")
-    return _EXAMPLE_TEMPLATE.format(fit=fit.format(filter=spec.preprocess.interpolation.upper()))
+    return _EXAMPLE_TEMPLATE.format(
+        fit=fit.format(filter=spec.preprocess.interpolation.upper()),
+        purpose=_EXAMPLE_PURPOSES[spec.task],
+        output=_OUTPUT_CODE[spec.task].strip("\n"),
+    )
 
 
 _EXAMPLE_TEMPLATE = '''\
-"""python example.py IMAGE: classify an image. Requires onnxruntime, numpy and pillow."""
+"""python example.py IMAGE: {purpose}. Requires onnxruntime, numpy and pillow."""
 
 import json
 import pathlib
@@ -352,9 +369,27 @@ image = image.convert("RGB")
 pixels = np.asarray(image, np.uint8).transpose(2, 0, 1)[None]
 session = onnxruntime.InferenceSession(folder / "model.onnx")
 scores = session.run(None, {{"pixels": pixels}})[0][0]
-for index in scores.argsort()[::-1][:5]:
-    print(f"{{scores[index]:.4f}}  {{model['classes'][index]}}")
+{output}
 '''
+_EXAMPLE_PURPOSES: dict[TaskName, str] = {
+    "single_label": "classify an image",
+    "multilabel": "print the labels of an image",
+}
+_OUTPUT_CODE: dict[TaskName, str] = {
+    "single_label": """
+for index in scores.argsort()[::-1][:5]:
+    print(f"{scores[index]:.4f}  {model['classes'][index]}")
+""",
+    "multilabel": """
+thresholds = [model["thresholds"].get(name, model["threshold"]) for name in model["classes"]]
+is_label = scores >= np.array(thresholds, np.float32)
+for index in (-scores).argsort(kind="stable"):  # a score per class, any number of labels
+    if is_label[index]:
+        print(f"{scores[index]:.4f}  {model['classes'][index]}")
+if not is_label.any():
+    print("no label")
+""",
+}
 _RESIZE_CODE = {
     "crop": """
 short = min(image.size)

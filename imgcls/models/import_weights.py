@@ -14,17 +14,27 @@ from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import BundleError, ConfigError, one_line
 from imgcls.models import zoo
-from imgcls.models.bundle import Bundle, BundleSpec, check_bundle_output, save_bundle
+from imgcls.models.bundle import (
+    FORMAT_VERSIONS,
+    Bundle,
+    BundleSpec,
+    check_bundle_output,
+    save_bundle,
+)
 from imgcls.models.class_list import read_class_list
 from imgcls.models.config import ImportConfig, ListModelsConfig
+from imgcls.models.tasks import TASKS
 
 
 @with_config_storage
 def import_model(config: ImportConfig) -> Bundle:
     """Make a bundle from a weights file and a list of classes, or of a backbone without any.
 
-    Raises BundleError if they do not match, OutputError if the bundle already exists.
+    Raises BundleError if they do not match, OutputError if the bundle already exists, ConfigError
+    for a multi-label model without classes.
     """
+    if config.task == "multilabel" and config.classes is None:
+        raise ConfigError("task multilabel: needs the list of classes; pass --classes")
     arch, weights, options = zoo.resolve_snapshot(
         config.arch, config.weights, config.options, config.crop
     )
@@ -38,6 +48,9 @@ def import_model(config: ImportConfig) -> Bundle:
     check_bundle_output(output, overwrite=config.overwrite)
     classes = [] if config.classes is None else read_class_list(config.classes)
     spec = BundleSpec(
+        format_version=FORMAT_VERSIONS[config.task],
+        task=config.task,
+        threshold=TASKS[config.task].default_threshold,
         architecture=architecture,
         classes=classes,
         preprocess=_resolve_preprocess(
@@ -60,7 +73,8 @@ def import_model(config: ImportConfig) -> Bundle:
         _check_input_size(network, config.crop)
     bundle = save_bundle(output, spec, network.state_dict())
     number = f"{len(classes):,} classes" if classes else "a backbone, for `imgcls embed`"
-    log.show(f"bundle  {output}  ({config.arch}, {number})")
+    kind = ", multilabel" if config.task == "multilabel" else ""
+    log.show(f"bundle  {output}  ({config.arch}, {number}{kind})")
     return bundle
 
 

@@ -20,9 +20,17 @@ REPR_SIDE = 128
 
 
 def render_prediction(
-    source: ImageSource | None, labels: Sequence[str], scores: Sequence[float], accepted: bool
+    source: ImageSource | None,
+    labels: Sequence[str],
+    scores: Sequence[float],
+    accepted: bool,
+    predicted: Sequence[str] | None = None,
 ) -> str:
-    """HTML of one prediction, with the thumbnail if the image can be read."""
+    """HTML of one prediction, with the thumbnail if the image can be read.
+
+    labels, scores: the top k
+    predicted:      predicted labels of a multi-label model; None for one label per image
+    """
     thumbnail = _encode_thumbnail(source)
     image = f'<img src="{thumbnail}" alt="" style="max-height:{REPR_SIDE}px">' if thumbnail else ""
     bars = "".join(
@@ -31,10 +39,11 @@ def render_prediction(
         f'<progress max="1" value="{score:.4f}" style="width:100%"></progress>'
         for label, score in zip(labels, scores, strict=True)
     )
+    shown = labels[:1] if predicted is None else predicted
+    names = ", ".join(f"<b>{html.escape(label)}</b>" for label in shown)
     verdict = "accepted" if accepted else "abstained"
-    return _render_frame(
-        f"{image}<div><b>{html.escape(labels[0])}</b> {verdict}</div>{bars}", source
-    )
+    heading = f"{names} {verdict}" if names else "<b>no label</b>"
+    return _render_frame(f"{image}<div>{heading}</div>{bars}", source)
 
 
 def render_failed_prediction(source: ImageSource | None, error: str) -> str:

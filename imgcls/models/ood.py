@@ -3,7 +3,9 @@
 Higher scores are less like the training data. Two methods. knn: cosine distance to the k-th nearest
 of the reference embeddings, which the bundle keeps (Sun et al., ICML 2022, "Out-of-distribution
 detection with deep nearest neighbors"). energy: minus the log-sum-exp of the logits (Liu et al.,
-NeurIPS 2020, "Energy-based out-of-distribution detection").
+NeurIPS 2020, "Energy-based out-of-distribution detection"); for multilabel joint_energy: minus the
+sum of log(1 + exp(logit)) over the classes (Wang et al., NeurIPS 2021, "Can multi-label
+classification networks know what they don't know?").
 """
 
 from __future__ import annotations
@@ -23,14 +25,16 @@ from imgcls.models.embeddings import normalize_embeddings
 
 Floats = NDArray[np.float32]
 OodMethod = Literal["knn", "energy"]
+DetectorMethod = Literal["knn", "energy", "joint_energy"]
+"""joint_energy is the energy of multilabel."""
 _BLOCK_VALUES = 8_000_000
 
 
 class OodSpec(Section):
     """Description of a bundle's OOD detector."""
 
-    method: OodMethod = "knn"
-    """knn: distance to the reference embeddings; energy: of the logits."""
+    method: DetectorMethod = "knn"
+    """knn: distance to the reference embeddings; energy, joint_energy: of the logits."""
     max_score: FiniteFloat
     """Maximum score of an image that is not out of distribution."""
     max_rate: UnitFloat
@@ -68,15 +72,15 @@ class OodDetector:
     """Computes OOD scores from embeddings.
 
     method:    see `OodSpec`
-    arrays:    knn: `references` (M, E) float16 of length 1; energy: `weight` (C, E) and `bias` (C,)
-        of the final layer
+    arrays:    knn: `references` (M, E) float16 of length 1; energy and joint_energy: `weight`
+        (C, E) and `bias` (C,) of the final layer
     neighbors: k of knn, at most M
     max_score: maximum score of an image that is not out of distribution
     """
 
     def __init__(
         self,
-        method: OodMethod,
+        method: DetectorMethod,
         arrays: Mapping[str, NDArray[np.floating]],
         neighbors: int,
         max_score: float = np.inf,
@@ -132,8 +136,11 @@ class OodDetector:
 
     def _score(self, embeddings: Floats) -> Floats:
         with np.errstate(over="ignore", invalid="ignore"):
-            if self.method == "energy":
+            if self.method != "knn":
                 logits = embeddings @ self._weight + self._bias
+                if self.method == "joint_energy":
+                    joint: Floats = -np.logaddexp(np.float32(0), logits).sum(axis=1)
+                    return joint
                 energy: Floats = -np.logaddexp.reduce(logits, axis=1)
                 return energy
             similarity = normalize_embeddings(embeddings) @ self._weight

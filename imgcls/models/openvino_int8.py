@@ -24,7 +24,7 @@ import torch
 
 from imgcls.data.decoding.decode import Pixels
 from imgcls.errors import BundleError, RequestError
-from imgcls.models.bundle import Bundle
+from imgcls.models.bundle import Bundle, BundleSpec
 from imgcls.models.head import HeadNetwork
 from imgcls.models.openvino_engine import (
     MODEL_FILES,
@@ -34,6 +34,8 @@ from imgcls.models.openvino_engine import (
 )
 from imgcls.models.openvino_package import import_openvino
 from imgcls.models.precision import has_int8_instructions
+from imgcls.models.task import ScoreScaling
+from imgcls.models.tasks import find_task
 from imgcls.models.torch_engine import load_network
 
 _ATTENTION = "ScaledDotProductAttention"
@@ -55,7 +57,7 @@ def quantize_for_openvino(bundle: Bundle, batches: Iterable[Pixels]) -> bytes:
     images = [np.ascontiguousarray(batch.transpose(0, 2, 3, 1)) for batch in batches]
     try:
         model = convert_network(HeadNetwork(network, in_fp32=False).eval(), bundle.spec.preprocess)
-        model = _quantize_for_this_cpu(model, images)
+        model = _quantize_for_this_cpu(model, images, bundle.spec)
     except Exception as error:
         raise BundleError(
             f"bundle {bundle.url}: OpenVINO cannot quantize its network: {summarize_error(error)}; "
@@ -66,19 +68,27 @@ def quantize_for_openvino(bundle: Bundle, batches: Iterable[Pixels]) -> bytes:
         return _pack([(Path(folder) / name).read_bytes() for name in MODEL_FILES])
 
 
-def _quantize_for_this_cpu(model: Any, images: list[Pixels]) -> Any:
+def _quantize_for_this_cpu(model: Any, images: list[Pixels], spec: BundleSpec) -> Any:
     """The quantized model with the most labels of the images as before."""
     fixes = ["first_layer_only"] if has_int8_instructions() else ["first_layer_only", "enable"]
     made = [_quantize(model.clone(), images, fix) for fix in fixes]
     if len(made) == 1:
         return made[0]
-    exact = _predict_labels(model, images)
-    return max(made, key=lambda each: int((_predict_labels(each, images) == exact).sum()))
+    exact = _predict_labels(model, images, spec)
+    return max(made, key=lambda each: int((_predict_labels(each, images, spec) == exact).sum()))
 
 
-def _predict_labels(model: Any, images: list[Pixels]) -> npt.NDArray[np.int64]:
+def _predict_labels(model: Any, images: list[Pixels], spec: BundleSpec) -> npt.NDArray[Any]:
+    """(N,) class indices; for multilabel (N, C), whether each class is predicted."""
     compiled = compile_network(model, "fp32")
-    return np.concatenate([compiled(batch)[0].argmax(1) for batch in images])
+    logits = np.concatenate([compiled(batch)[0] for batch in images])
+    if spec.task == "single_label":
+        return np.asarray(logits.argmax(1))
+    task = find_task(spec)
+    scores = task.compute_scores(torch.from_numpy(logits), ScoreScaling.from_spec(spec)).numpy()
+    is_predicted = task.decide(scores, spec.resolve_thresholds(), 1).is_predicted
+    assert is_predicted is not None
+    return is_predicted
 
 
 def _quantize(model: Any, images: list[Pixels], overflow_fix: str) -> Any:

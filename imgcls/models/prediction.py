@@ -16,11 +16,15 @@ class Prediction:
     Parameters
     ----------
     label, confidence
-        Predicted class and its score.
+        Class with the highest score, and this score.
     accepted
-        Whether the confidence reaches the threshold, and the image is not out of distribution.
+        Whether the confidence reaches the threshold, and the image is not out of distribution. Of a
+        multi-label model: whether there is a predicted label.
     topk_labels, topk_scores
         The k best classes and their scores, best first.
+    labels
+        Predicted labels of a multi-label model, best first: all classes that reach their threshold,
+        possibly none. None for a model of one label per image.
     label_set
         Conformal label set, best label first; None for a bundle without label sets.
     ood_score, is_ood
@@ -43,9 +47,12 @@ class Prediction:
     source: ImageSource | None = field(default=None, repr=False, compare=False)
     status: str = "ok"
     error: str | None = None
+    labels: list[str] | None = None
 
     def _repr_html_(self) -> str:
-        return render_prediction(self.source, self.topk_labels, self.topk_scores, self.accepted)
+        return render_prediction(
+            self.source, self.topk_labels, self.topk_scores, self.accepted, self.labels
+        )
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class FailedPrediction:
     label_set: None = None
     ood_score: None = None
     is_ood: None = None
+    labels: None = None
 
     def _repr_html_(self) -> str:
         return render_failed_prediction(self.source, self.error)

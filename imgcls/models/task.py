@@ -2,32 +2,27 @@
 
 A task defines what the outputs of a network mean. The classifier, inference, export, calibration
 and training all call it, so that a bundle has the same scores and decisions everywhere. A new kind
-of task is a subclass of `Task` with an entry in `TASKS`.
-Importing this module does not import torch: the driver of a run needs the columns only.
+of task is a subclass of `Task` with an entry in `tasks.TASKS`.
+Importing these modules does not import torch: the driver of a run needs the columns only.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from imgcls.models.bundle import BundleSpec, VectorScaling
-from imgcls.models.label_sets import LabelSets, build_set_column, find_label_sets
+from imgcls.models.bundle import BundleSpec, TaskName
+from imgcls.models.label_sets import LabelSets
 from imgcls.models.ood import OodScores
 
 if TYPE_CHECKING:
     import torch
-
-AnyFloat = TypeVar("AnyFloat", bound=np.floating[Any])
-
-_BLOCK_VALUES = 4_000_000
-"""Number of log scores that are scaled at a time."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,8 @@ class ScoreScaling:
     """Confidence calibration of a network's logits, on one device.
 
     temperature: the logits are divided by it
-    scale, bias: (C,) float32, applied to the log-softmax (vector scaling); None without it
+    scale, bias: (C,) float32, applied to the log-softmax, or to the logits of multilabel (vector
+        scaling); None without it
     """
 
     temperature: float = 1.0
@@ -60,12 +56,15 @@ class Decisions:
 
     classes:  (N, k) int64 class indices, best first
     scores:   (N, k) float32 scores of these classes
-    accepted: (N,) bool, whether the best score reaches the threshold of its class
+    accepted: (N,) bool, whether the best score reaches the threshold of its class; for multilabel,
+        whether any score does
+    is_predicted: (N, C) bool, whether each score reaches its threshold; None for single_label
     """
 
     classes: NDArray[np.int64]
     scores: NDArray[np.float32]
     accepted: NDArray[np.bool_]
+    is_predicted: NDArray[np.bool_] | None = None
 
 
 class Task(ABC):
@@ -73,10 +72,14 @@ class Task(ABC):
 
     name:    key in `TASKS`
     metrics: metrics of a validation, as `training` and a bundle name them, the main one first
+    default_threshold: threshold of a new bundle
+    needs_scores: whether a table always has the scores of all classes
     """
 
-    name: str
+    name: TaskName
     metrics: tuple[str, ...]
+    default_threshold: float = 0.0
+    needs_scores: bool = False
 
     @abstractmethod
     def activate(self, logits: torch.Tensor, scaling: ScoreScaling) -> torch.Tensor:
@@ -85,30 +88,6 @@ class Task(ABC):
     @abstractmethod
     def compute_scores(self, logits: torch.Tensor, scaling: ScoreScaling) -> torch.Tensor:
         """As `activate`, in float32, with NaN in all scores of a row with a non-finite logit."""
-
-    @abstractmethod
-    def iter_scaled_scores(
-        self,
-        log_scores: NDArray[np.float32],
-        scale: NDArray[np.float32],
-        bias: NDArray[np.float32] | None,
-    ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """Scores of (N, C) log scores after scaling, in blocks of rows: which, and (n, C) scores.
-
-        scale: (1,) or (C,); bias: (C,) or None
-        """
-
-    @abstractmethod
-    def compute_confidences(
-        self,
-        log_scores: NDArray[np.float32],
-        scale: NDArray[np.float32],
-        bias: NDArray[np.float32] | None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """(N,) confidences and predicted classes of (N, C) log scores after scaling, on the CPU.
-
-        scale: (1,) or (C,); bias: (C,) or None
-        """
 
     @abstractmethod
     def add_scaling(
@@ -131,10 +110,19 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def rank_labels(
-        self, scores: NDArray[AnyFloat], codes: NDArray[np.int64]
-    ) -> tuple[NDArray[AnyFloat], NDArray[np.int64]]:
-        """(N,) score and (N,) rank, from 1, of each row's label."""
+    def compare_decisions(
+        self,
+        expected: NDArray[np.float32],
+        scores: NDArray[np.float32],
+        thresholds: Sequence[float] | NDArray[np.float32],
+        margin: float = 0.0,
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Compare the predictions of (N, C) scores with those of the expected scores.
+
+        thresholds: (C,), in class order
+        Returns (N,) whether the prediction is the same, and (N,) whether it differs although the
+        expected scores decide it by more than `margin`.
+        """
 
     @abstractmethod
     def build_fields(
@@ -186,205 +174,24 @@ class Task(ABC):
         weights: torch.Tensor | None = None,
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
+        negative_gamma: float | None = None,
+        negative_margin: float = 0.0,
     ) -> torch.Tensor:
         """Sum of the losses of (N, C) float32 logits.
 
-        targets: (N,) int64 class indices, or (N, C) float32 shares of classes
-        weights: (C,) float32 per class; None for equal weights
+        targets: (N,) int64 class indices, or (N, C) float32 shares of classes; for multilabel,
+            (N, C) float32 with NaN where unknown
+        weights: (C,) float32 per class, for multilabel of its positives; None for equal weights
+        negative_gamma, negative_margin: of the asymmetric loss of multilabel
         """
 
+    @abstractmethod
+    def count_correct(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Sum over N rows of whether the prediction is the target, as (N, C) logits predict it."""
 
-class SingleLabel(Task):
-    """Exactly one class per image: softmax, arg max, cross-entropy."""
-
-    name = "single_label"
-    metrics = ("accuracy", "balanced_accuracy", "loss")
-
-    def activate(self, logits: torch.Tensor, scaling: ScoreScaling) -> torch.Tensor:
-        """Softmax of the calibrated logits."""
-        return self._calibrate(logits, scaling).softmax(dim=1)
-
-    def compute_scores(self, logits: torch.Tensor, scaling: ScoreScaling) -> torch.Tensor:
-        """As `activate`, in float32; softmax alone gives a logit of minus infinity a score of 0."""
-        import torch
-
-        calibrated = self._calibrate(logits.float(), scaling)
-        is_finite = torch.isfinite(calibrated).all(dim=1, keepdim=True)
-        return calibrated.softmax(dim=1).where(is_finite, torch.nan)
-
-    @staticmethod
-    def _calibrate(logits: torch.Tensor, scaling: ScoreScaling) -> torch.Tensor:
-        logits = logits / scaling.temperature
-        if scaling.scale is None or scaling.bias is None:
-            return logits
-        return logits.log_softmax(dim=1) * scaling.scale + scaling.bias
-
-    def iter_scaled_scores(
-        self,
-        log_scores: NDArray[np.float32],
-        scale: NDArray[np.float32],
-        bias: NDArray[np.float32] | None,
-    ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """Softmax in blocks of rows."""
-        block = max(1, _BLOCK_VALUES // log_scores.shape[1])
-        for start in range(0, len(log_scores), block):
-            part = slice(start, start + block)
-            scores = log_scores[part] * scale
-            if bias is not None:
-                scores = scores + bias
-            scores -= scores.max(1, keepdims=True)
-            np.exp(scores, out=scores)
-            scores /= scores.sum(1, keepdims=True)
-            yield part, scores
-
-    def compute_confidences(
-        self,
-        log_scores: NDArray[np.float32],
-        scale: NDArray[np.float32],
-        bias: NDArray[np.float32] | None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Maximum and arg max of the softmax, in blocks of rows."""
-        confidence = np.empty(len(log_scores), np.float32)
-        predicted = np.empty(len(log_scores), np.int64)
-        for part, scores in self.iter_scaled_scores(log_scores, scale, bias):
-            predicted[part] = scores.argmax(1)
-            confidence[part] = scores.max(1)
-        return confidence, predicted
-
-    def add_scaling(
-        self, spec: BundleSpec, scale: NDArray[np.float32], bias: NDArray[np.float32] | None
-    ) -> BundleSpec:
-        """Set vector scaling where there is a bias, else divide the temperature."""
-        if bias is not None:
-            scaling = VectorScaling(scale=scale.tolist(), bias=bias.tolist())
-            return spec.model_copy(update={"vector_scaling": scaling})
-        factor, old = float(scale[0]), spec.vector_scaling
-        if old is None:
-            return spec.model_copy(update={"temperature": spec.temperature / factor})
-        scaling = VectorScaling(
-            scale=[factor * value for value in old.scale],
-            bias=[factor * value for value in old.bias],
-        )
-        return spec.model_copy(update={"vector_scaling": scaling})
-
-    def decide(
-        self,
-        scores: NDArray[np.float32],
-        thresholds: Sequence[float] | NDArray[np.float32],
-        top_k: int,
-        order: NDArray[np.int64] | None = None,
-    ) -> Decisions:
-        """The top k classes; ties go to the lower index."""
-        if order is None:
-            classes, values = select_top_k(scores, top_k)
-        else:
-            classes, values = order, np.take_along_axis(scores, order, axis=1)
-        required = np.asarray(thresholds, np.float32)[classes[:, 0]]
-        return Decisions(classes, values, values[:, 0] >= required)
-
-    def rank_labels(
-        self, scores: NDArray[AnyFloat], codes: NDArray[np.int64]
-    ) -> tuple[NDArray[AnyFloat], NDArray[np.int64]]:
-        """Score and rank of each label; equal scores rank in class order, as in the top k."""
-        own = np.take_along_axis(scores, codes[:, None], axis=1)
-        is_earlier = np.arange(scores.shape[1])[None, :] < codes[:, None]
-        rank: NDArray[np.int64] = 1 + ((scores > own) | ((scores == own) & is_earlier)).sum(1)
-        return own[:, 0], rank
-
-    def build_fields(
-        self,
-        *,
-        has_labels: bool,
-        has_label_sets: bool = False,
-        has_ood: bool = False,
-        classes: int | None = None,
-        scores_type: str = "float32",
-    ) -> list[pa.Field]:
-        """Columns of the predicted class, its confidence, the top k and the label set."""
-        fields = [
-            pa.field("predicted_label", pa.string()),
-            pa.field("confidence", pa.float32()),
-            pa.field("accepted", pa.bool_(), nullable=False),
-            pa.field("topk_labels", pa.list_(pa.string())),
-            pa.field("topk_scores", pa.list_(pa.float32())),
-        ]
-        if has_label_sets:
-            fields.append(pa.field("label_set", pa.list_(pa.string())))
-        if has_ood:
-            fields += [pa.field("ood_score", pa.float32()), pa.field("is_ood", pa.bool_())]
-        if has_labels:
-            fields += [pa.field("label_score", pa.float32()), pa.field("label_rank", pa.int32())]
-        if classes is not None:
-            kind = pa.float16() if scores_type == "float16" else pa.float32()
-            fields.append(pa.field("scores", pa.list_(kind, classes)))
-        return fields
-
-    def build_columns(
-        self,
-        scores: NDArray[np.float32],
-        classes: Sequence[str],
-        thresholds: Sequence[float],
-        *,
-        top_k: int,
-        order: NDArray[np.int64] | None = None,
-        codes: NDArray[np.int64] | None = None,
-        label_sets: LabelSets | None = None,
-        ood: OodScores | None = None,
-        scores_type: str | None = None,
-    ) -> dict[str, pa.Array]:
-        """Columns of the decisions; the score and rank of a label that is no class are null."""
-        sets: dict[str, pa.Array] = {}
-        if label_sets is not None:
-            every, is_included = find_label_sets(scores, label_sets)
-            sets["label_set"] = build_set_column(every, is_included, classes)
-            order = every[:, :top_k]
-        found = self.decide(scores, thresholds, top_k, order)
-        names = pa.array(classes, pa.string())
-        width = found.classes.shape[1]
-        columns: dict[str, pa.Array] = {
-            "predicted_label": names.take(pa.array(found.classes[:, 0])),
-            "confidence": pa.array(found.scores[:, 0]),
-            "accepted": pa.array(found.accepted if ood is None else found.accepted & ~ood.is_ood),
-            "topk_labels": _build_lists(names.take(pa.array(found.classes.ravel())), width),
-            "topk_scores": _build_lists(pa.array(found.scores.ravel()), width),
-            **sets,
-            **({} if ood is None else ood.build_columns()),
-        }
-        if codes is not None:
-            is_known = codes >= 0
-            score, rank = np.zeros(len(codes), np.float32), np.zeros(len(codes), np.int32)
-            score[is_known], rank[is_known] = self.rank_labels(scores[is_known], codes[is_known])
-            columns["label_score"] = pa.array(score, mask=~is_known)
-            columns["label_rank"] = pa.array(rank, mask=~is_known)
-        if scores_type is not None:
-            flat = pa.array(scores.astype(scores_type).ravel())
-            columns["scores"] = pa.FixedSizeListArray.from_arrays(flat, len(classes))
-        return columns
-
-    def compute_loss(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        *,
-        weights: torch.Tensor | None = None,
-        label_smoothing: float = 0.0,
-        focal_gamma: float = 0.0,
-    ) -> torch.Tensor:
-        """Cross-entropy, or the focal loss (Lin et al. 2017) with `focal_gamma` above 0."""
-        import torch
-        from torch.nn import functional as F
-
-        if focal_gamma == 0:
-            return F.cross_entropy(
-                logits, targets, weight=weights, reduction="sum", label_smoothing=label_smoothing
-            )
-        shares = targets if targets.dim() == 2 else F.one_hot(targets, logits.shape[1]).float()
-        shares = shares * (1 - label_smoothing) + label_smoothing / logits.shape[1]
-        log_scores = logits.log_softmax(dim=1)
-        # a score of exactly 1 would have an infinite slope under a root, and so no gradient at all
-        missing = (-torch.expm1(log_scores)).clamp_min(torch.finfo(torch.float32).tiny)
-        terms = -shares * missing**focal_gamma * log_scores
-        return (terms if weights is None else terms * weights).sum()
+    @abstractmethod
+    def compute_row_losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(N,) losses of (N, C) float32 logits, without weights."""
 
 
 def select_top_k(
@@ -408,16 +215,7 @@ def rank_on_device(scores: torch.Tensor, k: int) -> torch.Tensor:
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
-def _build_lists(values: pa.Array, width: int) -> pa.ListArray:
+def build_lists(values: pa.Array, width: int) -> pa.ListArray:
+    """Lists of `width` values each."""
     offsets = pa.array(np.arange(0, len(values) + 1, width, dtype=np.int32))
     return pa.ListArray.from_arrays(offsets, values)
-
-
-SINGLE_LABEL: Task = SingleLabel()
-TASKS = {task.name: task for task in (SINGLE_LABEL,)}
-"""All tasks by name."""
-
-
-def find_task(spec: BundleSpec) -> Task:
-    """The task of a bundle. Bundles of format version 1 have one task: single_label."""
-    return TASKS[{1: "single_label"}[spec.format_version]]

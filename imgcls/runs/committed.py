@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from imgcls.data.manifests.label_columns import LabelColumns, read_label_columns
 from imgcls.data.storage import filesystem
 from imgcls.errors import (
     BundleError,
@@ -22,9 +23,10 @@ from imgcls.errors import (
     StorageMissing,
     request_error,
 )
-from imgcls.models.bundle import Bundle, load_bundle
+from imgcls.models.bundle import Bundle, TaskName, load_bundle
 from imgcls.runs import layout
 from imgcls.runs.schema import list_prediction_columns
+from imgcls.runs.table_counts import TableCounter
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,8 @@ class CommittedRun:
 
     files:   URLs of its parts, in row order
     classes: the class names of the bundle that made it, in its order
+    label_columns: columns of the labels of a manifest with any number of them per image
+    task: of the bundle
     schema:  of the predictions, manifest columns included
     success_record, run_record: `_SUCCESS` and `_run.json` as they were written
     """
@@ -59,6 +63,8 @@ class CommittedRun:
     classes: tuple[str, ...]
     path_column: str
     label_column: str | None
+    label_columns: LabelColumns | None
+    task: TaskName
     root: str
     top_k: int
     bundle_sha256: str
@@ -97,7 +103,24 @@ class CommittedRun:
     @property
     def has_predictions(self) -> bool:
         """Whether this is a run of `imgcls predict`, not of `imgcls embed`."""
-        return "predicted_label" in self.schema.names
+        return not {"predicted_label", "predicted_labels"}.isdisjoint(self.schema.names)
+
+    def create_counter(self) -> TableCounter:
+        """The counter of its rows."""
+        columns, column = self.label_columns, self.label_column
+        if self.task == "single_label":
+            return TableCounter(self.classes, column)
+        if columns is None and column is not None:
+            columns = LabelColumns(column)
+        return TableCounter(self.classes, None, columns, self.task)
+
+    def check_single_label(self, command: str) -> None:
+        """Raise RequestError for a multilabel run, which a command does not take."""
+        if self.task != "single_label":
+            raise RequestError(
+                f"{self.url}: was labeled by a multilabel bundle; `imgcls {command}` is for one "
+                "label per image"
+            )
 
     def check_predictions(self) -> None:
         """Raise RequestError for a run of `imgcls embed`."""
@@ -269,6 +292,8 @@ def open_run(url: str) -> CommittedRun:
         classes=tuple(described["classes"]),
         path_column=identity["manifest"]["path_column"],
         label_column=identity["manifest"]["label_column"],
+        label_columns=read_label_columns(identity["manifest"]),
+        task=described.get("task", "single_label"),
         root=identity["manifest"]["root"],
         top_k=identity["settings"]["top_k"],
         bundle_sha256=success["bundle_sha256"],

@@ -6,13 +6,15 @@ from typing import Literal
 
 import pyarrow as pa
 
-from imgcls.models.task import SINGLE_LABEL, Task
+from imgcls.models.single_label import SINGLE_LABEL
+from imgcls.models.task import Task
 
 EmbeddingType = Literal["float32", "float16"]
 
 PREDICTION_COLUMNS = (
     "row",
     "predicted_label",
+    "predicted_labels",
     "confidence",
     "accepted",
     "topk_labels",
@@ -31,6 +33,7 @@ PREDICTION_COLUMNS = (
 )
 
 _NEW_COLUMNS = {
+    "predicted_labels": pa.list_(pa.string()),
     "label_set": pa.list_(pa.string()),
     "ood_score": pa.float32(),
     "is_ood": pa.bool_(),
@@ -68,7 +71,7 @@ def build_prediction_schema(
     has_predictions: false for the run of a backbone, which has embeddings alone
     has_label_sets: true for a bundle with conformal label sets
     has_ood:     true for a bundle with an out-of-distribution detector
-    scores:      number of classes, to add the score of every class
+    scores:      number of classes, to add the score of every class; required for multilabel
     scores_type: float32, or float16, which Spark cannot read
     embedding:   width of the embedding, to add it
     embedding_type: float32, or float16, which Spark cannot read

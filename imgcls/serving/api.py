@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from imgcls import __version__
 from imgcls.data.formats import MIME_TYPES
 from imgcls.errors import OK
+from imgcls.models.bundle import TaskName
 from imgcls.serving import page
 from imgcls.serving.app_middleware import AppMiddleware
 from imgcls.serving.auth import AccessControl
@@ -62,11 +63,26 @@ class PredictionRow(BaseModel):
 
     row: int = Field(description="Index of the image in the request.")
     name: str | None = Field(description="File name that the client sent.")
-    predicted_label: str | None
-    confidence: float | None
-    accepted: bool
-    topk_labels: list[str] | None
-    topk_scores: list[float] | None
+    predicted_label: str | None = Field(
+        default=None, description="Class with the highest score; absent with task multilabel."
+    )
+    confidence: float | None = Field(
+        default=None, description="Score of predicted_label; absent with task multilabel."
+    )
+    predicted_labels: list[str] | None = Field(
+        default=None,
+        description="All classes whose score reaches their threshold, best first, possibly none; "
+        "only with task multilabel. Null for an image without a prediction.",
+    )
+    accepted: bool = Field(
+        description="Whether the confidence reaches its threshold, or with task multilabel any "
+        "score does, and the image is not out of distribution."
+    )
+    topk_labels: list[str] | None = Field(description="The top_k best classes, best first.")
+    topk_scores: list[float] | None = Field(description="Their scores.")
+    scores: dict[str, float] | None = Field(
+        default=None, description="Score of each class, on request: scores=true."
+    )
     label_set: list[str] | None = Field(
         default=None, description="Conformal label set, of a model that has them."
     )
@@ -95,12 +111,20 @@ class ModelDescription(BaseModel):
     """Response to `GET /v1/model`."""
 
     sha256: str
+    task: TaskName = Field(
+        description="single_label: one class per image. multilabel: any number of classes."
+    )
     architecture: dict[str, Any]
     classes: list[str]
     preprocess: dict[str, Any]
     temperature: float
-    threshold: float
-    thresholds: dict[str, float]
+    threshold: float = Field(
+        description="Minimum confidence of an accepted prediction; with task multilabel, minimum "
+        "score of a predicted label."
+    )
+    thresholds: dict[str, float] = Field(
+        description="Thresholds of single classes, instead of threshold."
+    )
     label_set_coverage: float | None = Field(
         default=None, description="Probability that a label set includes the label."
     )
@@ -155,6 +179,10 @@ _PREDICT_ERRORS = _AUTH_ERRORS | _describe_problems(
         429: "Rate limit of the API key exceeded; see Retry-After.",
         503: "The queue is full, or the GPU failed or has no memory left; see Retry-After.",
     }
+)
+_THRESHOLD_TEXT = (
+    "Minimum confidence of an accepted prediction, or with task multilabel minimum score of each "
+    "predicted label. Replaces the thresholds of all classes. Default: those of the model."
 )
 _BINARY_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
 _PREDICT_BODY = {
@@ -227,12 +255,15 @@ def _add_predict_route(
     async def predict(
         request: Request,
         secret: Secret,
-        top_k: Annotated[int | None, Query(ge=1, le=1000, description="Labels per image.")] = None,
+        top_k: Annotated[
+            int | None, Query(ge=1, le=1000, description="Labels in topk_labels.")
+        ] = None,
         threshold: Annotated[
             float | None,
-            Query(ge=0, le=1, description="Minimum confidence of an accepted prediction."),
+            Query(ge=0, le=1, description=_THRESHOLD_TEXT),
         ] = None,
         embeddings: Annotated[bool, Query(description="Also return the embeddings.")] = False,
+        scores: Annotated[bool, Query(description="Also return the score of each class.")] = False,
     ) -> Response:
         key = access.authorize(secret, "predict", request)
         service.check_capacity()
@@ -241,6 +272,7 @@ def _add_predict_route(
             top_k or service.config.top_k,
             service.config.threshold if threshold is None else threshold,
             embeddings,
+            scores,
         )
         async with receive_uploads(request, service.config.limits, budget) as uploads:
             if len(uploads) > 1:

@@ -141,7 +141,8 @@ class ServeConfig(Section):
     top_k: PositiveInt = 5
     """Default number of labels per image."""
     threshold: UnitFloat | None = None
-    """Minimum confidence of an accepted prediction. Default: the bundle's."""
+    """Minimum confidence of an accepted prediction, or minimum score of each predicted label of a
+    multi-label model. Default: the bundle's."""
     storage: StorageConfig = StorageConfig()
     detach: bool = False
     """Return once the service runs on the cluster; run the same command again to change it."""

@@ -52,6 +52,7 @@ class PredictOptions:
     top_k: int
     threshold: float | None = None
     embeddings: bool = False
+    scores: bool = False
 
 
 class ServedModel:
@@ -105,6 +106,7 @@ class ServedModel:
         spec = self.classifier.bundle.spec
         return {
             "sha256": self.sha256,
+            "task": spec.task,
             "architecture": spec.architecture.model_dump(mode="json"),
             "classes": spec.classes,
             "preprocess": self.classifier.preprocess.model_dump(mode="json"),
@@ -247,20 +249,21 @@ class Service:
         try:
             width, height = await asyncio.wrap_future(self._decode_pool.submit(decode_and_submit))
         except ImageError as error:
-            return _build_row(None, status=error.status, error=str(error))
+            return _build_failed_row(model, error)
         output = await future
         if isinstance(output, Problem):
             raise output
         if np.isnan(output.scores).any():
-            failure = model.classifier.build_not_finite_error()
-            return _build_row(None, status=failure.status, error=str(failure))
+            return _build_failed_row(model, model.classifier.build_not_finite_error())
         prediction = model.classifier.rank_scores(
             output.scores[None],
             output.ood,
             top_k=options.top_k,
             threshold=options.threshold,
         )[0]
-        row = _build_row(prediction, width=width, height=height)
+        row = _build_row(prediction, width, height)
+        if options.scores:
+            row["scores"] = dict(zip(model.classifier.classes, output.scores.tolist(), strict=True))
         if prediction.label_set is not None:
             row["label_set"] = prediction.label_set
         if prediction.is_ood is not None:
@@ -333,24 +336,38 @@ def _run_network(items: Sequence[ForwardItem]) -> list[ImageScores]:
     return list(map(ImageScores, output.scores, output.embedding, parts))
 
 
-def _build_row(
-    prediction: Prediction | None,
-    *,
-    width: int | None = None,
-    height: int | None = None,
-    status: str = OK,
-    error: str | None = None,
-) -> dict[str, Any]:
+def _build_row(prediction: Prediction, width: int, height: int) -> dict[str, Any]:
+    if prediction.labels is None:
+        decision = {"predicted_label": prediction.label, "confidence": prediction.confidence}
+    else:
+        decision = {"predicted_labels": prediction.labels}
     return {
         "row": 0,
         "name": None,
-        "predicted_label": None if prediction is None else prediction.label,
-        "confidence": None if prediction is None else prediction.confidence,
-        "accepted": prediction is not None and prediction.accepted,
-        "topk_labels": None if prediction is None else prediction.topk_labels,
-        "topk_scores": None if prediction is None else prediction.topk_scores,
+        **decision,
+        "accepted": prediction.accepted,
+        "topk_labels": prediction.topk_labels,
+        "topk_scores": prediction.topk_scores,
         "width": width,
         "height": height,
-        "status": status,
-        "error": error,
+        "status": OK,
+        "error": None,
+    }
+
+
+def _build_failed_row(model: ServedModel, error: ImageError) -> dict[str, Any]:
+    """Row of an image without a prediction, with the keys of the others."""
+    is_multilabel = model.classifier.bundle.spec.task == "multilabel"
+    names = ("predicted_labels",) if is_multilabel else ("predicted_label", "confidence")
+    return {
+        "row": 0,
+        "name": None,
+        **dict.fromkeys(names),
+        "accepted": False,
+        "topk_labels": None,
+        "topk_scores": None,
+        "width": None,
+        "height": None,
+        "status": error.status,
+        "error": str(error),
     }

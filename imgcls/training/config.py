@@ -108,11 +108,17 @@ class LossConfig(Section):
     """Training loss."""
 
     class_weights: Literal["none", "balanced"] | dict[str, NonNegativeFloat] = "none"
-    """none, balanced (inverse to the images of a class), or {class: weight}; others have 1."""
+    """none, balanced (inverse to the images of a class), or {class: weight}; others have 1. For
+    multilabel they weight the positives, balanced by negatives / positives."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Fraction of the target that is distributed over all classes."""
     focal_gamma: NonNegativeFloat = 0.0
     """Gamma of the focal loss (Lin et al. 2017), which reduces the loss of easy rows; 0: off."""
+    negative_gamma: NonNegativeFloat | None = None
+    """Gamma of the negatives, multilabel only (asymmetric loss, Ridnik et al. 2021), such as 4.
+    Default: focal_gamma."""
+    negative_margin: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Score below which a negative has no loss, multilabel only (asymmetric loss), such as 0.05."""
 
 
 OptimizerName = Literal["adamw", "sgd"]
@@ -285,6 +291,8 @@ class TrainConfig(Section):
     positional: ClassVar[tuple[str, ...]] = ("data",)
 
     data: DataConfig
+    task: Literal["auto", "single_label", "multilabel"] = "auto"
+    """multilabel: any number of classes per image. auto: as the label columns of data.train are."""
     model: ModelConfig = ModelConfig()
     strategy: Strategy | None = None
     """Training strategy. Default: probe_then_finetune with model.weights, scratch without."""
@@ -331,5 +339,28 @@ class TrainConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The settings that affect the trained weights."""
-        settings = self.model_dump(mode="json")
+        settings = self.dump_settings()
         return {key: value for key, value in settings.items() if key not in NON_IDENTITY_KEYS}
+
+    def dump_settings(self) -> dict[str, Any]:
+        """All settings as JSON values, without those that version 0.1 lacks and that are unset."""
+        settings = self.model_dump(mode="json")
+        _remove_new_defaults(settings)
+        return settings
+
+
+def _remove_new_defaults(settings: dict[str, Any]) -> None:
+    """Remove settings that version 0.1 lacks where they have no effect.
+
+    Its trainings are resumed, and a bundle of the same training has the same bytes.
+    """
+    if settings["task"] == "auto":
+        del settings["task"]
+    for manifest in (settings["data"]["train"], settings["data"]["val"]):
+        if manifest is not None:
+            for name in ("label_delimiter", "label_columns"):
+                if not manifest[name]:
+                    del manifest[name]
+    loss = settings["loss"]
+    if loss["negative_gamma"] is None and not loss["negative_margin"]:
+        del loss["negative_gamma"], loss["negative_margin"]

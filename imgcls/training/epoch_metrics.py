@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-SelectionMetric = Literal["val_loss", "val_accuracy"]
+SelectionMetric = Literal["val_loss", "val_accuracy", "val_mean_average_precision"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class EpochMetrics:
     images_per_second:     training images by the training time of all workers together
     seconds:               duration of the epoch, validation included
     val_balanced_accuracy: mean recall of the classes that have validation rows
+    val_mean_average_precision: mean over classes, for multilabel; see `validation.EvalMetrics`
+        for the accuracies there
     wait_seconds:          time per worker in which its device was idle until images arrived
     compute_seconds:       the rest of the training time per worker
     train_failed, val_failed:      images left out because they could not be decoded
@@ -46,6 +48,7 @@ class EpochMetrics:
     train_failed: int = 0
     val_failed: int = 0
     phase: Literal["probe", "train"] = "train"
+    val_mean_average_precision: float | None = None
 
     def format_line(self, epochs: int) -> str:
         """The line of this epoch in the log.
@@ -55,7 +58,7 @@ class EpochMetrics:
         width = len(str(epochs))
         metrics = (
             f"  train loss {self.train_loss:.3f} acc {100 * self.train_accuracy:5.1f} %"
-            f"  val loss {self.val_loss:.3f} acc {100 * self.val_accuracy:5.1f} %"
+            f"  val loss {self.val_loss:.3f} {self.format_quality(5)}"
         )
         if self.phase == "probe":
             return f"probe {'':{2 * width + 1}}{metrics}  {self.seconds:.1f} s"
@@ -66,6 +69,12 @@ class EpochMetrics:
             f"  {self.images_per_second:,.0f} images/s (waiting {waiting:.0%})"
             f"  {self.seconds:.1f} s"
         )
+
+    def format_quality(self, width: int = 0) -> str:
+        """The validation accuracy, or the mAP for multilabel."""
+        if self.val_mean_average_precision is None:
+            return f"acc {100 * self.val_accuracy:{width}.1f} %"
+        return f"mAP {100 * self.val_mean_average_precision:{width}.1f} %"
 
     def get_numbers(self) -> dict[str, float]:
         """All metrics but the number of the epoch, as the metric loggers take them."""
@@ -80,12 +89,13 @@ class EpochMetrics:
         return "the probe" if self.phase == "probe" else f"epoch {self.epoch}"
 
     def is_better_than(self, other: EpochMetrics | None, by: SelectionMetric) -> bool:
-        """Compare by validation loss, or by validation accuracy and then validation loss."""
+        """Compare by validation loss, or by another metric and then validation loss."""
         if other is None:
             return True
         if by == "val_loss":
             return self.val_loss < other.val_loss
-        return (self.val_accuracy, -self.val_loss) > (other.val_accuracy, -other.val_loss)
+        values = ((getattr(each, by), -each.val_loss) for each in (self, other))
+        return next(values) > next(values)
 
 
 @dataclass(frozen=True)
@@ -126,15 +136,19 @@ def format_probe_note(
     )
     if best.phase == "probe":
         return (
-            f"no epoch was better than the probe; the bundle holds the probe (val acc "
-            f"{probe.val_accuracy:.1%}, loss {probe.val_loss:.3f}; after the last epoch "
-            f"{last.val_accuracy:.1%}, loss {last.val_loss:.3f}). {remedy}"
+            "no epoch was better than the probe; the bundle holds the probe (val "
+            f"{probe.format_quality()}, loss {probe.val_loss:.3f}; after the last epoch "
+            f"{last.format_quality().partition(' ')[2]}, loss {last.val_loss:.3f}). {remedy}"
         )
-    if best.val_accuracy < probe.val_accuracy:
+    by: SelectionMetric = "val_accuracy"
+    if probe.val_mean_average_precision is not None:
+        by = "val_mean_average_precision"
+    after, before = getattr(best, by), getattr(probe, by)
+    if after < before:
+        name = "val acc" if by == "val_accuracy" else "val mAP"
         return (
             f"{best.name} has a better loss than the probe ({best.val_loss:.3f}, the probe "
-            f"{probe.val_loss:.3f}), but a lower val acc ({best.val_accuracy:.1%}, the probe "
-            f"{probe.val_accuracy:.1%}); pass --best-by val_accuracy to keep the more accurate "
-            f"one. {remedy}"
+            f"{probe.val_loss:.3f}), but a lower {name} ({after:.1%}, the probe {before:.1%}); "
+            f"pass --best-by {by} to keep the more accurate one. {remedy}"
         )
     return None

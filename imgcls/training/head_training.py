@@ -32,10 +32,9 @@ from imgcls.training.epoch_metrics import EpochMetrics, TrainLoopResult
 from imgcls.training.loggers import base
 from imgcls.training.optim import linear_probe
 from imgcls.training.optim.linear_probe import LinearHead, ProbeFeatures
-from imgcls.training.optim.loss import compute_class_weights
 from imgcls.training.publish import find_finished, publish_bundle
 from imgcls.training.result import TrainResult
-from imgcls.training.setup import TrainSetup, check_enough_left
+from imgcls.training.setup import TrainSetup, check_enough_left, check_task, compute_weights
 
 
 def train_head(config: TrainConfig) -> TrainResult:
@@ -96,7 +95,8 @@ def _resolve_setup(config: TrainConfig, run: CommittedRun, source: Bundle) -> Tr
     config = config.model_copy(  # they have no effect, and are as in earlier versions
         update={"epochs": config.num_epochs, "batch_size": config.images_per_step}
     )
-    examples = read_examples(config.data)
+    examples = read_examples(config.data, config.task)
+    check_task(config, examples, "probe")
     architecture = source.spec.architecture
     network = zoo.build_network(architecture, len(examples.classes))
     zoo.apply_weights(network, load_bundle_weights(source), replace_head=True)
@@ -111,9 +111,7 @@ def _resolve_setup(config: TrainConfig, run: CommittedRun, source: Bundle) -> Tr
         architecture=architecture,
         preprocess=source.spec.preprocess,
         network=network,
-        class_weights=compute_class_weights(
-            config.loss, examples.classes, examples.count_per_class(held=False)
-        ),
+        class_weights=compute_weights(config.loss, examples),
         head_coefficients=coefficients,
         identity={
             "settings": config.identity(),
@@ -144,9 +142,9 @@ def _fit_and_publish(
         f"model: {setup.architecture.name} of {run.url}, "
         f"{vectors.shape[1]:,} numbers per image, read in {time.monotonic() - began:.1f} s"
     )
-    labels, held = (examples.rows.column(name).to_numpy() for name in ("label", "held"))
+    codes, held = (examples.rows.column(name).to_numpy() for name in ("label", "held"))
     train, val = (
-        ProbeFeatures(torch.from_numpy(vectors[index[rows]]), torch.from_numpy(labels[rows]))
+        ProbeFeatures(torch.from_numpy(vectors[index[rows]]), examples.targets.encode(codes[rows]))
         for rows in ((index >= 0) & ~held, (index >= 0) & held)
     )
     del vectors  # 2 GB for a million images
@@ -174,7 +172,7 @@ def _fit_and_publish(
         loggers.finish({f"best_{k}": v for k, v in epoch.get_numbers().items()}, files)
     log.show(
         f"{epoch.format_line(1)}\n"
-        f"head fitted, l2 {head.l2:g}, val acc {100 * epoch.val_accuracy:.1f} % -> {config.output}"
+        f"head fitted, l2 {head.l2:g}, val {epoch.format_quality()} -> {config.output}"
     )
     return TrainResult(config.output, [epoch], epoch, sum(failed))
 

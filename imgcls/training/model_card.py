@@ -33,6 +33,23 @@ _RESULT_TITLES = {
     "train_accuracy": "training accuracy, during the epoch",
     "train_loss": "training loss, nats",
 }
+_MULTILABEL_TITLES = {
+    "val_mean_average_precision": "validation mean average precision (mAP)",
+    "val_accuracy": "validation accuracy: share of correct decisions",
+    "val_balanced_accuracy": "validation balanced accuracy: mean recall of positives and negatives",
+    "val_loss": "validation loss, nats, summed over the classes",
+    "train_accuracy": "training accuracy, during the epoch: share of correct decisions",
+    "train_loss": "training loss, nats, summed over the classes",
+}
+"""Rows of the results of a model with any number of classes per image; a decision is whether a
+score of at least 0.5 predicts a class."""
+_HUB_METRICS = {
+    "mean_average_precision": ("val_mean_average_precision", "Mean average precision (mAP)"),
+    "accuracy": ("val_accuracy", "Accuracy"),
+    "balanced_accuracy": ("val_balanced_accuracy", "Balanced accuracy"),
+    "loss": ("val_loss", "Loss (nats)"),
+}
+"""Metrics of the front matter: type -> (column, name)."""
 _EXCLUDED_SETTINGS = ("data", "model", "output", "overwrite", "track")
 """Settings that the card describes in words, or that are private."""
 
@@ -67,7 +84,7 @@ def build_model_card(
         _format_usage(spec),
         _format_data(spec, class_rows),
         _format_procedure(spec, history, workers, seconds),
-        _format_results(row, history),
+        _format_results(spec, row, history),
         _format_limitations(spec, row, class_rows),
         _format_versions(spec),
     ]
@@ -75,11 +92,10 @@ def build_model_card(
 
 
 def _format_front_matter(spec: BundleSpec, row: Mapping[str, float]) -> str:
-    names = {
-        "accuracy": ("val_accuracy", "Accuracy"),
-        "balanced_accuracy": ("val_balanced_accuracy", "Balanced accuracy"),
-        "loss": ("val_loss", "Loss (nats)"),
-    }
+    is_multilabel = spec.task == "multilabel"
+    names = dict(_HUB_METRICS)
+    if is_multilabel:
+        names["accuracy"] = ("val_accuracy", "Accuracy (share of correct decisions)")
     metrics = [
         {"type": kind, "name": name, "value": round(row[column], 6)}
         for kind, (column, name) in names.items()
@@ -96,6 +112,8 @@ def _format_front_matter(spec: BundleSpec, row: Mapping[str, float]) -> str:
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "imgcls", "pytorch", spec.architecture.name],
     }
+    if is_multilabel:
+        front["tags"].insert(1, "multi-label-classification")
     if metrics:
         front["metrics"] = [metric["type"] for metric in metrics]
         result = {"task": task, "dataset": dataset, "metrics": metrics}
@@ -111,11 +129,19 @@ def _format_summary(spec: BundleSpec, row: Mapping[str, float], parameters: int 
     known = "trained" if _get_nested(spec.provenance, "config") is None else origin
     size = "" if parameters is None else f" with {parameters:,} parameters"
     network = f"{_format_code(spec.architecture.name)} ({spec.architecture.source}){size}"
-    lines = [f"An image classifier: {network}, {known}."]
-    if "val_accuracy" in row:
-        rows = row.get("val_rows")
-        images = "" if rows is None else f" of {format_count(int(rows), 'validation image')}"
-        lines.append(f"It classifies {_format_accuracy(row)}{images} correctly.")
+    rows = row.get("val_rows")
+    images = None if rows is None else format_count(int(rows), "validation image")
+    if spec.task == "multilabel":
+        lines = [f"A multi-label image classifier: {network}, {known}."]
+        if "val_mean_average_precision" in row:
+            shown = _format_metric(row, "val_mean_average_precision")
+            place = "" if images is None else f" on {images}"
+            lines.append(f"Its mean average precision over the classes is {shown}{place}.")
+    else:
+        lines = [f"An image classifier: {network}, {known}."]
+        if "val_accuracy" in row:
+            place = "" if images is None else f" of {images}"
+            lines.append(f"It classifies {_format_accuracy(row)}{place} correctly.")
     return "\n".join([*lines, "", *render_card_description(spec), ""])
 
 
@@ -124,11 +150,14 @@ def _format_alt_text(plot: str) -> str:
 
 
 def _format_usage(spec: BundleSpec) -> str:
+    shown = "prediction.label, prediction.confidence, prediction.topk_labels"
+    if spec.task == "multilabel":
+        shown = "prediction.labels, prediction.topk_labels, prediction.topk_scores"
     python = (
         "from imgcls import Classifier\n\n"
         'classifier = Classifier.load("THIS_FOLDER")\n'
         'for prediction in classifier.predict(["photo.jpg"], top_k=3):\n'
-        "    print(prediction.label, prediction.confidence, prediction.topk_labels)\n"
+        f"    print({shown})\n"
     )
     return "\n".join(["## Use", "", *render_card_usage(), "", f"```python\n{python}```", ""])
 
@@ -203,7 +232,7 @@ def _format_procedure(
     return "\n".join(["## Training", "", "| setting | value |", "| --- | --- |", *rows, ""])
 
 
-def _format_results(row: Mapping[str, float], history: pd.DataFrame) -> str:
+def _format_results(spec: BundleSpec, row: Mapping[str, float], history: pd.DataFrame) -> str:
     if not row:
         return ""
     best, last = int(row["epoch"]), int(history["epoch"].iloc[-1])
@@ -212,9 +241,15 @@ def _format_results(row: Mapping[str, float], history: pd.DataFrame) -> str:
     columns = {title: _find_epoch(history, epoch) for epoch, title in sorted(shown.items())}
     columns = {title: values for title, values in columns.items() if values}
     lines = [f"| | {' | '.join(columns)} |", f"| --- {'| --- ' * len(columns)}|"]
-    for name, title in _RESULT_TITLES.items():
+    is_multilabel = spec.task == "multilabel"
+    for name, title in (_MULTILABEL_TITLES if is_multilabel else _RESULT_TITLES).items():
         if any(name in values for values in columns.values()):
-            cells = [_format_metric(values, name) for values in columns.values()]
+            # decisions about one image are not independent, so that they have no interval
+            has_interval = name == "val_accuracy" and not is_multilabel
+            cells = [
+                _format_metric(values, name, has_interval=has_interval)
+                for values in columns.values()
+            ]
             lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(["## Results", "", *lines, ""])
 
@@ -228,18 +263,36 @@ def _format_limitations(
         "The epoch was chosen on the validation images, so the results above are slightly better "
         "than on new images of the same kind.",
         "It was not evaluated on other data; run `imgcls evaluate` with a labeled manifest.",
-        "Every image gets one of the classes, whatever it shows.",
+        *_list_task_limits(spec),
     ]
-    if spec.temperature == 1:
-        limits.append("Confidences are not calibrated (temperature 1).")
     unseen = [name for name, (_, val) in (class_rows or {}).items() if val == 0]
     if unseen:
         names = ", ".join(escape_markdown(name) for name in unseen[:20])
         more = f" and {len(unseen) - 20:,} more" if len(unseen) > 20 else ""
         limits.append(f"No validation image shows these classes: {names}{more}.")
     if 0 < row.get("val_rows", 0) < 100:
-        limits.append("Few validation images: the results are uncertain, see the intervals.")
+        see = "" if spec.task == "multilabel" else ", see the intervals"
+        limits.append(f"Few validation images: the results are uncertain{see}.")
     return "\n".join(["## Limitations", "", *(f"- {limit}" for limit in limits), ""])
+
+
+def _list_task_limits(spec: BundleSpec) -> list[str]:
+    if spec.task == "single_label":
+        limits = ["Every image gets one of the classes, whatever it shows."]
+        if spec.temperature == 1:
+            limits.append("Confidences are not calibrated (temperature 1).")
+        return limits
+    limits = [
+        "Each class is decided independently: labels that exclude each other can both be "
+        "predicted, and an image can get no label."
+    ]
+    if spec.temperature == 1 and spec.vector_scaling is None:
+        limits.append("Scores are not calibrated (temperature 1).")
+    if not spec.thresholds:
+        limits.append(
+            f"All classes have the threshold {spec.threshold:g}, which was not chosen on data."
+        )
+    return limits
 
 
 def _format_versions(spec: BundleSpec) -> str:
@@ -264,10 +317,10 @@ def _find_epoch(history: pd.DataFrame, epoch: int) -> dict[str, float]:
     return {str(name): float(value) for name, value in values.items() if math.isfinite(value)}
 
 
-def _format_metric(row: Mapping[str, float], name: str) -> str:
+def _format_metric(row: Mapping[str, float], name: str, *, has_interval: bool = False) -> str:
     if name not in row:
         return ""
-    if name == "val_accuracy":
+    if has_interval:
         return _format_accuracy(row)
     return f"{row[name]:.4f}" if name.endswith("loss") else f"{100 * row[name]:.1f} %"
 

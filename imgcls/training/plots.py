@@ -57,8 +57,9 @@ def draw_curves(history: pd.DataFrame, best: int) -> dict[str, bytes]:
     """Loss, accuracy and learning rate over the epochs, as `curves.png` and `curves.svg`.
 
     history: one row per epoch, as in the bundle's history.parquet. Uses the columns epoch, phase
-        ("probe" or "train"), train_loss, train_accuracy, val_loss, val_accuracy and lr; missing
-        columns and NaN are not drawn
+        ("probe" or "train"), train_loss, train_accuracy, val_loss, val_accuracy and lr, and
+        val_mean_average_precision instead of the accuracies if it has values; missing columns and
+        NaN are not drawn
     best: the epoch whose weights were kept; it is marked
     """
     probe = (history["epoch"] == 0) | (_get_text_column(history, "phase") == "probe")
@@ -70,8 +71,9 @@ def draw_curves(history: pd.DataFrame, best: int) -> dict[str, bytes]:
         axes = figure.subplots(1, panels, squeeze=False)[0]
         _draw_curve(axes[0], history, probe, "loss", best)
         axes[0].set(title="Loss", ylabel="nats per image")
-        _draw_curve(axes[1], history, probe, "accuracy", best)
-        axes[1].set(title="Accuracy", ylabel="images classified correctly")
+        metric, title, unit = _choose_quality(history)
+        _draw_curve(axes[1], history, probe, metric, best)
+        axes[1].set(title=title, ylabel=unit)
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         low, high = axes[1].get_ylim()
         axes[1].set_ylim(max(low, -0.02), min(high, 1 + 0.03 * (1 - low)))
@@ -88,6 +90,14 @@ def draw_curves(history: pd.DataFrame, best: int) -> dict[str, bytes]:
             places = FixedLocator(history["epoch"]) if few else MaxNLocator(nbins=8, integer=True)
             axis.xaxis.set_major_locator(places)
         return _render(figure, "curves")
+
+
+def _choose_quality(history: pd.DataFrame) -> tuple[str, str, str]:
+    """Metric, title and unit of the second panel."""
+    metric = "mean_average_precision"
+    if np.isfinite(_get_column(history, f"val_{metric}")).any():
+        return metric, "Mean average precision", "mean over classes"
+    return "accuracy", "Accuracy", "images classified correctly"
 
 
 def draw_lr_range(
@@ -173,7 +183,7 @@ def _draw_curve(
 
 
 def _format_value(value: float, metric: str) -> str:
-    return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.3f}"
+    return f"{value:.3f}" if metric == "loss" else f"{100 * value:.1f} %"
 
 
 def _get_column(history: pd.DataFrame, column: str) -> _Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -13,8 +14,14 @@ import pyarrow.parquet as pq
 from imgcls import log
 from imgcls.data.storage import filesystem
 from imgcls.errors import BundleError, OutputError, StorageError, StorageUnavailable
-from imgcls.models.bundle import BUNDLE_FILE, BundleSpec, read_description, save_bundle
-from imgcls.models.task import SINGLE_LABEL
+from imgcls.models.bundle import (
+    BUNDLE_FILE,
+    FORMAT_VERSIONS,
+    BundleSpec,
+    read_description,
+    save_bundle,
+)
+from imgcls.models.tasks import TASKS
 from imgcls.runs.provenance import build_provenance
 from imgcls.training.checkpoints import Checkpoints, Weights
 from imgcls.training.epoch_metrics import EpochMetrics, TrainLoopResult
@@ -25,13 +32,8 @@ from imgcls.training.setup import TrainSetup
 
 HISTORY_FILE = "history.parquet"
 VALIDATION_FILE = "validation.parquet"
-METRICS = (
-    *(f"val_{name}" for name in SINGLE_LABEL.metrics),
-    "train_accuracy",
-    "train_loss",
-    "epoch",
-)
-"""Fields of the best epoch that `bundle.json` holds."""
+TRAIN_METRICS = ("train_accuracy", "train_loss", "epoch")
+"""Fields of the best epoch that `bundle.json` holds, with the task's metrics of the validation."""
 
 
 def publish_bundle(
@@ -59,6 +61,8 @@ def publish_bundle(
     url, examples = setup.config.output, setup.examples
     spec = _build_spec(setup, outcome, workers, best, failed)
     table = pd.DataFrame([asdict(epoch) for epoch in outcome.history])
+    if examples.targets.task == "single_label":
+        table = table.drop(columns="val_mean_average_precision")
     files = _render_files(table, best)
     held_out = io.BytesIO()
     pq.write_table(examples.build_manifest(held=True), held_out)
@@ -123,11 +127,19 @@ def _build_spec(
 ) -> BundleSpec:
     """Everything in `bundle.json`."""
     config, examples = setup.config, setup.examples
+    task = TASKS[examples.targets.task]
+    names = (*(f"val_{each}" for each in task.metrics), *TRAIN_METRICS)
+    metrics = {name: float(getattr(best, name)) for name in names}
     return BundleSpec(
+        format_version=FORMAT_VERSIONS[task.name],
+        task=task.name,
+        threshold=task.default_threshold,
         architecture=setup.architecture,
         classes=examples.classes,
         preprocess=setup.preprocess,
-        provenance=build_provenance(config.model_dump(mode="json", exclude={"storage"}))
+        provenance=build_provenance(
+            {key: value for key, value in config.dump_settings().items() if key != "storage"}
+        )
         | {
             "seed": config.seed,
             "run": setup.identity,
@@ -142,7 +154,8 @@ def _build_spec(
                 "val_failed": failed[1],
             },
         },
-        metrics={name: float(getattr(best, name)) for name in METRICS},
+        # JSON has no NaN: the mAP if no class has both positives and negatives
+        metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
     )
 
 

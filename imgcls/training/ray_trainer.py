@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from concurrent.futures import Future, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow.fs
@@ -245,7 +245,8 @@ def _run_trainer(spec: TrainLoopSpec, channel: Any) -> TrainLoopResult:
     )
     _set_convolution_algorithms(deterministic=spec.config.scale.deterministic)
     precision, reason = _resolve_precision(spec.config.precision, device)
-    network = zoo.build_network(spec.architecture, spec.num_classes)
+    spec = replace(spec, targets=ray.get(spec.targets))
+    network = zoo.build_network(spec.architecture, spec.targets.num_classes)
     network.load_state_dict(ray.get(spec.initial_weights))
     networks.set_regularization(network, spec.config.model)
     trainer = Trainer(spec, WorkerContext(rank, world_size, device, precision), network, channel)

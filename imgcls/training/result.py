@@ -48,19 +48,28 @@ class TrainResult:
     def __repr__(self) -> str:
         if self.best is None:
             return f"TrainResult(bundle={self.bundle!r}, lr_curve={len(self.lr_curve)} steps)"
+        name = "val_mean_average_precision" if self._is_multilabel else "val_accuracy"
         return (
             f"TrainResult(bundle={self.bundle!r}, epochs={len(self.history)}, "
-            f"best={self.best.name!r}, val_accuracy={self.best.val_accuracy:.4f}, "
+            f"best={self.best.name!r}, {name}={getattr(self.best, name):.4f}, "
             f"val_loss={self.best.val_loss:.4f}, failed={self.failed})"
         )
+
+    @property
+    def _is_multilabel(self) -> bool:
+        return self.best is not None and self.best.val_mean_average_precision is not None
 
     def _repr_html_(self) -> str:
         """HTML for notebooks: a table of the best epoch, and the curves."""
         rows = {"bundle": self.bundle}
         if self.best is not None:
+            rows["best epoch"] = f"{self.best.name} of {self.history[-1].epoch}"
+            accuracy = "validation accuracy"
+            if self._is_multilabel:
+                rows["validation mAP"] = f"{self.best.val_mean_average_precision:.2%}"
+                accuracy = "correct decisions"
             rows |= {
-                "best epoch": f"{self.best.name} of {self.history[-1].epoch}",
-                "validation accuracy": f"{self.best.val_accuracy:.2%}",
+                accuracy: f"{self.best.val_accuracy:.2%}",
                 "balanced accuracy": f"{self.best.val_balanced_accuracy:.2%}",
                 "validation loss": f"{self.best.val_loss:.4f}",
             }

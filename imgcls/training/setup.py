@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch import nn
@@ -21,12 +21,12 @@ from imgcls import log
 from imgcls.cluster.ray_data import DataExecution
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.storage import filesystem
-from imgcls.errors import RequestError, TooManyErrors
+from imgcls.errors import ConfigError, RequestError, TooManyErrors
 from imgcls.models.bundle import Architecture
 from imgcls.training import network as networks
 from imgcls.training.augment.augment import Augment
 from imgcls.training.augment.preview import choose_sample_rows, draw_preview
-from imgcls.training.config import Strategy, TrainConfig
+from imgcls.training.config import LossConfig, Strategy, TrainConfig
 from imgcls.training.data.batches import DecodeFailure, DecodeSettings, decode_block, view_pixels
 from imgcls.training.data.cached import CachedImages, decode_images, find_store_bytes
 from imgcls.training.data.examples import Examples, read_examples
@@ -77,8 +77,9 @@ def resolve_setup(config: TrainConfig) -> TrainSetup:
     Raises a RequestError when the training cannot work as requested.
     """
     config = config.model_copy(update={"model": networks.resolve_snapshot(config.model)})
-    examples = read_examples(config.data)
+    examples = read_examples(config.data, config.task)
     strategy = resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
+    check_task(config, examples, strategy)
     rows = examples.count(held=False)
     asked, config = config, choose_schedule(config, strategy, rows)
     chosen = describe_schedule(asked, config, strategy, rows)
@@ -91,9 +92,7 @@ def resolve_setup(config: TrainConfig) -> TrainSetup:
         )
         config = config.model_copy(update={"batch_size": rows})
     smallest = _min_rows_per_part(config, rows)
-    class_weights = compute_class_weights(
-        config.loss, examples.classes, examples.count_per_class(held=False)
-    )
+    class_weights = compute_weights(config.loss, examples)
     architecture, preprocess = networks.resolve_model(config.model)
     if config.optim.lr is None:
         optim = config.optim.model_copy(update={"lr": choose_default_lr(strategy, architecture)})
@@ -119,6 +118,45 @@ def resolve_setup(config: TrainConfig) -> TrainSetup:
         class_weights=class_weights,
         head_coefficients=coefficients,
         identity=_compute_identity(config, examples, network),
+    )
+
+
+def check_task(config: TrainConfig, examples: Examples, strategy: Strategy) -> None:
+    """Raise ConfigError for settings that the task does not have."""
+    loss, task = config.loss, examples.targets.task
+    if strategy == "probe" and (loss.negative_gamma is not None or loss.negative_margin):
+        raise ConfigError(
+            "loss.negative_gamma, loss.negative_margin: have no effect on a linear probe; remove "
+            "them, or pass another --strategy"
+        )
+    if task == "single_label":
+        if loss.negative_gamma is not None or loss.negative_margin:
+            name = "negative_margin" if loss.negative_gamma is None else "negative_gamma"
+            raise ConfigError(f"loss.{name}: is for multilabel; remove it")
+        if config.best_by == "val_mean_average_precision":
+            raise ConfigError("best_by val_mean_average_precision: is for multilabel; set another")
+        return
+    is_weighted = loss.class_weights != "none" or loss.focal_gamma or loss.negative_margin
+    if (is_weighted or loss.negative_gamma) and config.best_by == "val_loss":
+        log.emit(
+            "note",
+            "best_by val_loss: the validation loss has no weights and no gamma, unlike that of the "
+            "training; pass --best-by val_mean_average_precision",
+        )
+    if config.data.sampling == "balanced":
+        raise ConfigError(
+            "data.sampling balanced: is for one label per image; weight the positives of rare "
+            "classes with loss.class_weights balanced instead"
+        )
+
+
+def compute_weights(config: LossConfig, examples: Examples) -> list[float] | None:
+    """Loss weight of each class; see `compute_class_weights`."""
+    return compute_class_weights(
+        config,
+        examples.classes,
+        examples.count_per_class(held=False),
+        examples.count_negatives(held=False),
     )
 
 
@@ -248,18 +286,23 @@ def build_too_many_errors(
 
 def check_enough_left(examples: Examples, failures: Sequence[DecodeFailure], workers: int) -> None:
     """Raise TooManyErrors when a class, the validation or a worker has no image left."""
-    lost = Counter((failure.held, failure.label) for failure in failures)
-    train = examples.count_per_class(held=False)
-    for code, name in enumerate(examples.classes):
-        if train[code] <= lost[False, code]:
+    lost = {
+        held: np.array([each.label for each in failures if each.held == held], np.int64)
+        for held in (False, True)
+    }
+    remaining = zip(
+        examples.classes,
+        examples.count_per_class(held=False),
+        examples.count_labels(lost[False]),
+        strict=True,
+    )
+    for name, count, failed in remaining:
+        if count <= failed:
             raise TooManyErrors(
                 f"class {name!r}: none of its training images can be used. Fix them or remove "
                 "the class."
             )
-    left = {
-        held: examples.count(held=held) - sum(n for (h, _), n in lost.items() if h == held)
-        for held in (False, True)
-    }
+    left = {held: examples.count(held=held) - len(codes) for held, codes in lost.items()}
     if not left[True]:
         raise TooManyErrors("none of the validation images can be used. Fix them.")
     if left[False] < workers:
@@ -287,7 +330,8 @@ def draw_samples(setup: TrainSetup, images: CachedImages | StreamedImages) -> No
         pixels = view_pixels(batch, images.settings.train)[good]
         labels = batch.column("label").to_numpy()[good]
     if len(labels):
+        targets = setup.examples.targets.encode(labels)
         picture = draw_preview(
-            pixels, labels, setup.examples.classes, augment, seed=setup.config.seed
+            pixels, targets, setup.examples.classes, augment, seed=setup.config.seed
         )
         filesystem.write(filesystem.join(setup.config.output, SAMPLES_PLOT), picture)

@@ -225,7 +225,7 @@ class _Run:
             config=self.config,
             strategy=setup.strategy,
             architecture=setup.architecture,
-            num_classes=len(setup.examples.classes),
+            targets=ray.put(setup.examples.targets),
             initial_weights=ray.put(setup.network.state_dict()),
             preprocess=setup.preprocess,
             images=images,
@@ -319,7 +319,7 @@ class _Run:
         if note is not None:
             log.emit("note", note)
         log.show(
-            f"best: {best.name}, val acc {100 * best.val_accuracy:.1f} % -> {self.config.output}",
+            f"best: {best.name}, val {best.format_quality()} -> {self.config.output}",
         )
 
 

@@ -18,9 +18,11 @@ from torch import nn
 from imgcls.data.decoding.decode import Pixels
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.models.normalize import Normalizer
+from imgcls.models.tasks import TASKS
 from imgcls.training.augment.augment import Augment
 from imgcls.training.config import Strategy, TrainConfig
 from imgcls.training.data.batches import Batch
+from imgcls.training.data.targets import TargetTable
 from imgcls.training.depthwise import use_float32_depthwise
 from imgcls.training.optim import strategy
 from imgcls.training.optim.lora import add_adapters, merge_adapters
@@ -66,19 +68,22 @@ class TrainStep:
         strategy_: Strategy,
         preprocess: Preprocess,
         class_weights: list[float] | None,
-        num_classes: int,
+        targets: TargetTable,
         network: nn.Module,
         context: WorkerContext,
     ) -> None:
         self.config, self.context = config, context
         self._strategy, self._device = strategy_, context.device
+        self.targets = targets
         self._normalize = Normalizer(preprocess, context.device)
         self._size = preprocess.crop
-        self.augment = Augment(config.augment, size=preprocess.crop, num_classes=num_classes)
+        self.augment = Augment(
+            config.augment, size=preprocess.crop, num_classes=targets.num_classes
+        )
         weights = (
             None if class_weights is None else torch.tensor(class_weights, device=self._device)
         )
-        self.loss = TrainingLoss(config.loss, weights)
+        self.loss = TrainingLoss(config.loss, weights, TASKS[targets.task])
         network = network.to(context.device).to(memory_format=torch.channels_last)
         self._syncs_norms = config.scale.sync_batchnorm and context.world_size > 1
         if config.scale.sync_batchnorm:
@@ -136,7 +141,8 @@ class TrainStep:
 
         global_batch_size: number of rows of the batch over all workers
         step:              number of the step since the start of the training
-        Returns (2,) float64: summed loss and number of correct predictions of this worker's rows.
+        Returns (2,) float64: summed loss and number of correct predictions of this worker's rows;
+        for multilabel, the sum of each row's share of correct classes.
         """
         totals = self._accumulate_gradients(batch, global_batch_size)
         clip = self.config.optim.clip_norm
@@ -154,8 +160,9 @@ class TrainStep:
         """Network inputs on the device, from (N, 3, crop, crop) uint8."""
         return self._normalize(pixels)
 
-    def labels_to_device(self, labels: Int64Array) -> torch.Tensor:
-        return self._to_device(torch.from_numpy(labels))
+    def targets_to_device(self, codes: Int64Array) -> torch.Tensor:
+        """The targets of label codes, on the device."""
+        return self._to_device(self.targets.encode(codes))
 
     def pixels_to_device(self, pixels: Pixels) -> torch.Tensor:
         """uint8, on the device."""
@@ -228,8 +235,7 @@ class TrainStep:
                 # DDP averages the gradients of workers; this makes it the mean over the batch
                 scale = weight * self.context.world_size / global_batch_size
                 self._scaler.scale(loss * scale).backward()
-            classes = part_targets.argmax(1) if part_targets.dim() == 2 else part_targets
-            correct = (logits.detach().argmax(1) == classes).sum()
+            correct = self.loss.task.count_correct(logits.detach(), part_targets)
             totals += weight * torch.stack([loss.detach().double(), correct.double()])
         return totals
 
@@ -247,10 +253,10 @@ class TrainStep:
         for norm in self._frozen_norms if has_images or self._syncs_norms else self._norms:
             norm.eval()
         if has_images or self._syncs_norms:
-            return self.pixels_to_device(batch.pixels), self.labels_to_device(batch.labels), 1.0
+            return self.pixels_to_device(batch.pixels), self.targets_to_device(batch.labels), 1.0
         shape = (2, 3, self._size, self._size)
         blank = torch.zeros(shape, dtype=torch.uint8, device=self._device)
-        return blank, torch.zeros(2, dtype=torch.int64, device=self._device), 0.0
+        return blank, self.targets.build_blank(2).to(self._device), 0.0
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda":

@@ -29,6 +29,7 @@ from imgcls.training.control_sync import ControlSync
 from imgcls.training.data.batches import Batch, ImageDataset
 from imgcls.training.data.cached import CachedImages
 from imgcls.training.data.streaming import StreamedImages
+from imgcls.training.data.targets import TargetTable
 from imgcls.training.epoch_metrics import EpochMetrics, SelectionMetric, TrainLoopResult
 from imgcls.training.optim import linear_probe, strategy
 from imgcls.training.optim.lr_finder import LrFinder
@@ -42,13 +43,19 @@ from imgcls.training.sampler import (
 )
 from imgcls.training.step_totals import StepTotals
 from imgcls.training.train_step import TrainStep, WorkerContext
-from imgcls.training.validation import EvalAccumulator, EvalMetrics, all_reduce_sum, shard_batches
+from imgcls.training.validation import (
+    EvalMetrics,
+    all_reduce_sum,
+    create_accumulator,
+    shard_batches,
+)
 
 
 @dataclass(frozen=True)
 class TrainLoopSpec:
     """Everything that a worker needs.
 
+    targets:           the TargetTable; Ray's object reference of it until a worker has loaded it
     initial_weights:   Ray object reference of the initial state dict
     images:            source of the decoded images
     class_weights:     per class, for the loss; None for equal weights
@@ -58,7 +65,7 @@ class TrainLoopSpec:
     config: TrainConfig
     strategy: Strategy
     architecture: Architecture
-    num_classes: int
+    targets: Any
     initial_weights: Any
     preprocess: Preprocess
     images: CachedImages | StreamedImages
@@ -105,12 +112,13 @@ class Trainer:
         self.context = context
         self.train: ImageDataset = spec.images.load_split(held=False)
         self.val: ImageDataset = spec.images.load_split(held=True)
+        self.targets: TargetTable = spec.targets
         self.train_step = TrainStep(
             config,
             spec.strategy,
             spec.preprocess,
             spec.class_weights,
-            spec.num_classes,
+            self.targets,
             network,
             context,
         )
@@ -248,6 +256,7 @@ class Trainer:
             train_rows=int(totals.rows),
             val_rows=val_metrics.rows,
             val_balanced_accuracy=val_metrics.balanced_accuracy,
+            val_mean_average_precision=val_metrics.mean_average_precision,
             wait_seconds=totals.wait_s / self.workers,
             compute_seconds=totals.compute_s / self.workers,
             train_failed=int(totals.failed),
@@ -288,13 +297,14 @@ class Trainer:
     def _evaluate(self, progress: TrainProgress) -> tuple[EvalMetrics, int]:
         """Metrics of all validation rows, and the number that could not be decoded."""
         self.train_step.eval_network.eval()
-        accumulator = EvalAccumulator(self.spec.num_classes, self.device)
+        targets = self.targets
+        accumulator = create_accumulator(targets.task, targets.num_classes, self.device)
         failed = 0
         for batch in self._iter_sharded(self.val):
             if len(batch.labels):
                 accumulator.update(
                     self.train_step.predict_logits(batch.pixels),
-                    self.train_step.labels_to_device(batch.labels),
+                    self.train_step.targets_to_device(batch.labels),
                 )
             failed += len(batch.failures)
             self._post_failures(batch, progress.epoch)
@@ -335,14 +345,15 @@ class Trainer:
         head = linear_probe.fit_head(
             train,
             val,
-            self.spec.num_classes,
+            self.targets.num_classes,
             l2=self.config.probe.l2,
             weights=self.train_step.loss.weights,
         )
         for network in {self.train_step.network, self.train_step.eval_network}:
             linear_probe.install_head(network, head, self.spec.head_coefficients)
         train_metrics, val_metrics = (
-            linear_probe.evaluate_head(head, split, self.spec.num_classes) for split in (train, val)
+            linear_probe.evaluate_head(head, split, self.targets.num_classes)
+            for split in (train, val)
         )
         fitted = time.perf_counter()
         self._post(

@@ -50,6 +50,7 @@ BEST_FOLDER = "best"
 STATE_FOLDER = "_tune"
 SEARCH_FILE = "_tune.json"
 RESULTS_FILE = "results.parquet"
+_MAP = "val_mean_average_precision"
 STOP_TIMEOUT_S = 90
 """Timeout for a trial that is stopped early to end its workers."""
 
@@ -314,6 +315,8 @@ class Trial(ray_tune.Trainable):
             "best_epoch": best.epoch,
             "trial_seconds": time.monotonic() - self._started_at,
         }
+        if best.val_mean_average_precision is not None:
+            self._metrics[_MAP] = best.val_mean_average_precision
         return self._metrics
 
     def cleanup(self) -> None:
@@ -409,14 +412,18 @@ def _build_table(config: TuneConfig, grid: Any) -> pd.DataFrame:
                 "best_epoch": metrics.get("best_epoch"),
                 "val_loss": metrics.get("val_loss", math.nan),
                 "val_accuracy": metrics.get("val_accuracy", math.nan),
+                _MAP: metrics.get(_MAP, math.nan),
                 "seconds": metrics.get("trial_seconds", math.nan),
                 "state": "finished" if done else "failed" if error else "stopped",
                 "error": error,
                 "bundle": bundle if done else None,
             }
         )
+    table = pd.DataFrame(rows)
+    if table[_MAP].isna().all() and config.best_by != _MAP:  # one label per image
+        table = table.drop(columns=_MAP)
     ascending = config.best_by == "val_loss"
-    return pd.DataFrame(rows).sort_values(config.best_by, ascending=ascending, ignore_index=True)
+    return table.sort_values(config.best_by, ascending=ascending, ignore_index=True)
 
 
 def _copy_best(bundle: str, best: str) -> None:

@@ -1,4 +1,4 @@
-"""Validation metrics over all workers: loss, accuracy and balanced accuracy.
+"""Validation metrics over all workers: loss, accuracy, balanced accuracy; for multilabel also mAP.
 
 Every validation row counts once, without padding or dropping, for any number of workers. All
 workers get the same numbers, because they decide on them which epoch is the best.
@@ -6,15 +6,19 @@ workers get the same numbers, because they decide on them which epoch is the bes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from imgcls.models.task import SINGLE_LABEL
+from imgcls.models.bundle import TaskName
+from imgcls.models.multilabel import MULTILABEL
+from imgcls.models.single_label import SINGLE_LABEL
 from imgcls.training.sampler import Int64Array, shard_rows
 
 ReduceFn = Callable[[torch.Tensor], torch.Tensor]
@@ -31,38 +35,59 @@ class EvalMetrics:
     """Metrics of one network on all validation rows.
 
     loss:              mean, in nats per row
-    balanced_accuracy: mean recall of the classes that have rows
+    accuracy:          share of rows with the right class; for multilabel, share of the known
+                       classes of all rows that a threshold of 0.5 decides correctly
+    balanced_accuracy: mean recall of the classes that have rows; for multilabel, mean over classes
+                       of the recall of their positives and of their negatives
+    mean_average_precision: for multilabel; None for one label per image
     """
 
     loss: float
     accuracy: float
     balanced_accuracy: float
     rows: int
+    mean_average_precision: float | None = None
 
 
-class EvalAccumulator:
+class EvalAccumulator(Protocol):
     """Sums over the validation batches of one worker, and then over all workers.
 
     All state is sums, so that the order of rows and their division among workers do not matter.
     """
 
-    def __init__(self, num_classes: int, device: torch.device) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._rows = torch.zeros(num_classes, dtype=torch.float64, device=device)
-        self._correct = torch.zeros(num_classes, dtype=torch.float64, device=device)
-
-    def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch: logits (N, C) float32, labels (N,) int64."""
-        self._loss += SINGLE_LABEL.compute_loss(logits, labels).double()
-        correct = labels[logits.argmax(1) == labels]
-        self._rows += torch.bincount(labels, minlength=len(self._rows))
-        self._correct += torch.bincount(correct, minlength=len(self._correct))
+    def update(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add a batch: logits (N, C) float32, and targets as `TargetTable.encode` returns them."""
 
     def compute(self, reduce: ReduceFn = all_reduce) -> EvalMetrics:
         """The metrics over all workers; every worker must call it.
 
         reduce: sums a tensor over all workers, in place
         """
+
+
+def create_accumulator(task: TaskName, num_classes: int, device: torch.device) -> EvalAccumulator:
+    """The accumulator of a task."""
+    kind = SingleLabelAccumulator if task == "single_label" else MultiLabelAccumulator
+    return kind(num_classes, device)
+
+
+class SingleLabelAccumulator:
+    """Loss, and rows and correct ones by class."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._rows = torch.zeros(num_classes, dtype=torch.float64, device=device)
+        self._correct = torch.zeros(num_classes, dtype=torch.float64, device=device)
+
+    def update(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add a batch; targets (N,) int64."""
+        self._loss += SINGLE_LABEL.compute_loss(logits, targets).double()
+        correct = targets[logits.argmax(1) == targets]
+        self._rows += torch.bincount(targets, minlength=len(self._rows))
+        self._correct += torch.bincount(correct, minlength=len(self._correct))
+
+    def compute(self, reduce: ReduceFn = all_reduce) -> EvalMetrics:
+        """The metrics over all workers; every worker must call it."""
         for part in (self._loss, self._rows, self._correct):
             reduce(part)
         present = self._rows > 0
@@ -73,6 +98,56 @@ class EvalAccumulator:
             balanced_accuracy=float((self._correct[present] / self._rows[present]).mean()),
             rows=int(rows),
         )
+
+
+class MultiLabelAccumulator:
+    """Loss, and the logits of the positives and of the negatives of each class in bins.
+
+    4,097 bins from -16 to 16, in which scores count as equal.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self._loss = torch.zeros(2, dtype=torch.float64, device=device)  # sum, rows
+        shape = (2, num_classes, _LOGIT_BINS)  # negatives, positives
+        self._bins = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def update(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add a batch; targets (N, C) float32, NaN where unknown."""
+        loss = MULTILABEL.compute_loss(logits, targets).double()
+        self._loss += torch.stack([loss, loss.new_tensor(len(logits))])
+        # a diverged network is reported by its loss
+        finite = logits.nan_to_num(0.0).clamp(-_MAX_LOGIT, _MAX_LOGIT)
+        bins = (finite + _MAX_LOGIT) * (_ZERO_BIN / _MAX_LOGIT)
+        classes = torch.arange(logits.shape[1], device=logits.device) * _LOGIT_BINS
+        places = bins.long() + classes
+        for value in (0, 1):
+            found = torch.bincount(places[targets == value], minlength=self._bins[0].numel())
+            self._bins[value] += found.view_as(self._bins[0])
+
+    def compute(self, reduce: ReduceFn = all_reduce) -> EvalMetrics:
+        """The metrics over all workers; every worker must call it."""
+        for part in (self._loss, self._bins):
+            reduce(part)
+        loss, rows = self._loss.tolist()
+        negatives, positives = self._bins.flip(2).double()  # the highest scores first
+        above = slice(0, _LOGIT_BINS - _ZERO_BIN)  # scores of at least 0.5
+        hits, false_alarms = positives[:, above].sum(1), negatives[:, above].sum(1)
+        own, rest = positives.sum(1), negatives.sum(1)
+        correct = hits.sum() + (rest - false_alarms).sum()
+        recalls = torch.stack([hits / own, (rest - false_alarms) / rest])
+        found, seen = positives.cumsum(1), (positives + negatives).cumsum(1)
+        precision = (positives * found / seen.clamp_min(1)).sum(1) / own
+        return EvalMetrics(
+            loss=loss / rows if rows else math.nan,
+            accuracy=float(correct / (own + rest).sum()),
+            balanced_accuracy=float(recalls.nanmean(0).nanmean()),
+            rows=int(rows),
+            mean_average_precision=float(precision[(own > 0) & (rest > 0)].mean()),
+        )
+
+
+_MAX_LOGIT, _ZERO_BIN = 16.0, 2048
+_LOGIT_BINS = 2 * _ZERO_BIN + 1
 
 
 def shard_batches(rows: int, batch_size: int, *, rank: int, workers: int) -> list[Int64Array]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def service(tmp_path_factory: pytest.TempPathFactory, color_bundle: Path) -> Ite
         yield running
 
 
-def predict_in_batch(tmp_path: Path, bundle: Path, manifest: Path) -> list[dict[str, Any]]:
+def predict_in_batch(
+    tmp_path: Path, bundle: Path, manifest: Path, columns: Sequence[str] = COLUMNS
+) -> list[dict[str, Any]]:
     """The rows of a batch job."""
     output = tmp_path / "labels"
     done = run_here(
@@ -53,7 +56,7 @@ def predict_in_batch(tmp_path: Path, bundle: Path, manifest: Path) -> list[dict[
     )
     assert done.returncode == 0, done.stderr
     table = pq.read_table(output / "predictions")
-    rows: list[dict[str, Any]] = table.sort_by("row").select(["path", *COLUMNS]).to_pylist()
+    rows: list[dict[str, Any]] = table.sort_by("row").select(["path", *columns]).to_pylist()
     return rows
 
 
@@ -192,6 +195,29 @@ def test_no_request_fails_while_the_bundle_is_reloaded(service: Served) -> None:
     assert traffic.failed == []
     assert models == {before, after}
     assert {process.pid for process in service.find_replicas()} == processes
+
+
+def test_a_multilabel_bundle_is_served_as_the_batch_job_labels(
+    joined: None, service: Served, multilabel_bundle: Path, tmp_path: Path
+) -> None:
+    for i in range(4):
+        draw(("red", "green", "blue")[i % 3], (80 + i, 60), i).save(tmp_path / f"{i}.jpg")
+    rows = [(f"{i}.jpg",) for i in range(4)]
+    manifest = write_manifest(tmp_path / "m.csv", rows, ("path",))
+    columns = ["predicted_labels", "accepted", "topk_labels", "topk_scores", "status"]
+    expected = predict_in_batch(tmp_path, multilabel_bundle, manifest, columns)
+    with service.restored_bundle():
+        shutil.rmtree(service.bundle)
+        shutil.copytree(multilabel_bundle, service.bundle)
+        service.client(service.admin).reload()
+        wait_for(lambda: service.all_use(read_description(str(multilabel_bundle)).sha256), 60)
+        with service.client() as client:
+            for row in expected:
+                (found,) = client.predict((tmp_path / row.pop("path")).read_bytes(), scores=True)
+                assert {name: found[name] for name in columns} == row
+                assert set(found["scores"]) == {"red", "green", "blue"}
+                assert "predicted_label" not in found
+    assert {tuple(row["predicted_labels"]) for row in expected} == {("red", "blue")}
 
 
 def test_a_killed_replica_is_replaced_while_the_other_answers(service: Served) -> None:

@@ -20,8 +20,8 @@ from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.plan import Plan, RunIdentity, make_plan
 from imgcls.inference import rollup
 from imgcls.inference.specs import PredictSpec
-from imgcls.metrics import PredictionCounts
 from imgcls.runs.schema import build_prediction_schema
+from imgcls.runs.table_counts import TableCounter
 
 CLASSES = ["red", "green", "blue"]
 
@@ -182,8 +182,8 @@ class DrawnRun:
         for chunk in range(self.plan.num_chunks) if chunks is None else chunks:
             self.commit(chunk, predictions(self.plan.rows_of(chunk), seed=chunk, **options))
 
-    def roll_up(self, part: int) -> PredictionCounts:
-        return rollup.roll_up(self.output, self.plan, part, "label", CLASSES)
+    def roll_up(self, part: int) -> Any:
+        return rollup.roll_up(self.output, self.plan, part, TableCounter(tuple(CLASSES), "label"))
 
     def part(self, part: int) -> Path:
         return Path(self.output) / "predictions" / f"part-{part:05d}.parquet"

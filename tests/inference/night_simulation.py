@@ -37,6 +37,7 @@ from imgcls.metrics import PredictionCounts
 from imgcls.models.classifier import Classifier
 from imgcls.runs import layout
 from imgcls.runs.schema import build_prediction_schema
+from imgcls.runs.table_counts import TableCounter
 from tests.conftest import COLORS, draw, save
 
 SETTINGS = {"top_k": 2, "scores": False}
@@ -229,7 +230,7 @@ class Nightly:
                 raise Killed
         for part in range(plan.num_parts):
             if part not in book.parts:
-                roll_up(output, plan, part, None, tuple(COLORS))
+                roll_up(output, plan, part, TableCounter(tuple(COLORS)))
                 book.mark_rolled_up(part)
                 if killed == "rolled up":
                     raise Killed

@@ -18,6 +18,7 @@ from imgcls.errors import RunFailed, StorageMissing
 from imgcls.execution import plan as plan_module
 from imgcls.execution.messages import ChunkTask
 from imgcls.inference import rollup
+from imgcls.runs.table_counts import TableCounter
 from tests.execution.runs import CLASSES, DrawnRun, plan_at, predictions, spec_of
 from tests.faults import Proxy
 from tests.s3 import forget_connections, url
@@ -78,7 +79,7 @@ def test_dictionaries_of_8_bits_come_through_with_the_values_of_all_shards(tmp_p
     run = DrawnRun(tmp_path, manifest, table, plan, spec_of(tmp_path / "out", plan, manifest, ""))
     run.label()
     for part in range(plan.num_parts):
-        rollup.roll_up(run.output, plan, part, None, CLASSES)
+        rollup.roll_up(run.output, plan, part, TableCounter(tuple(CLASSES)))
     assert run.read()["site"].to_pylist() == wanted
 
 
@@ -133,7 +134,7 @@ def test_shards_that_were_planned_with_8_bits_are_rolled_up(tmp_path: Path) -> N
             sites = pa.DictionaryArray.from_arrays(pa.array(range(100), pa.int8()), names)
             writer.write_table(pa.table({"path": ["a"] * 100, "site": sites}, schema=schema))
     run.label()
-    rollup.roll_up(run.output, run.plan, 0, None, CLASSES)
+    rollup.roll_up(run.output, run.plan, 0, TableCounter(tuple(CLASSES)))
     wanted = [f"{group}-{i}" for group in range(3) for i in range(100)]
     assert run.read()["site"].to_pylist() == wanted
 
@@ -141,11 +142,10 @@ def test_shards_that_were_planned_with_8_bits_are_rolled_up(tmp_path: Path) -> N
 def test_counting_a_part_again_gives_the_counts_of_its_roll_up(run: DrawnRun) -> None:
     run.label()
     rolled = [run.roll_up(part) for part in range(run.plan.num_parts)]
-    again = [
-        rollup.count_part(run.output, part, "label", CLASSES) for part in range(run.plan.num_parts)
-    ]
+    counter = TableCounter(tuple(CLASSES), "label")
+    again = [rollup.count_part(run.output, part, counter) for part in range(run.plan.num_parts)]
     assert [c.to_dict() for c in again] == [c.to_dict() for c in rolled]
-    whole = rollup.count_table(run.read(), "label", CLASSES)
+    whole = counter.count(run.read())
     merged = sum(rolled[1:], start=rolled[0])
     assert merged.rows == whole.rows == 100
     assert merged.status == whole.status
@@ -157,7 +157,7 @@ def test_counting_a_part_again_gives_the_counts_of_its_roll_up(run: DrawnRun) ->
 def test_an_unlabeled_part_is_counted_by_what_was_predicted(run: DrawnRun) -> None:
     run.label()
     run.roll_up(0)
-    counts = rollup.count_part(run.output, 0, None, CLASSES)
+    counts = rollup.count_part(run.output, 0, TableCounter(tuple(CLASSES)))
     assert counts.rows == 24
     assert counts.predicted_counts.sum() == counts.status["ok"] == counts.unlabeled
 

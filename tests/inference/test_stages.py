@@ -37,7 +37,7 @@ from imgcls.models.bundle import EngineName, load_bundle, load_bundle_weights, s
 from imgcls.models.classifier import Classifier
 from imgcls.models.label_sets import LabelSets, find_label_sets
 from imgcls.models.scores import PendingScores
-from imgcls.models.task import SINGLE_LABEL
+from imgcls.models.single_label import SINGLE_LABEL
 from imgcls.runs.schema import build_prediction_schema
 from tests.conftest import draw
 from tests.execution.runs import CLASSES, manifest_of, plan_at, spec_of
@@ -457,7 +457,9 @@ def test_with_scores_that_tie_the_label_rank_is_the_labels_place_in_the_top_k(
         ood_detector=None,
         find_ood=lambda _: None,
         embedding_width=1,
-        bundle=SimpleNamespace(spec=SimpleNamespace(label_sets=None, ood=None, classes=classes)),
+        bundle=SimpleNamespace(
+            spec=SimpleNamespace(task="single_label", label_sets=None, ood=None, classes=classes)
+        ),
         submit=lambda _, **__: pending,
     )
     pixels = np.zeros((6, 1, 1, 3), np.uint8)

@@ -16,6 +16,7 @@ from imgcls.inference import rollup
 from imgcls.inference.status import StatusConfig, read_status, status
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
+from imgcls.runs.table_counts import TableCounter
 from tests.execution.runs import CLASSES, manifest_of, plan_at, predictions, spec_of
 
 
@@ -34,7 +35,7 @@ def started_run(tmp_path: Path) -> Path:
             table.drop_columns(["label_score", "label_rank"]),
             StageTimings(),
         )
-    rollup.roll_up(str(output), plan, 0, None, CLASSES)
+    rollup.roll_up(str(output), plan, 0, TableCounter(tuple(CLASSES)))
     CompletedChunks.load(str(output), plan).mark_rolled_up(0)
     return output
 

@@ -22,6 +22,7 @@ from imgcls.models.bundle import BundleSpec, VectorScaling, save_bundle
 from imgcls.models.classifier import Classifier
 from imgcls.models.config import ExportConfig
 from imgcls.models.export import compare_scores, export_bundle
+from imgcls.models.multilabel import MULTILABEL
 from tests.conftest import draw
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -133,6 +134,67 @@ def test_other_labels_are_not_passed_off_as_the_same() -> None:
         compare_scores("onnx", expected, expected[:, ::-1] * [[1], [0]] + expected * [[0], [1]])
     close = np.array([[0.5001, 0.4999]], np.float32)
     assert compare_scores("onnx", close, close[:, ::-1])["images"] == 1
+
+
+def test_an_export_of_a_multilabel_model_has_its_scores_and_labels(
+    tmp_path: Path, multilabel_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, image = tmp_path / "out", tmp_path / "red.png"
+    draw("red", (90, 60)).save(image)
+    made = export_bundle(asked(multilabel_bundle, output, formats="onnx,program,torchscript"))
+    assert made["task"] == "multilabel"
+    assert (made["threshold"], made["thresholds"]) == (0.5, {"green": 0.7, "blue": 0.2})
+    for each in made["files"].values():
+        assert (each["images"], each["same_label"]) == (16, 16)
+        assert each["largest_difference"] < 1e-5
+    assert "16 of 16 images have the same labels, scores differ by" in capsys.readouterr().out
+    classifier = Classifier.load(str(multilabel_bundle), precision="fp32", device="cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(output / "model.onnx")
+    scores = session.run(None, {"pixels": pixels})[0]
+    assert scores == pytest.approx(classifier.classify(pixels).scores, abs=1e-5)
+
+    def run_example() -> list[list[str]]:
+        done = subprocess.run(
+            [sys.executable, "-I", output / "example.py", image],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return [line.split() for line in done.stdout.splitlines()]
+
+    (expected,) = classifier.predict([image], top_k=3)
+    best = dict(zip(expected.topk_labels, expected.topk_scores, strict=True))
+    lines = run_example()
+    assert [name for _, name in lines] == expected.labels == ["red", "blue"]
+    assert [float(score) for score, _ in lines] == pytest.approx(
+        [best["red"], best["blue"]], abs=0.02
+    )
+    changed = json.loads((output / "model.json").read_text()) | {"threshold": 0.95}
+    (output / "model.json").write_text(json.dumps(changed | {"thresholds": {}}))
+    assert run_example() == [["no", "label"]]
+    card = (output / "README.md").read_text()
+    assert "all classes whose score reaches their threshold" in card
+
+
+def test_decisions_with_a_clear_margin_must_be_the_same() -> None:
+    thresholds = [0.5, 0.2, 2.0]
+    expected = np.array([[0.7, 0.1, 0.9], [0.505, 0.3, 0.1]], np.float32)
+
+    def compare(scores: Any) -> dict[str, Any]:
+        found = np.array(scores, np.float32)
+        return compare_scores("onnx", expected, found, MULTILABEL, thresholds)
+
+    found = compare([[0.6, 0.15, 0.1], [0.495, 0.3, 0.1]])
+    assert (found["images"], found["same_label"]) == (2, 1)  # 0.505 is close to its threshold
+    assert found["largest_difference"] == pytest.approx(0.8)
+    for scores in (
+        [[0.7, 0.25, 0.9], [0.505, 0.3, 0.1]],  # one label more
+        [[0.7, 0.1, 0.9], [0.505, 0.1, 0.1]],  # one label less
+    ):
+        with pytest.raises(RunFailed, match="1 of 2 images have other labels"):
+            compare(scores)
+    with pytest.raises(RunFailed):
+        compare(np.full((2, 3), np.nan))
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(

@@ -68,6 +68,29 @@ def test_imported_weights_classify_as_they_did(
     np.testing.assert_allclose(classifier.classify(batch).scores, expected, atol=1e-5)
 
 
+def test_imported_weights_can_have_any_number_of_labels_per_image(
+    import_: Import, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert import_("--task", "multilabel") == 0
+    printed = capsys.readouterr().out
+    assert printed == f"bundle  {tmp_path / 'bundle'}  (small_cnn, 3 classes, multilabel)\n"
+    spec = load_bundle(str(tmp_path / "bundle")).spec
+    assert (spec.task, spec.format_version, spec.threshold) == ("multilabel", 2, 0.5)
+    classifier = Classifier.load(str(tmp_path / "bundle"), precision="fp32", device="cpu")
+    batch = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
+    inputs = (torch.from_numpy(batch) / 255 - 0.5) / 0.25
+    with torch.inference_mode():
+        expected = network().eval()(inputs).sigmoid()
+    np.testing.assert_allclose(classifier.classify(batch).scores, expected, atol=1e-5)
+    assert "Any number of classes per image" in (tmp_path / "bundle" / "README.md").read_text()
+
+
+def test_a_backbone_has_no_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["model", "import", "--arch", "small_cnn", "--weights", str(tmp_path / "none.pth")]
+    assert cli.main([*command, "--output", str(tmp_path / "b"), "--task", "multilabel"]) == 2
+    assert "task multilabel: needs the list of classes; pass --classes" in capsys.readouterr().err
+
+
 def test_a_backbone_is_the_same_bundle_from_weights_with_and_without_a_head(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

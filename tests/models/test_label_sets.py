@@ -17,7 +17,7 @@ from imgcls.models.label_sets import (
     find_label_sets,
     rank_nonconformity,
 )
-from imgcls.models.task import SINGLE_LABEL
+from imgcls.models.single_label import SINGLE_LABEL
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 

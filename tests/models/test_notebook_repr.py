@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,25 @@ def test_a_notebook_shows_pictures_with_bars(classifier: Classifier, tmp_path: P
     assert found[0]._repr_html_().count("<img") == 0
     assert "Prediction(label=" in repr(found[0])
     assert "source" not in repr(found[0])
+
+
+def test_a_notebook_shows_all_labels_of_a_multilabel_model(
+    multilabel_bundle: Path, tmp_path: Path
+) -> None:
+    classifier = Classifier.load(str(multilabel_bundle), device="cpu")
+    (found,) = classifier.predict(draw("red"))
+    assert found.labels == ["red", "blue"]
+    assert "<b>red</b>, <b>blue</b> accepted" in found._repr_html_()
+    unlike = replace(found, accepted=False, is_ood=True)
+    assert "<b>red</b>, <b>blue</b> abstained" in unlike._repr_html_()
+    none = replace(found, labels=[], accepted=False)
+    html = none._repr_html_()
+    assert "<b>no label</b>" in html
+    assert "abstained" not in html
+    assert "<b>red</b>" not in html
+    assert html.count("<progress") == 3
+    nasty = replace(found, labels=["<i>"])._repr_html_()
+    assert "<i>" not in nasty
 
 
 # ------------------------------------------------------------------ what may be given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from imgcls.models.bundle import (
 from imgcls.models.classifier import Classifier
 from imgcls.models.embeddings import normalize_embeddings
 from imgcls.models.ood import OodDetector
-from imgcls.models.task import SINGLE_LABEL
+from imgcls.models.single_label import SINGLE_LABEL
 
 
 def build_knn(rows: int, width: int = 8, neighbors: int = 3) -> OodDetector:
@@ -53,12 +54,12 @@ def test_energy_is_minus_the_log_sum_of_the_logits() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
-@pytest.mark.parametrize("method", ["knn", "energy"])
-def test_an_embedding_that_is_not_finite_is_out_of_distribution(method: str, value: float) -> None:
+@pytest.mark.parametrize("method", ["knn", "energy", "joint_energy"])
+def test_an_embedding_that_is_not_finite_is_out_of_distribution(method: Any, value: float) -> None:
     detector = build_knn(50)
-    if method == "energy":
+    if method != "knn":
         arrays = {"weight": np.ones((2, 8), np.float32), "bias": np.zeros(2, np.float32)}
-        detector = OodDetector("energy", arrays, 1)
+        detector = OodDetector(method, arrays, 1)
     queries = np.ones((2, 8), np.float32)
     queries[0] = value
     detector.max_score = 10.0
@@ -141,3 +142,22 @@ def test_the_columns_are_after_the_others_and_change_only_accepted() -> None:
     assert columns["is_ood"].to_pylist() == [False, True]
     fields = SINGLE_LABEL.build_fields(has_labels=False, has_ood=True)
     assert [field.name for field in fields] == list(columns)
+
+
+def test_joint_energy_is_minus_the_sum_of_the_softplus_of_the_logits() -> None:
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(size=(5, 8)).astype(np.float32), rng.normal(size=5).astype(np.float32)
+    queries = rng.normal(size=(20, 8)).astype(np.float32) * 30
+    found = OodDetector("joint_energy", {"weight": weight, "bias": bias}, 1).compute_scores(queries)
+    logits = queries.astype(np.float64) @ weight.T + bias
+    expected = -np.logaddexp(0, logits).sum(axis=1)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+def test_a_multilabel_image_out_of_distribution_keeps_its_labels(
+    multilabel_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = with_detector(multilabel_bundle, tmp_path / "all", -1.0)
+    (found,) = Classifier(bundle, device="cpu").predict(np.zeros((1, 48, 64, 3), np.uint8))
+    assert found.labels == ["red", "blue"]
+    assert (found.accepted, found.is_ood) == (False, True)

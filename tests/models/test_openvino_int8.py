@@ -134,9 +134,30 @@ def test_weights_have_7_bits_where_more_labels_are_as_before(
     monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: flags)
     monkeypatch.setattr(openvino_int8, "_quantize", lambda model, images, fix: fix)
     monkeypatch.setattr(
-        openvino_int8, "_predict_labels", lambda model, images: np.array(answers[model])
+        openvino_int8, "_predict_labels", lambda model, images, spec: np.array(answers[model])
     )
-    assert openvino_int8._quantize_for_this_cpu(Model("exact"), []) == chosen
+    spec: Any = None  # for the labels
+    assert openvino_int8._quantize_for_this_cpu(Model("exact"), [], spec) == chosen
+
+
+def test_a_multilabel_network_is_compared_by_its_labels(
+    multilabel_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: {"avx2"})
+    predict, found = openvino_int8._predict_labels, []
+    monkeypatch.setattr(
+        openvino_int8,
+        "_predict_labels",
+        lambda *args: found.append(predict(*args)) or found[-1],
+    )
+    classifier = Classifier.load(str(multilabel_bundle), precision="fp32", device="cpu")
+    images = random_batch(classifier, 32, 1)
+    made = calibrate_bundle(classifier.bundle, "openvino", list(images), judged_images=1)
+    assert made.unsaved_int8 is not None
+    expected = classifier.rank_scores(classifier.classify(images).scores)
+    assert [{"red", "blue"}] * 32 == [set(each.labels or []) for each in expected]
+    assert len(found) == 3  # exact, and with 7 bits in one layer and in all
+    assert all(np.array_equal(each, [[True, False, True]] * 32) for each in found)
 
 
 def test_without_nncf_the_command_that_installs_it_is_named(

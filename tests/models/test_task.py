@@ -16,14 +16,10 @@ from hypothesis import strategies as st
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.models.acceptance import NEVER_ACCEPT
 from imgcls.models.bundle import Architecture, BundleSpec, VectorScaling
-from imgcls.models.task import (
-    SINGLE_LABEL,
-    TASKS,
-    ScoreScaling,
-    find_task,
-    rank_on_device,
-    select_top_k,
-)
+from imgcls.models.multilabel import MULTILABEL
+from imgcls.models.single_label import SINGLE_LABEL
+from imgcls.models.task import ScoreScaling, rank_on_device, select_top_k
+from imgcls.models.tasks import TASKS, find_task
 
 Scores = npt.NDArray[np.float32]
 LOGITS = torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.0, 0.0], [1e4, -1e4, 0.0]])
@@ -34,9 +30,10 @@ def spec(**changes: object) -> BundleSpec:
     return BundleSpec.model_validate({**fields, "preprocess": Preprocess(), **changes})
 
 
-def test_a_bundle_has_the_task_of_its_format() -> None:
+def test_a_bundle_has_the_task_of_its_description() -> None:
     assert find_task(spec()) is SINGLE_LABEL
-    assert TASKS == {"single_label": SINGLE_LABEL}
+    assert find_task(spec(task="multilabel", format_version=2)) is MULTILABEL
+    assert TASKS == {"single_label": SINGLE_LABEL, "multilabel": MULTILABEL}
 
 
 def test_columns_need_no_torch() -> None:

@@ -18,6 +18,7 @@ from imgcls.publishing.publish import check_target, create_sink
 from imgcls.publishing.rows import RunRows
 from imgcls.runs import layout
 from imgcls.runs.committed import iter_tables, open_run
+from tests.evaluation.drawn_cells import build_table, commit_multilabel, draw_cells
 from tests.evaluation.runs import commit, drawn
 from tests.publishing.tables import (
     commit_again,
@@ -48,6 +49,32 @@ def test_the_table_has_the_rows_of_the_run_and_their_origin(run: Path, target: s
     assert set(found["bundle_sha256"].to_pylist()) == {"b" * 64}
     assert set(found["labelled_at"].to_pylist()) == {"2026-01-01T00:00:00"}
     assert count_with_polars(target) == count_with_duckdb(target) == (90, 90)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16"])
+def test_lists_of_labels_and_scores_are_published(target: str, tmp_path: Path, kind: str) -> None:
+    logits, targets = draw_cells(90, 1)
+    table = build_table(logits, targets, kind=kind, failed=0.1)
+    run = commit_multilabel(tmp_path / "run", table, parts=3, group_rows=20)
+    assert publish_to(run, target).action == "published"
+    found = read(target)
+    assert found["predicted_labels"].to_pylist().count([]) > 0
+    for name in ("labels", "predicted_labels", "topk_labels", "topk_scores", "scores", "accepted"):
+        assert found[name].to_pylist() == table[name].to_pylist(), name
+    assert count_with_polars(target) == count_with_duckdb(target) == (90, 90)
+    assert publish_to(run, target).action == "unchanged"
+
+
+def test_runs_of_both_tasks_may_share_a_table(run: Path, target: str, tmp_path: Path) -> None:
+    logits, targets = draw_cells(7, 1)
+    table = build_table(logits, targets)
+    many = set_run_id(commit_multilabel(tmp_path / "many", table), "many")
+    publish_to(run, target)
+    assert publish_to(many, target).action == "published"
+    found = read(target)
+    labels = found["predicted_labels"].to_pylist()
+    assert labels == [None] * 90 + table["predicted_labels"].to_pylist()
+    assert found["predicted_label"].to_pylist()[90:] == [None] * 7
 
 
 def test_publishing_again_adds_nothing(run: Path, target: str) -> None:

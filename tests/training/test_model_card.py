@@ -239,3 +239,44 @@ def test_the_bundle_takes_the_card_that_it_is_given(tmp_path: Any) -> None:
     assert (tmp_path / "one" / "README.md").read_text() == "# Mine\n"
     save_bundle(str(tmp_path / "two"), spec, state)
     assert (tmp_path / "two" / "README.md").read_text().startswith("# small_cnn, 2 classes")
+
+
+MULTILABEL: dict[str, Any] = {"task": "multilabel", "format_version": 2, "threshold": 0.5}
+MULTILABEL_HISTORY = HISTORY.assign(val_mean_average_precision=[0.5, 0.6, 0.7, 0.65])
+
+
+def test_a_multilabel_model_has_map_and_no_sentence_about_one_class() -> None:
+    spec = spec_of(["cat", "dog"], provenance=PROVENANCE, **MULTILABEL)
+    card = build_model_card(spec, MULTILABEL_HISTORY, 2)
+    assert "A multi-label image classifier: `small_cnn`" in card
+    assert "Its mean average precision over the classes is 70.0 % on 144 validation images." in card
+    assert "Any number of classes per image: the score of each class is the sigmoid" in card
+    assert "label threshold 0.5." in card
+    for text in ("one of the classes", "classifies", "acceptance", "interval", "Confidences"):
+        assert text not in card
+    assert "labels that exclude each other can both be predicted" in card
+    assert "Scores are not calibrated" in card
+    assert "All classes have the threshold 0.5, which was not chosen on data." in card
+    mean = cells(card, "validation mean average precision (mAP)")
+    assert mean == ["50.0 %", "70.0 %", "65.0 %"]
+    shares = cells(card, "validation accuracy: share of correct decisions")
+    assert shares == ["50.0 %", "87.5 %", "81.2 %"]
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert "print(prediction.labels, prediction.topk_labels, prediction.topk_scores)" in code
+    front = front_matter(card)
+    (result,) = front["model-index"][0]["results"]
+    names = {metric["type"]: (metric["name"], metric["value"]) for metric in result["metrics"]}
+    assert names["mean_average_precision"] == ("Mean average precision (mAP)", 0.7)
+    assert names["accuracy"] == ("Accuracy (share of correct decisions)", 0.875)
+    assert "multi-label-classification" in front["tags"]
+
+
+def test_a_multilabel_card_has_only_what_is_known() -> None:
+    spec = spec_of(["cat", "dog"], thresholds={"cat": 0.3, "dog": 2.0}, **MULTILABEL)
+    history = HISTORY.assign(val_rows=20)
+    card = build_model_card(spec, history, 2)
+    assert "mean average precision" not in card
+    assert "label threshold per class, 0.3 to 0.3; never predicted: dog." in card
+    assert "not chosen on data" not in card
+    assert "Few validation images: the results are uncertain." in card

@@ -188,3 +188,14 @@ def test_the_trials_of_a_search_are_lines_over_its_axes() -> None:
         assert word in text
     assert "1e-05" not in text  # of a trial without a result
     assert files["trials.png"].startswith(b"\x89PNG")
+
+
+def test_the_second_panel_of_a_multilabel_model_is_its_map() -> None:
+    mean = [0.1 * n for n in range(1, 6)]
+    found = drawn(epochs(5, val_mean_average_precision=mean), best=4)
+    assert {"Mean average precision", "mean over classes"} < set(found)
+    assert "Accuracy" not in found
+    assert "best: 40.0 %, epoch 4" in found
+    assert found.count("training") == 1
+    one_label = drawn(epochs(5, val_mean_average_precision=NAN))
+    assert "Accuracy" in one_label

@@ -46,3 +46,18 @@ def test_the_result_of_an_lr_range_test_shows_its_curve() -> None:
     (picture,) = pictures(result._repr_html_())
     assert picture.startswith(b"\x89PNG")
     assert pictures(replace(result, lr_curve=())._repr_html_()) == []
+
+
+def test_the_result_of_a_multilabel_model_shows_its_map() -> None:
+    epochs = [
+        replace(epoch, val_mean_average_precision=0.6 + epoch.epoch / 100) for epoch in EPOCHS
+    ]
+    result = TrainResult("out", epochs, epochs[1], 0)
+    assert repr(result) == (
+        "TrainResult(bundle='out', epochs=3, best='epoch 2', val_mean_average_precision=0.6200, "
+        "val_loss=0.5000, failed=0)"
+    )
+    text = result._repr_html_()
+    for shown in ("validation mAP", "62.00%", "correct decisions", "52.00%"):
+        assert shown in text
+    assert "validation accuracy" not in text

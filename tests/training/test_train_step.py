@@ -19,12 +19,14 @@ from imgcls.models import zoo
 from imgcls.models.normalize import Normalizer
 from imgcls.training.config import Strategy, TrainConfig
 from imgcls.training.data.batches import Batch
+from imgcls.training.data.targets import TargetTable
 from imgcls.training.optim.optimizer import set_learning_rates
 from imgcls.training.sampler import iter_step_shares
 from imgcls.training.train_step import TrainStep, WorkerContext
 from tests.training.team import Team
 
 CLASSES, ROWS, SIDE = 4, 37, 8
+TARGETS = TargetTable(CLASSES)
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 PLAIN_SGD = {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "ema": None}
 """Settings with which a step subtracts the gradient."""
@@ -58,7 +60,7 @@ def build_train_step(
     context: WorkerContext = WorkerContext(0, 1, torch.device("cpu"), "fp32"),  # noqa: B008  it is frozen
     weights: list[float] | None = None,
 ) -> TrainStep:
-    made = TrainStep(settings, "scratch", PREPROCESS, weights, CLASSES, network, context)
+    made = TrainStep(settings, "scratch", PREPROCESS, weights, TARGETS, network, context)
     made.set_trainable(1)
     return made
 
@@ -347,7 +349,13 @@ def test_what_is_random_in_a_step_depends_on_seed_epoch_step_and_worker() -> Non
     def drawn(seed: int, epoch: int, step: int, rank: int) -> list[float]:
         context = WorkerContext(rank, 2, torch.device("cpu"), "fp32")
         made = TrainStep(
-            config(seed=seed), "scratch", PREPROCESS, None, CLASSES, without_norms(), context
+            config(seed=seed),
+            "scratch",
+            PREPROCESS,
+            None,
+            TARGETS,
+            without_norms(),
+            context,
         )
         made.seed_rng(epoch, step)
         return torch.rand(4).tolist()
@@ -386,7 +394,7 @@ def test_frozen_layers_do_not_change_and_get_no_gradient() -> None:
         optim={"weight_decay": 0.5, "ema": None},
     )
     network = without_norms()
-    made = TrainStep(settings, "finetune", PREPROCESS, None, CLASSES, network, build_context())
+    made = TrainStep(settings, "finetune", PREPROCESS, None, TARGETS, network, build_context())
     seen: list[set[str]] = []
     for epoch in (1, 2):
         made.set_trainable(epoch)
@@ -418,14 +426,14 @@ def two_norms() -> nn.Sequential:
 def test_from_weights_batch_norms_keep_the_statistics_that_the_probe_was_fitted_with(
     strategy: Strategy,
 ) -> None:
-    made = TrainStep(config(), strategy, PREPROCESS, None, CLASSES, two_norms(), build_context())
+    made = TrainStep(config(), strategy, PREPROCESS, None, TARGETS, two_norms(), build_context())
     before = statistics(made.network)
     made.set_trainable(1)
     with torch.no_grad():
         made.network.eval()
         wanted = made.network(made.normalize_inputs(rows().pixels))
     loss, _ = made.step(rows(), ROWS, 0)
-    expected = F.cross_entropy(wanted, made.labels_to_device(rows().labels), reduction="sum")
+    expected = F.cross_entropy(wanted, made.targets_to_device(rows().labels), reduction="sum")
     if strategy == "scratch":
         assert {n.rpartition(".")[0] for n in changed(made.network, before)} == {"1", "4"}
         assert loss.item() != pytest.approx(expected.item(), rel=1e-3)
@@ -436,7 +444,7 @@ def test_from_weights_batch_norms_keep_the_statistics_that_the_probe_was_fitted_
 
 def test_frozen_layers_keep_their_statistics_while_those_above_them_learn_theirs() -> None:
     settings = config(finetune={"unfreeze_every": 1, "batchnorm": "train"}, optim={"ema": None})
-    made = TrainStep(settings, "finetune", PREPROCESS, None, CLASSES, two_norms(), build_context())
+    made = TrainStep(settings, "finetune", PREPROCESS, None, TARGETS, two_norms(), build_context())
     seen = []
     for epoch in (1, 2, 3):
         made.set_trainable(epoch)
@@ -447,7 +455,7 @@ def test_frozen_layers_keep_their_statistics_while_those_above_them_learn_theirs
 
 
 def test_a_worker_without_an_image_changes_no_statistics_and_is_back_with_the_next() -> None:
-    made = TrainStep(config(), "scratch", PREPROCESS, None, CLASSES, two_norms(), build_context())
+    made = TrainStep(config(), "scratch", PREPROCESS, None, TARGETS, two_norms(), build_context())
     made.set_trainable(1)
     before = statistics(made.network)
     made.step(empty(), ROWS, 0)
@@ -484,7 +492,7 @@ def test_only_after_a_probe_the_moving_average_begins_at_the_start(
     context = WorkerContext(0, 1, torch.device("cpu"), "fp32")
     settings = config(optim={"ema": 0.99, "lr": 0.1})
     network = small_cnn()
-    made = TrainStep(settings, strategy, PREPROCESS, None, CLASSES, network, context)
+    made = TrainStep(settings, strategy, PREPROCESS, None, TARGETS, network, context)
     made.set_trainable(1)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     made.step(rows(), ROWS, 0)
@@ -506,7 +514,13 @@ def test_long_gradients_are_cut_to_the_norm_that_was_asked_for() -> None:
 def test_half_precision_keeps_the_weights_in_full() -> None:
     settings = config(optim={"ema": None})
     made = TrainStep(
-        settings, "scratch", PREPROCESS, None, CLASSES, small_cnn(), build_context("bf16")
+        settings,
+        "scratch",
+        PREPROCESS,
+        None,
+        TARGETS,
+        small_cnn(),
+        build_context("bf16"),
     )
     made.set_trainable(1)
     totals = made.step(rows(), ROWS, 0)

@@ -18,6 +18,7 @@ from imgcls.models import zoo
 from imgcls.training import trainer
 from imgcls.training.config import EarlyStoppingConfig, Strategy, TrainConfig
 from imgcls.training.data.batches import Batch
+from imgcls.training.data.targets import TargetTable
 from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.sampler import Int64Array
 from imgcls.training.train_step import WorkerContext
@@ -137,7 +138,7 @@ def build_trainer(
             config=config,
             strategy=strategy,
             architecture=zoo.resolve_architecture("small_cnn", {"width": 4}),
-            num_classes=CLASSES,
+            targets=TargetTable(CLASSES),
             initial_weights=None,
             preprocess=Preprocess(resize=SIDE, crop=SIDE),
             images=images,

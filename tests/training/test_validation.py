@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from imgcls.training.validation import (
-    EvalAccumulator,
     EvalMetrics,
+    SingleLabelAccumulator,
     all_reduce_sum,
     average_buffers,
     shard_batches,
@@ -35,7 +35,7 @@ def validation() -> tuple[torch.Tensor, torch.Tensor]:
 
 def evaluate(rank: int, workers: int, batch_size: int = 8) -> EvalMetrics:
     logits, labels = validation()
-    accumulator = EvalAccumulator(CLASSES, CPU)
+    accumulator = SingleLabelAccumulator(CLASSES, CPU)
     for rows in shard_batches(ROWS, batch_size, rank=rank, workers=workers):
         accumulator.update(logits[rows], labels[rows])
     return accumulator.compute()
@@ -85,7 +85,7 @@ def test_several_workers_get_the_metrics_of_one(alone: None, team: Team) -> None
 
 def test_the_loss_is_the_mean_over_rows_and_not_over_batches(alone: None) -> None:
     logits, labels = validation()
-    accumulator = EvalAccumulator(CLASSES, CPU)
+    accumulator = SingleLabelAccumulator(CLASSES, CPU)
     accumulator.update(logits[:36], labels[:36])
     accumulator.update(logits[36:], labels[36:])
     assert accumulator.compute().loss == pytest.approx(

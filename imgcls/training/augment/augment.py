@@ -31,7 +31,7 @@ class Augment:
         """Augment each image with a random draw of its own, on the device of the batch.
 
         pixels: (N, 3, S, S) uint8 with S >= size
-        labels: (N,) int64, on the same device
+        labels: (N,) int64, or (N, num_classes) float32 for multilabel, on the same device
         Returns (N, 3, size, size) uint8, and the labels, or (N, num_classes) float32 shares of the
         classes if the recipe mixes images.
         """

@@ -30,7 +30,8 @@ class ImageBatch:
     """A batch on its way through the augmentations.
 
     pixels:      (N, 3, S, S) uint8; S is `size` from the crop on
-    targets:     (N,) int64 class indices; (N, num_classes) float32 shares once images are mixed
+    targets:     (N,) int64 class indices; (N, num_classes) float32 shares once images are mixed,
+                 and for multilabel
     size:        side of the square that the network takes, in pixels
     num_classes: length of the network's output
     """

@@ -93,14 +93,17 @@ def mix_images(
 def mix_targets(labels: torch.Tensor, share: torch.Tensor, num_classes: int) -> torch.Tensor:
     """(N, num_classes) float32: the shares of the classes in images as `mix_images` returns them.
 
-    labels: (N,) int64 of the images before they were mixed
+    labels: of the images before they were mixed: (N,) int64, or for multilabel (N, num_classes)
+        float32, where a class that is unknown (NaN) in one of two mixed images stays unknown
     share:  (N,) float32
     """
     import torch
 
+    share = share.to(labels.device, non_blocking=True)[:, None]
+    if labels.dim() == 2:
+        return (labels * share + labels.roll(1, 0) * (1 - share)).where(share < 1, labels)
     own = torch.zeros(len(labels), num_classes, device=labels.device)
     own.scatter_(1, labels[:, None], 1.0)
-    share = share.to(labels.device, non_blocking=True)[:, None]
     return own * share + own.roll(1, 0) * (1 - share)
 
 

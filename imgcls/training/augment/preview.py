@@ -48,7 +48,7 @@ def choose_sample_rows(labels: Int64Array, count: int = 8) -> Int64Array:
 
 def draw_preview(
     pixels: Pixels,
-    labels: Int64Array,
+    targets: torch.Tensor,
     classes: Sequence[str],
     augment: Augment,
     *,
@@ -58,11 +58,11 @@ def draw_preview(
     """A contact sheet as PNG: a row per image, first as evaluation sees it, then augmented.
 
     pixels: (N, 3, S, S) uint8, N of 1 to about 8
-    labels: (N,) int64 indices into `classes`
+    targets: (N,) int64 indices into `classes`, or (N, C) float32 of 1, 0 and NaN for multilabel
     If images are mixed, each has its targets as a caption. Does not change the random state of the
     caller.
     """
-    batch, targets = torch.from_numpy(pixels), torch.from_numpy(labels)
+    batch = torch.from_numpy(pixels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         shown = [(center_crop(batch, augment.size), targets)]
@@ -71,7 +71,7 @@ def draw_preview(
     tile = _compute_tile_size(augment.size)
     below = 2 * LINE_HEIGHT if augment.recipe.mixes_targets else 0
     large, small = ImageFont.load_default(13), ImageFont.load_default(11)
-    names = [_shorten(classes[label], large, CAPTION_WIDTH) for label in labels.tolist()]
+    names = [_shorten(_name_target(each, classes), large, CAPTION_WIDTH) for each in targets]
     left = EDGE + round(max(large.getlength(name) for name in names)) + 2 * GAP
     width = left + (columns + 1) * (tile + GAP) + EDGE
     title = textwrap.wrap(f"Augmentation: {augment.recipe}", width // 7)
@@ -102,6 +102,13 @@ def draw_preview(
     return buffer.getvalue()
 
 
+def _name_target(target: torch.Tensor, classes: Sequence[str]) -> str:
+    """The class of an image, or all of them."""
+    if target.dim() == 0:
+        return classes[int(target)]
+    return ", ".join(classes[int(code)] for code in (target == 1).nonzero()) or "(none)"
+
+
 def _compute_tile_size(size: int) -> int:
     return size * round(TILE_SIZE / size) if size <= TILE_SIZE else TILE_SIZE
 
@@ -115,7 +122,7 @@ def _resize_tile(image: torch.Tensor, tile: int) -> Image.Image:
 
 def _format_targets(target: torch.Tensor, classes: Sequence[str]) -> list[str]:
     """The classes in a mixed target, largest first: `62 % cat`, `38 % dog`."""
-    values, places = target.topk(min(2, len(classes)))
+    values, places = target.nan_to_num(0.0).topk(min(2, len(classes)))
     found = zip(values.tolist(), places.tolist(), strict=True)
     return [f"{100 * value:.0f} % {classes[place]}" for value, place in found if value >= 0.005]
 

@@ -1,4 +1,6 @@
-"""Linear probe: multinomial logistic regression of a new head on frozen features.
+"""Linear probe: logistic regression of a new head on frozen features.
+
+Multinomial for one label per image, one class against the rest for multilabel.
 
 Each worker computes the features of its rows once. The fit is L-BFGS over the rows of all workers
 (losses and gradients are summed), so that all workers get the same head. Features are standardized,
@@ -14,9 +16,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from imgcls.models import zoo
+from imgcls.models.multilabel import MULTILABEL
+from imgcls.models.single_label import SINGLE_LABEL
+from imgcls.models.task import Task
 from imgcls.training.augment.augment import Augment
 from imgcls.training.augment.crop import center_crop
 from imgcls.training.augment.recipe import AugmentConfig
@@ -24,7 +28,7 @@ from imgcls.training.data.batches import Batch
 from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.network import spatial_mean
 from imgcls.training.train_step import TrainStep
-from imgcls.training.validation import EvalAccumulator, EvalMetrics, ReduceFn, all_reduce
+from imgcls.training.validation import EvalMetrics, ReduceFn, all_reduce, create_accumulator
 
 L2_CHOICES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)
 MAX_ITERATIONS = 100
@@ -38,11 +42,16 @@ class ProbeFeatures:
     """Features of one worker's rows of a split.
 
     inputs: (N, E) float32; for a network with several heads, the concatenated inputs of all heads
-    labels: (N,) int64
+    targets: (N,) int64 or (N, C) float32, as `TargetTable.encode` returns them
     """
 
     inputs: torch.Tensor
-    labels: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def task(self) -> Task:
+        """The task that the targets are for."""
+        return SINGLE_LABEL if self.targets.dim() == 1 else MULTILABEL
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ def extract_features(train_step: TrainStep, batches: Iterator[Batch], views: int
     head_inputs: dict[str, torch.Tensor] = {}
     width = sum(zoo.get_input_width(head) for head in heads.values())
     features = [torch.zeros(0, width, device=train_step.context.device)]
-    labels = [torch.zeros(0, dtype=torch.int64, device=train_step.context.device)]
+    targets = [train_step.targets.build_blank(0).to(train_step.context.device)]
     hooks = [
         head.register_forward_pre_hook(
             lambda _, args, name=name: head_inputs.update({name: args[0]})
@@ -88,26 +97,24 @@ def extract_features(train_step: TrainStep, batches: Iterator[Batch], views: int
         for index, batch in enumerate(batches):
             if not len(batch.labels):
                 continue
-            pixels, batch_labels = (
-                train_step.pixels_to_device(batch.pixels),
-                train_step.labels_to_device(batch.labels),
-            )
+            pixels = train_step.pixels_to_device(batch.pixels)
+            batch_targets = train_step.targets_to_device(batch.labels)
             center = center_crop(pixels, size)
             for view in range(views):
                 train_step.seed_rng(0, index * views + view)
                 view_pixels = (
-                    (center, center.flip(3))[view] if view < 2 else light(pixels, batch_labels)[0]
+                    (center, center.flip(3))[view] if view < 2 else light(pixels, batch_targets)[0]
                 )
                 with train_step.autocast():
                     network(train_step.normalize_inputs(view_pixels))
                 features.append(
                     torch.cat([spatial_mean(head_inputs[n].float()) for n in heads], dim=1)
                 )
-                labels.append(batch_labels)
+                targets.append(batch_targets)
     finally:
         for hook in hooks:
             hook.remove()
-    return ProbeFeatures(torch.cat(features), torch.cat(labels))
+    return ProbeFeatures(torch.cat(features), torch.cat(targets))
 
 
 def count_non_finite(split: ProbeFeatures, reduce: ReduceFn = all_reduce) -> int:
@@ -130,7 +137,9 @@ def fit_head(
     """Fit heads over a range of L2 penalties; return the one chosen by the validation loss.
 
     The choice is the strongest penalty whose loss is within one standard error of the best (Hastie
-    et al., Elements of Statistical Learning, 7.10). Penalties are tried from the strongest to the
+    et al., Elements of Statistical Learning, 7.10); for multilabel it is the best itself, because a
+    stronger one moves all scores below the threshold (micro F1 57.7 instead of 60.8 % on tiles of
+    CIFAR-10, mAP 70.9 and 70.7 %). Penalties are tried from the strongest to the
     weakest, each starting from the previous head, on at most MAX_SEARCH_ROWS rows; with more rows,
     the chosen penalty is fitted to all of them. Every worker must call it; all get the same head.
 
@@ -145,7 +154,8 @@ def fit_head(
     search = fit if step == 1 else fit.thin_out(step)
     heads = [search.run(penalty) for penalty in L2_CHOICES]
     best = min(heads, key=lambda head: head.val_loss)
-    chosen = next(head for head in heads if head.val_loss <= best.val_loss + best.val_loss_error)
+    margin = best.val_loss_error if train.task is SINGLE_LABEL else 0.0
+    chosen = next(head for head in heads if head.val_loss <= best.val_loss + margin)
     return chosen if step == 1 else fit.run(chosen.l2, chosen)
 
 
@@ -163,7 +173,7 @@ class _HeadFit:
         self._train, self._val = train, val
         self._class_weights, self._reduce = weights, reduce
         device, width = train.inputs.device, train.inputs.shape[1]
-        self.rows = int(reduce(torch.tensor(len(train.labels), device=device)))
+        self.rows = int(reduce(torch.tensor(len(train.targets), device=device)))
         self._mean = reduce(train.inputs.sum(0)) / self.rows
         # in blocks: all squares at once would take as much memory as the features
         blocks = train.inputs.split(_BLOCK_ROWS)
@@ -175,7 +185,7 @@ class _HeadFit:
 
     def thin_out(self, step: int) -> _HeadFit:
         """The same fit with every `step`-th row of each worker."""
-        thinned = ProbeFeatures(self._train.inputs[::step], self._train.labels[::step])
+        thinned = ProbeFeatures(self._train.inputs[::step], self._train.targets[::step])
         return _HeadFit(thinned, self._val, len(self._bias), self._class_weights, self._reduce)
 
     def run(self, penalty: float, start: LinearHead | None = None) -> LinearHead:
@@ -188,8 +198,8 @@ class _HeadFit:
         # fold the standardization into the head
         scaled = (self._weight / self._deviation).detach()
         shifted = (self._bias - scaled @ self._mean).detach()
-        losses = F.cross_entropy(
-            self._val.inputs @ scaled.T + shifted, self._val.labels, reduction="none"
+        losses = self._val.task.compute_row_losses(
+            self._val.inputs @ scaled.T + shifted, self._val.targets
         ).double()
         sums = torch.stack([losses.new_tensor(len(losses)), losses.sum(), losses.square().sum()])
         count, total, squares = self._reduce(sums).tolist()
@@ -206,8 +216,8 @@ class _HeadFit:
         def closure() -> torch.Tensor:
             optimizer.zero_grad()
             logits = self._inputs @ weight.T + bias
-            loss = F.cross_entropy(
-                logits, self._train.labels, weight=self._class_weights, reduction="sum"
+            loss = self._train.task.compute_loss(
+                logits, self._train.targets, weights=self._class_weights
             )
             loss = loss / self.rows
             loss.backward()
@@ -227,8 +237,11 @@ def evaluate_head(
     head: LinearHead, split: ProbeFeatures, num_classes: int, reduce: ReduceFn = all_reduce
 ) -> EvalMetrics:
     """Metrics of a head on the features of all workers."""
-    accumulator = EvalAccumulator(num_classes, split.inputs.device)
-    accumulator.update(split.inputs @ head.weight.T + head.bias, split.labels)
+    accumulator = create_accumulator(split.task.name, num_classes, split.inputs.device)
+    # the accumulator of multilabel needs several times the memory of the logits
+    size = max(1, len(split.targets)) if split.task is SINGLE_LABEL else _BLOCK_ROWS
+    for inputs, targets in zip(split.inputs.split(size), split.targets.split(size), strict=True):
+        accumulator.update(inputs @ head.weight.T + head.bias, targets)
     return accumulator.compute(reduce)
 
 
@@ -249,6 +262,7 @@ def describe_probe(
         val_loss=val.loss,
         val_accuracy=val.accuracy,
         val_balanced_accuracy=val.balanced_accuracy,
+        val_mean_average_precision=val.mean_average_precision,
         lr=math.nan,
         images_per_second=train.rows / feature_seconds,
         seconds=seconds,

@@ -1,4 +1,4 @@
-"""Training loss: cross-entropy, optionally smoothed, weighted or focal, on hard or mixed labels.
+"""Training loss of the task, optionally smoothed, weighted or focal, on hard or mixed labels.
 
 Losses are sums over rows. The caller divides by the number of rows of the global batch, so that the
 division of rows among workers changes nothing.
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from imgcls.errors import ConfigError
-from imgcls.models.task import SINGLE_LABEL
+from imgcls.models.single_label import SINGLE_LABEL
+from imgcls.models.task import Task
 from imgcls.training.config import LossConfig
 
 AUXILIARY_WEIGHTS = {"aux_logits": 0.4, "aux_logits1": 0.3, "aux_logits2": 0.3}
@@ -23,17 +24,20 @@ class TrainingLoss:
     """The training loss of a batch.
 
     weights: (C,) float32 per class, or None for equal ones
+    task:    defines the loss
     """
 
-    def __init__(self, config: LossConfig, weights: torch.Tensor | None) -> None:
-        self._smoothing, self._gamma = config.label_smoothing, config.focal_gamma
-        self.weights = weights
+    def __init__(
+        self, config: LossConfig, weights: torch.Tensor | None, task: Task = SINGLE_LABEL
+    ) -> None:
+        self._config = config
+        self.weights, self.task = weights, task
 
     def __call__(self, outputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss of a network's training outputs, and its (N, C) float32 logits.
 
         outputs: (N, C) logits, or Inception's or GoogLeNet's named tuple with auxiliary logits
-        targets: (N,) int64 class indices, or (N, C) float32 class probabilities
+        targets: (N,) int64 class indices, or (N, C) float32 shares of classes, see the task
         """
         if isinstance(outputs, torch.Tensor):
             return self._compute_sum(outputs, targets), outputs.float()
@@ -45,32 +49,47 @@ class TrainingLoss:
         return loss, outputs.logits.float()
 
     def _compute_sum(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return SINGLE_LABEL.compute_loss(
+        config = self._config
+        return self.task.compute_loss(
             logits.float(),
             targets,
             weights=self.weights,
-            label_smoothing=self._smoothing,
-            focal_gamma=self._gamma,
+            label_smoothing=config.label_smoothing,
+            focal_gamma=config.focal_gamma,
+            negative_gamma=config.negative_gamma,
+            negative_margin=config.negative_margin,
         )
 
 
 def compute_class_weights(
-    config: LossConfig, classes: Sequence[str], counts: Sequence[int]
+    config: LossConfig,
+    classes: Sequence[str],
+    counts: Sequence[int],
+    negatives: Sequence[int] | None = None,
 ) -> list[float] | None:
-    """Loss weight of each class, with mean 1 over the training rows; None for equal weights.
+    """Loss weight of each class; None for equal weights.
 
-    counts: number of training images of each class
+    For one label per image their mean over the training rows is 1. For multilabel they weight the
+    positives of a class: its negatives by its positives if balanced, else the values as given.
+
+    counts:    number of training images of each class
+    negatives: number of training images known to be of another class, for multilabel
     Raises ConfigError when a name is not a class.
     """
     if config.class_weights == "none":
         return None
     if config.class_weights == "balanced":
+        if negatives is not None:
+            pairs = zip(counts, negatives, strict=True)
+            return [max(1, without) / max(1, count) for count, without in pairs]
         return [sum(counts) / (len(counts) * max(1, count)) for count in counts]
     unknown = [name for name in config.class_weights if name not in classes]
     if unknown:
         listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         raise ConfigError(f"loss.class_weights: no class {unknown[0]!r}; the classes are {listed}")
     weights = [float(config.class_weights.get(name, 1.0)) for name in classes]
+    if negatives is not None:
+        return weights
     total = sum(weight * count for weight, count in zip(weights, counts, strict=True))
     if total == 0:
         raise ConfigError("loss.class_weights: all weights are 0. Set at least one above 0.")

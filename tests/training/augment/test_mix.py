@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from imgcls.training.augment.mix import mix_images
+from imgcls.training.augment.mix import mix_images, mix_targets
 from tests.training.augment.batches import augmented, noise
 
 MIXING = [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0, "mix_prob": 0.7}]
@@ -73,3 +73,12 @@ def test_a_batch_of_one_is_mixed_with_itself(settings: Any) -> None:
 def test_labels_stay_labels_where_nothing_is_mixed() -> None:
     _, targets = augmented(noise(5, 8), 8, mixup=0.2, mix_prob=0.0)
     assert targets.tolist() == [0, 1, 2, 3, 0]
+
+
+def test_targets_of_several_labels_are_shares_and_unknown_classes_stay_unknown() -> None:
+    nan = torch.nan
+    labels = torch.tensor([[1.0, 0.0, nan], [1.0, 1.0, 0.0], [0.0, nan, 1.0]])
+    mixed = mix_targets(labels, torch.tensor([0.75, 1.0, 0.5]), 3)
+    # the first is mixed with the last, the second stays as it is, the third is mixed with it
+    expected = torch.tensor([[0.75, nan, nan], [1.0, 1.0, 0.0], [0.5, nan, 0.5]])
+    torch.testing.assert_close(mixed, expected, equal_nan=True)

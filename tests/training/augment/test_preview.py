@@ -20,7 +20,7 @@ from tests.training.augment.batches import noise
 def sheet(preset: str, side: int = 20, size: int = 16, **settings: Any) -> Image.Image:
     config = AugmentConfig.model_validate({"preset": preset})
     augment = Augment(config, size=size, num_classes=3)
-    pixels, labels = noise(3, side).numpy(), np.array([0, 1, 2])
+    pixels, labels = noise(3, side).numpy(), torch.arange(3)
     names = ["cat", "dog", "a name that is too long for the width of a caption"]
     return Image.open(io.BytesIO(draw_preview(pixels, labels, names, augment, **settings)))
 

@@ -17,6 +17,7 @@ from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.training.config import ModelConfig, TrainConfig
 from imgcls.training.data.batches import Batch
+from imgcls.training.data.targets import TargetTable
 from imgcls.training.network import compute_head_coefficients, resolve_model
 from imgcls.training.optim import linear_probe
 from imgcls.training.optim.linear_probe import LinearHead, ProbeFeatures
@@ -25,6 +26,7 @@ from tests.training.team import Team
 
 CLASSES, WIDTH, TRAIN, VAL = 3, 5, 101, 37
 SIDE = 8
+TARGETS = TargetTable(CLASSES)
 
 
 def split(rows: int, seed: int) -> ProbeFeatures:
@@ -43,7 +45,7 @@ def split(rows: int, seed: int) -> ProbeFeatures:
 
 
 def share(features: ProbeFeatures, rank: int, workers: int) -> ProbeFeatures:
-    return ProbeFeatures(features.inputs[rank::workers], features.labels[rank::workers])
+    return ProbeFeatures(features.inputs[rank::workers], features.targets[rank::workers])
 
 
 def fitted(rank: int, workers: int, l2: float | None, weights: list[float] | None) -> LinearHead:
@@ -71,15 +73,49 @@ def test_the_head_is_that_of_scikit_learn(
         class_weight=None if weights is None else dict(enumerate(weights)),
         tol=1e-10,
         max_iter=10_000,
-    ).fit(scaler.transform(train.inputs.double()), train.labels)
+    ).fit(scaler.transform(train.inputs.double()), train.targets)
     head = fitted(0, 1, l2, weights)
     assert head.l2 == l2
     np.testing.assert_allclose(head.weight.numpy() * scaler.scale_, theirs.coef_, atol=5e-3)
     expected = theirs.predict_proba(scaler.transform(val.inputs.double()))
     found = (val.inputs @ head.weight.T + head.bias).softmax(1)
     np.testing.assert_allclose(found, expected, atol=2e-3)
-    loss = -np.log(expected[np.arange(VAL), val.labels]).mean()
+    loss = -np.log(expected[np.arange(VAL), val.targets]).mean()
     assert head.val_loss == pytest.approx(loss, abs=1e-3)
+
+
+def split_labels(rows: int, seed: int) -> ProbeFeatures:
+    """Features of `split`, and any number of labels per row, of which some are unknown."""
+    whole, rng = split(rows, seed), np.random.default_rng(seed)
+    targets = np.eye(CLASSES)[whole.targets] + (rng.random((rows, CLASSES)) < 0.3)
+    targets = np.minimum(targets, 1).astype(np.float32)
+    targets[rng.random(targets.shape) < 0.1] = np.nan
+    return ProbeFeatures(whole.inputs, torch.from_numpy(targets))
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 4.0]], ids=["equal", "weighted"])
+def test_the_head_of_several_labels_is_one_class_against_the_rest(
+    alone: None, weights: list[float] | None
+) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    train, val = split_labels(TRAIN, 1), split_labels(VAL, 2)
+    scaler = StandardScaler().fit(train.inputs.double())
+    inputs = scaler.transform(train.inputs.double())
+    weight = None if weights is None else torch.tensor(weights)
+    head = linear_probe.fit_head(train, val, CLASSES, l2=0.03, weights=weight)
+    found = (val.inputs @ head.weight.T + head.bias).sigmoid()
+    for code in range(CLASSES):
+        known = ~train.targets[:, code].isnan().numpy()
+        theirs = LogisticRegression(
+            C=1 / (0.03 * TRAIN),
+            class_weight=None if weights is None else {0: 1.0, 1: weights[code]},
+            tol=1e-10,
+            max_iter=10_000,
+        ).fit(inputs[known], train.targets[known, code])
+        expected = theirs.predict_proba(scaler.transform(val.inputs.double()))[:, 1]
+        np.testing.assert_allclose(found[:, code], expected, atol=2e-3)
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -100,7 +136,7 @@ def test_workers_come_to_the_head_of_one(alone: None, team: Team, workers: int) 
 
 def fitted_by_the_first(rank: int, workers: int) -> LinearHead:
     def mine(features: ProbeFeatures) -> ProbeFeatures:
-        return features if rank == 0 else share(features, len(features.labels), 1)
+        return features if rank == 0 else share(features, len(features.targets), 1)
 
     return linear_probe.fit_head(
         mine(split(TRAIN, 1)), mine(split(VAL, 2)), CLASSES, l2=0.03, weights=None
@@ -127,7 +163,7 @@ def test_the_penalty_is_the_strongest_that_is_no_worse_than_the_best_within_its_
 
 def test_the_error_of_the_validation_loss_is_its_standard_error(alone: None, team: Team) -> None:
     head, val = fitted(0, 1, 0.03, None), split(VAL, 2)
-    losses = F.cross_entropy(val.inputs @ head.weight.T + head.bias, val.labels, reduction="none")
+    losses = F.cross_entropy(val.inputs @ head.weight.T + head.bias, val.targets, reduction="none")
     expected = losses.std(correction=0).item() / VAL**0.5
     assert head.val_loss_error == pytest.approx(expected, rel=1e-4)
     for shared in team.call(3, fitted, 0.03, None):
@@ -149,7 +185,7 @@ def test_a_head_is_evaluated_by_the_loss_that_it_was_chosen_by(alone: None) -> N
     assert metrics.loss == pytest.approx(head.val_loss, rel=1e-5)
     assert metrics.rows == VAL
     predicted = (val.inputs @ head.weight.T + head.bias).argmax(1)
-    assert metrics.accuracy == pytest.approx((predicted == val.labels).float().mean().item())
+    assert metrics.accuracy == pytest.approx((predicted == val.targets).float().mean().item())
 
 
 # ------------------------------------------------------------------ features and the network
@@ -173,7 +209,7 @@ def build_train_step(network: nn.Module) -> TrainStep:
     config = TrainConfig.model_validate(request)
     context = WorkerContext(0, 1, torch.device("cpu"), "fp32")
     spec = Preprocess(resize=SIDE, crop=SIDE)
-    return TrainStep(config, "probe", spec, None, CLASSES, network, context)
+    return TrainStep(config, "probe", spec, None, TARGETS, network, context)
 
 
 def batches(side: int = SIDE) -> list[Batch]:
@@ -203,7 +239,7 @@ def test_a_head_on_the_features_gives_the_logits_of_the_network(build: Any) -> N
     made = build_train_step(build())
     found = linear_probe.extract_features(made, iter(batches()), 1)
     assert tuple(found.inputs.shape) == (7, zoo.get_embedding_width(made.network))
-    assert found.labels.tolist() == np.concatenate([b.labels for b in batches()]).tolist()
+    assert found.targets.tolist() == np.concatenate([b.labels for b in batches()]).tolist()
     _, head = zoo.find_head(made.network)
     made.eval_network.eval()
     expected = torch.cat([made.predict_logits(b.pixels) for b in batches() if len(b.labels)])
@@ -223,7 +259,7 @@ def test_the_second_view_is_mirrored_and_later_ones_differ() -> None:
     torch.testing.assert_close(first[1], mirrored.inputs[:4])
     assert not torch.allclose(first[2], first[3])
     assert not torch.allclose(first[2], first[0])
-    assert len(four.labels) == 28
+    assert len(four.targets) == 28
 
 
 def test_features_see_the_middle_of_larger_images() -> None:
@@ -244,7 +280,7 @@ def test_a_worker_without_an_image_has_no_features() -> None:
 
     found = linear_probe.extract_features(made, nothing(), 2)
     assert tuple(found.inputs.shape) == (0, zoo.get_embedding_width(made.network))
-    assert len(found.labels) == 0
+    assert len(found.targets) == 0
 
 
 @pytest.mark.parametrize("build", [with_conv_head, small_cnn])
@@ -289,7 +325,7 @@ def test_a_head_fitted_to_several_is_what_the_network_computes(name: str) -> Non
     request = {"data": {"train": "none.csv"}, "output": "none", "optim": {"lr": 1e-3}}
     config = TrainConfig.model_validate(request)
     context = WorkerContext(0, 1, torch.device("cpu"), "fp32")
-    made = TrainStep(config, "probe", preprocess, None, CLASSES, network, context)
+    made = TrainStep(config, "probe", preprocess, None, TARGETS, network, context)
     given = batches(preprocess.crop)
     found = linear_probe.extract_features(made, iter(given), 1)
     width = sum(zoo.get_input_width(layer) for layer in zoo.find_heads(network).values())
