@@ -17,6 +17,7 @@ LAZY_EXPORTS = {
     "label": ("imgcls.inference.predict", "predict"),
     "load_bundle": ("imgcls.models.bundle", "load_bundle"),
     "relabel": ("imgcls.inference.relabel", "relabel"),
+    "select": ("imgcls.evaluation.select", "select"),
     "train": ("imgcls.training.train", "train"),
 }
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "label",
     "load_bundle",
     "relabel",
+    "select",
     "train",
 ]
 

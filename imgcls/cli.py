@@ -95,6 +95,12 @@ COMMANDS = {
         "imgcls.evaluation.report.write_report",
         "imgcls report demo/bundle",
     ),
+    "select": Command(
+        "select the rows of a run that are most useful to label next",
+        "imgcls.evaluation.config.SelectConfig",
+        "imgcls.evaluation.select.select",
+        "imgcls select demo/labels --count 20 --diverse --include-labeled --output demo/next",
+    ),
     "similar": Command(
         "find the images of a run that are similar to given ones",
         "imgcls.evaluation.config.SimilarConfig",

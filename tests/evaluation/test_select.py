@@ -1,0 +1,209 @@
+"""The most uncertain rows are selected, none of them labeled, excluded or a near-duplicate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imgcls.errors import ConfigError, OutputError, RequestError
+from imgcls.evaluation.diversity import ClassCap, choose_centers, choose_first
+from imgcls.evaluation.select import Selection, select
+from tests.conftest import draw
+from tests.evaluation.multilabel_runs import (
+    THRESHOLDS,
+    build_run_table,
+    commit_multilabel,
+    draw_scores,
+    draw_targets,
+)
+from tests.evaluation.runs import commit, drawn
+
+ROWS = 400
+
+
+def with_embeddings(table: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+    failed = np.array(table["status"].to_pylist()) != "ok"
+    places = pa.array(np.arange(len(flat)), mask=failed)
+    return table.append_column("embedding", flat.take(places))
+
+
+def unit(rows: int, width: int = 8, seed: int = 0) -> npt.NDArray[np.float32]:
+    vectors = np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+def run(tmp_path: Path, table: pa.Table, **options: Any) -> Path:
+    return commit(tmp_path / "run", table, label_column=None, **options)
+
+
+def choose(tmp_path: Path, folder: Path, **settings: Any) -> Selection:
+    return select(run=str(folder), output=str(tmp_path / "next"), **settings)
+
+
+def margins(table: pa.Table) -> npt.NDArray[np.float64]:
+    pairs = [each or [np.nan, np.nan] for each in table["topk_scores"].to_pylist()]
+    return np.array([1 - (each[0] - each[1]) for each in pairs])
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_rows_with_the_smallest_margin_are_selected(tmp_path: Path, parts: int) -> None:
+    table = with_embeddings(drawn(ROWS, failed=0.1), unit(ROWS))
+    folder = run(tmp_path, table, parts=parts)
+    found = choose(tmp_path, folder, count=20, max_similarity=1.0)
+    value = margins(table)
+    expected = np.argsort(-np.nan_to_num(value, nan=-1), kind="stable")[:20]
+    assert found.rows["row"].to_pylist() == expected.tolist()
+    np.testing.assert_allclose(found.rows["selection_value"], value[expected])
+    assert found.rows["selection_rank"].to_pylist() == list(range(1, 21))
+    assert set(found.rows["status"].to_pylist()) == {"ok"}
+    manifest = pq.read_table(tmp_path / "next" / "manifest.parquet")
+    assert manifest.schema.names == ["path", "label", "camera"]
+    assert manifest["path"][0].as_py() == f"{folder}/images/{expected[0]:06d}.jpg"
+    assert pq.read_table(tmp_path / "next" / "selection.parquet").equals(found.rows)
+    summary = json.loads((tmp_path / "next" / "summary.json").read_text())
+    assert (summary["rows"], summary["candidates"], summary["run_rows"]) == (20, 200, ROWS)
+
+
+def test_the_entropy_is_that_of_all_scores(tmp_path: Path) -> None:
+    table = with_embeddings(drawn(ROWS, scores=True), unit(ROWS))
+    found = choose(tmp_path, run(tmp_path, table), by="entropy", count=10, max_similarity=1.0)
+    scores = np.array(table["scores"].to_pylist(), np.float64)
+    entropy = -(scores * np.log(np.where(scores > 0, scores, 1))).sum(1)
+    assert found.rows["row"].to_pylist() == np.argsort(-entropy, kind="stable")[:10].tolist()
+
+
+def test_multilabel_rows_are_near_the_threshold_of_a_class(tmp_path: Path) -> None:
+    targets = draw_targets(ROWS)
+    scores = draw_scores(targets)
+    table = with_embeddings(build_run_table(targets, scores, labels=None), unit(ROWS))
+    folder = commit_multilabel(tmp_path / "run", table, labels=None)
+    found = choose(tmp_path, folder, count=10, max_similarity=1.0)
+    distance = np.abs(scores.astype(np.float32) - 0.5).min(1)  # the bundle is not there
+    assert found.rows["row"].to_pylist() == np.argsort(distance, kind="stable")[:10].tolist()
+    assert "scores" not in found.rows.schema.names
+    assert THRESHOLDS[0] == 0.5
+
+
+def test_labeled_and_excluded_rows_are_left_out(tmp_path: Path) -> None:
+    table = with_embeddings(drawn(ROWS, unlabeled=0.5), unit(ROWS))
+    folder = commit(tmp_path / "run", table)
+    first = choose(tmp_path, folder, count=30, max_similarity=1.0)
+    assert first.rows["label"].null_count == 30
+    second = select(
+        run=str(folder), output=str(tmp_path / "more"), count=30, max_similarity=1.0,
+        exclude=str(tmp_path / "next" / "manifest.parquet"),
+    )  # fmt: skip
+    assert not set(first.rows["path"].to_pylist()) & set(second.rows["path"].to_pylist())
+    every = choose(
+        tmp_path, folder, count=30, max_similarity=1.0, include_labeled=True, overwrite=True
+    )
+    assert every.rows["label"].null_count < 30
+
+
+def test_a_class_has_at_most_its_cap(tmp_path: Path) -> None:
+    table = with_embeddings(drawn(ROWS), unit(ROWS))
+    for diverse in (False, True):
+        found = choose(
+            tmp_path, run(tmp_path / str(diverse), table), count=30, per_class_cap=4,
+            max_similarity=1.0, diverse=diverse, overwrite=True,
+        )  # fmt: skip
+        counts = found.rows["predicted_label"].value_counts().to_pylist()
+        assert max(each["counts"] for each in counts) == 4
+
+
+def test_of_equal_images_one_is_selected(tmp_path: Path) -> None:
+    vectors = np.repeat(unit(ROWS // 4), 4, axis=0)
+    folder = run(tmp_path, with_embeddings(drawn(ROWS), vectors))
+    found = choose(tmp_path, folder, count=50, candidates=ROWS)
+    groups = [row // 4 for row in found.rows["row"].to_pylist()]
+    assert len(set(groups)) == len(groups) == 50
+    diverse = choose(tmp_path, folder, count=50, candidates=ROWS, diverse=True, overwrite=True)
+    groups = [row // 4 for row in diverse.rows["row"].to_pylist()]
+    assert len(set(groups)) == len(groups) == 50
+
+
+def test_without_embeddings_equal_images_are_found_by_their_pixels(tmp_path: Path) -> None:
+    table = drawn(60)
+    folder = run(tmp_path, table)
+    (folder / "images").mkdir()
+    for row in range(60):
+        picture = draw("red", (64, 64), seed=row // 3)
+        picture.resize((64 + row % 3, 64)).save(folder / "images" / f"{row:06d}.jpg", quality=95)
+    found = choose(tmp_path, folder, count=15, candidates=60)
+    groups = [row // 3 for row in found.rows["row"].to_pylist()]
+    assert len(set(groups)) == len(groups) >= 10
+
+
+def test_two_models_disagree_most_on_the_selected_rows(tmp_path: Path) -> None:
+    one, other = (drawn(ROWS, seed, scores=True) for seed in (1, 2))
+    folder = run(tmp_path, with_embeddings(one, unit(ROWS)), parts=3)
+    second = commit(tmp_path / "other", other, label_column=None)
+    found = choose(
+        tmp_path, folder, by="disagreement", other_run=str(second), count=10, max_similarity=1.0
+    )
+    left, right = (np.array(each["scores"].to_pylist(), np.float64) for each in (one, other))
+    distance = np.abs(left - right).sum(1) / 2
+    assert found.rows["row"].to_pylist() == np.argsort(-distance, kind="stable")[:10].tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"by": "entropy"}, "has no column scores, which --by entropy needs; predict again with"),
+        ({"by": "ood"}, "has no column ood_score"),
+        ({"by": "disagreement"}, "pass --other-run"),
+        ({"other_run": "x"}, "has no effect without --by disagreement"),
+        ({"diverse": True}, "has no embeddings, which --diverse needs"),
+    ],
+)
+def test_a_request_that_the_run_cannot_fulfill_is_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    folder = run(tmp_path, drawn(20, scores=False))
+    with pytest.raises(RequestError, match=message):
+        choose(tmp_path, folder, **settings)
+    assert not (tmp_path / "next").exists()
+
+
+def test_wrong_numbers_and_a_second_selection_in_one_folder_are_refused(tmp_path: Path) -> None:
+    folder = run(tmp_path, with_embeddings(drawn(20), unit(20)))
+    with pytest.raises(ConfigError, match="candidates 3: is smaller than count 5"):
+        choose(tmp_path, folder, count=5, candidates=3)
+    choose(tmp_path, folder, count=5)
+    with pytest.raises(OutputError, match="already has a selection"):
+        choose(tmp_path, folder, count=5)
+    labeled = commit(tmp_path / "labeled", drawn(20))
+    with pytest.raises(RequestError, match="every row is labeled, excluded"):
+        select(run=str(labeled), output=str(tmp_path / "none"), count=5)
+
+
+# ------------------------------------------------------------------ the choice itself
+
+
+def test_centers_are_each_farthest_from_those_before() -> None:
+    vectors = unit(50)
+    chosen = choose_centers(vectors, 12, 1.0, ClassCap([""] * 50, None)).tolist()
+    assert chosen[0] == 0
+    similarity = vectors @ vectors.T
+    for number in range(1, 12):
+        nearest = similarity[:, chosen[:number]].max(1)
+        nearest[chosen[:number]] = np.inf
+        assert chosen[number] == int(nearest.argmin())
+
+
+def test_the_first_rows_are_taken_but_for_those_equal_to_earlier_ones() -> None:
+    vectors = np.eye(4, dtype=np.float32)[[0, 0, 1, 2, 1, 3]]
+    assert choose_first(vectors, 3, 0.9, ClassCap([""] * 6, None)).tolist() == [0, 2, 3]
+    capped = choose_first(vectors, 9, 0.9, ClassCap(["a", "a", "a", "b", "b", "b"], 1))
+    assert capped.tolist() == [0, 3]
+    blank = np.zeros((3, 4), np.float32)  # images that cannot be read are equal to none
+    assert choose_first(blank, 3, 0.9, ClassCap([""] * 3, None)).tolist() == [0, 1, 2]
