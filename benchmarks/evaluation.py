@@ -16,7 +16,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -53,8 +55,18 @@ def main() -> None:
         print(f"\n{many / few:.0f} times the rows take {slow / fast:.1f} times the time")
 
 
-def commit(folder: Path, rows: int, classes: int) -> None:
-    """Write a committed run of random predictions, in parts of a million rows."""
+def commit(
+    folder: Path,
+    rows: int,
+    classes: int,
+    draw: Callable[[int, list[str]], pa.Table] | None = None,
+    **fields: Any,
+) -> None:
+    """Write a committed run of random predictions, in parts of a million rows.
+
+    draw: makes the table of a part from its rows and the class names; `drawn` if None
+    fields: of `_run.json`; `manifest` has those of the manifest
+    """
     names = [f"class {i:04d}" for i in range(classes)]
     where = folder / layout.PREDICTIONS_FOLDER
     where.mkdir(parents=True)
@@ -64,7 +76,8 @@ def commit(folder: Path, rows: int, classes: int) -> None:
         name = layout.part_name(part)
         if first is None:
             first = where / name
-            pq.write_table(drawn(min(rows, PART_ROWS), names), first, row_group_size=65_536)
+            table = (draw or drawn)(min(rows, PART_ROWS), names)
+            pq.write_table(table, first, row_group_size=65_536)
         else:
             os.link(first, where / name)
         files[name] = first.stat().st_size
@@ -73,12 +86,14 @@ def commit(folder: Path, rows: int, classes: int) -> None:
         "identity": {
             "manifest": {
                 "fingerprint": "0", "path_column": "path", "label_column": "label", "root": "/",
+                **fields.pop("manifest", {}),
             },
             "bundle": {"sha256": "0"},
             "settings": {"top_k": 5},
         },
         "plan": {}, "classes": names,
         "provenance": {"config": {"model": "drawn", "manifest": {"path": "drawn"}}},
+        **fields,
     }  # fmt: skip
     (folder / layout.RUN_FILE).write_text(json.dumps(run))
     success = {

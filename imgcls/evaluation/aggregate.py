@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import pickle
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from imgcls.cluster import session
 from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import RequestError
-from imgcls.evaluation.label_join import JoinedLabels, select_run_columns
+from imgcls.evaluation.label_join import KeyedLabels, select_run_columns
 from imgcls.metrics import PredictionCounts
 from imgcls.metrics.columns import (
     EVALUATED_COLUMNS,
@@ -38,6 +39,7 @@ from imgcls.metrics.columns import (
 )
 from imgcls.metrics.discrimination import ScoreCounts
 from imgcls.metrics.label_sets import SET_COLUMN, SetCounts
+from imgcls.metrics.multilabel import MultiLabelCounts
 from imgcls.metrics.selective import SelectiveCounts
 from imgcls.runs.committed import CommittedRun, RowGroupRange, cast_string_views
 
@@ -53,9 +55,46 @@ MAX_LOCAL_ROWS = 2_000_000
 """Larger runs are aggregated by Ray Data; this number of rows is counted before Ray has started."""
 
 
+class Aggregate(Protocol):
+    """Counts and top rows of the rows added so far; those of parts merge to that of the whole."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows added."""
+
+    def add(self, table: pa.Table, file: int, start: int) -> None:
+        """Add rows of file number `file`, from its row `start` on."""
+
+    def merge(self, other: Any) -> None:
+        """Add the rows of another aggregate with the same settings."""
+
+
+A = TypeVar("A", bound=Aggregate)
+C = TypeVar("C", PredictionCounts, MultiLabelCounts)
+_A = TypeVar("_A", bound=Aggregate, covariant=True)
+
+
+class AggregateSettings(Protocol[_A]):
+    """Settings from which each process makes an aggregate."""
+
+    @property
+    def score_bytes(self) -> int:
+        """Bytes of the scores of a row, 0 if they are not read."""
+
+    @property
+    def batch_rows(self) -> int:
+        """Maximum number of rows that are added at once."""
+
+    def create(self) -> _A:
+        """An aggregate of no rows."""
+
+    def list_columns(self, joined: KeyedLabels | None = None) -> list[str]:
+        """Columns of the run that are needed; labels may be joined from elsewhere."""
+
+
 @dataclass(frozen=True)
 class AggregateSpec:
-    """Settings of an aggregate.
+    """Settings of the aggregate of a run with one label per image.
 
     label_column: column of the true labels; None for an unlabeled run
     slice_by: columns to slice by: counts are also kept for each of their values
@@ -74,6 +113,35 @@ class AggregateSpec:
     ood: bool = False
     gallery: int = 24
     issues: int = 100_000
+
+    @property
+    def score_bytes(self) -> int:
+        """As for `AggregateSettings`."""
+        return 2 * len(self.classes) if self.scores else 0
+
+    @property
+    def batch_rows(self) -> int:
+        """As for `AggregateSettings`."""
+        return BATCH_ROWS
+
+    def create(self) -> RunAggregate:
+        """As for `AggregateSettings`."""
+        return RunAggregate(self)
+
+    def list_columns(self, joined: KeyedLabels | None = None) -> list[str]:
+        """As for `AggregateSettings`."""
+        names = [*PREDICTED_COLUMNS, *self.slice_by]
+        if joined is not None:
+            names = select_run_columns(names, joined=True) + joined.required_columns
+        elif self.label_column is not None:
+            names += [self.label_column, "label_score", "label_rank"]
+        if self.scores:
+            names.append("scores")
+        if self.sets:
+            names.append(SET_COLUMN)
+        if self.ood:
+            names += [OOD_COLUMN, "ood_score"]
+        return list(dict.fromkeys(names))
 
 
 @dataclass(eq=False)
@@ -122,6 +190,11 @@ class RunAggregate:
         self.issues = TopRows(spec.issues)
         self.strangest = TopRows(spec.gallery if spec.ood else 0)
 
+    @property
+    def rows(self) -> int:
+        """Number of rows added."""
+        return self.counts.rows
+
     def add(self, table: pa.Table, file: int, start: int) -> None:
         """Add rows of file number `file`, from its row `start` on.
 
@@ -139,7 +212,7 @@ class RunAggregate:
         if self.scores is not None:
             self._count_scores(table, rows, self.scores)
         if spec.ood:
-            self._keep_strangest(table["ood_score"], rows, file, start)
+            keep_strangest(self.strangest, table["ood_score"], rows.position, file, start)
         if self.sets is not None:
             self._count_sets(table, rows, self.sets)
         for column in spec.slice_by:
@@ -157,7 +230,7 @@ class RunAggregate:
         self.label_score_rows = self.label_score_rows + other.label_score_rows
         for column, found in other.slices.items():
             for value, counts in found.items():
-                self._add_slice(column, value, counts)
+                add_slice(self.slices, column, value, counts)
         for mine, theirs in (
             (self.mistakes, other.mistakes),
             (self.uncertain, other.uncertain),
@@ -180,12 +253,6 @@ class RunAggregate:
         self.label_score_sum = self.label_score_sum + np.bincount(label, score, size)
         self.label_score_rows = self.label_score_rows + np.bincount(label, minlength=size)
 
-    def _keep_strangest(self, column: pa.ChunkedArray, rows: OkRows, file: int, start: int) -> None:
-        value = column.take(pa.array(rows.position)).to_numpy().astype(np.float64)
-        known = ~np.isnan(value)  # null in a history, for runs of other bundles
-        position = start + rows.position[known]
-        self.strangest.add(value[known], np.full(len(position), file, np.int64), position)
-
     def _count_scores(self, table: pa.Table, rows: OkRows, counts: ScoreCounts) -> None:
         labeled = rows.label >= 0
         # counted in bins of float16
@@ -205,48 +272,64 @@ class RunAggregate:
             raise RequestError(f"the label sets cannot be evaluated: {error}") from error
 
     def _count_slices(self, table: pa.Table, column: str) -> None:
-        text = pc.fill_null(normalize_labels(table[column]), NO_VALUE).dictionary_encode()
-        code = text.indices.to_numpy()
-        order = np.argsort(code, kind="stable")
         evaluated = (*EVALUATED_COLUMNS, OOD_COLUMN, self.spec.label_column)
         needed = [n for n in table.schema.names if n in evaluated]
+        order, groups = group_rows(table[column])
         ordered = table.select(needed).take(order)
-        ends = np.cumsum(np.bincount(code, minlength=len(text.dictionary)))
-        for value, end, start in zip(
-            text.dictionary.to_pylist(), ends, np.append(0, ends), strict=False
-        ):
+        for value, members in groups:
             rows = read_ok_rows(
-                ordered.slice(start, end - start),
+                ordered.slice(members.start, members.stop - members.start),
                 label_column=self.spec.label_column,
                 classes=self.spec.classes,
             )
             counts = PredictionCounts.from_rows(rows, self.spec.classes)
-            self._add_slice(column, value, counts)
+            add_slice(self.slices, column, value, counts)
 
-    def _add_slice(self, column: str, value: str, counts: PredictionCounts) -> None:
-        found = self.slices[column]
-        found[value] = found[value] + counts if value in found else counts
-        if len(found) > MAX_SLICES:
-            raise RequestError(
-                f"slice_by: column {column!r} has more than {MAX_SLICES:,} values; slices are for "
-                "groups such as camera or site, pass a column with fewer"
-            )
+
+def keep_strangest(
+    top: TopRows, column: pa.ChunkedArray, position: Ints, file: int, start: int
+) -> None:
+    """Add the OOD scores of the rows at some positions of a table that starts at row `start`."""
+    value = column.take(pa.array(position)).to_numpy().astype(np.float64)
+    known = ~np.isnan(value)  # null in a history, for runs of other bundles
+    position = start + position[known]
+    top.add(value[known], np.full(len(position), file, np.int64), position)
+
+
+def group_rows(column: pa.ChunkedArray) -> tuple[Ints, list[tuple[str, slice]]]:
+    """Order of rows that sorts them by value, and the part of it with each value, as text."""
+    text = pc.fill_null(normalize_labels(column), NO_VALUE).dictionary_encode()
+    code = text.indices.to_numpy()
+    ends = np.cumsum(np.bincount(code, minlength=len(text.dictionary)))
+    parts = [slice(start, end) for start, end in zip(np.append(0, ends), ends, strict=False)]
+    order = np.argsort(code, kind="stable")
+    return order, list(zip(text.dictionary.to_pylist(), parts, strict=True))
+
+
+def add_slice(slices: dict[str, dict[str, C]], column: str, value: str, counts: C) -> None:
+    """Add the counts of one value of a column. Raises RequestError for too many values."""
+    found = slices[column]
+    found[value] = found[value] + counts if value in found else counts
+    if len(found) > MAX_SLICES:
+        raise RequestError(
+            f"slice_by: column {column!r} has more than {MAX_SLICES:,} values; slices are for "
+            "groups such as camera or site, pass a column with fewer"
+        )
 
 
 def aggregate_run(
-    run: CommittedRun, spec: AggregateSpec, joined: JoinedLabels | None = None
-) -> RunAggregate:
+    run: CommittedRun, spec: AggregateSettings[A], joined: KeyedLabels | None = None
+) -> A:
     """Aggregate all rows of a run.
 
     joined: labels that replace the run's own; joined in this process, which has them in memory
     Raises RequestError for predictions that no run with these classes wrote.
     """
     pieces = run.split_row_groups(PIECE_ROWS)
-    total = RunAggregate(spec)
-    scores = run.rows * len(run.classes) * 2 if spec.scores else 0
-    if joined is not None or run.rows + scores // 256 <= MAX_LOCAL_ROWS:
+    total = spec.create()
+    if joined is not None or run.rows + run.rows * spec.score_bytes // 256 <= MAX_LOCAL_ROWS:
         for piece in pieces:
-            _add_piece(total, run, piece, joined)
+            _add_piece(total, spec, run, piece, joined)
         if joined is not None:
             joined.finish()
         return total
@@ -256,8 +339,8 @@ def aggregate_run(
 
 
 def _aggregate_on_cluster(
-    run: CommittedRun, spec: AggregateSpec, pieces: list[RowGroupRange]
-) -> Iterator[RunAggregate]:
+    run: CommittedRun, spec: AggregateSettings[A], pieces: list[RowGroupRange]
+) -> Iterator[A]:
     import ray.data
 
     from imgcls.cluster.ray_data import own_data_settings
@@ -271,54 +354,51 @@ def _aggregate_on_cluster(
         ).map(aggregate)
     done = 0
     for row in dataset.iter_rows():
-        part: RunAggregate = pickle.loads(row["aggregate"])
-        done += part.counts.rows
+        part: A = pickle.loads(zlib.decompress(row["aggregate"]))
+        done += part.rows
         seconds = time.monotonic() - started
         log.show(f"counted {done:,} of {run.rows:,} rows ({done / seconds:,.0f}/s)")
         yield part
 
 
-def _aggregate_piece(run: CommittedRun, spec: AggregateSpec, row: dict[str, Any]) -> dict[str, Any]:
-    part = RunAggregate(spec)
-    _add_piece(part, run, pickle.loads(row["piece"]), None)
-    return {"aggregate": pickle.dumps(part, protocol=pickle.HIGHEST_PROTOCOL)}
+def _aggregate_piece(
+    run: CommittedRun, spec: AggregateSettings[A], row: dict[str, Any]
+) -> dict[str, Any]:
+    part = spec.create()
+    _add_piece(part, spec, run, pickle.loads(row["piece"]), None)
+    # the bins of scores, mostly small numbers, shrink to a fraction: parts wait in memory
+    data = pickle.dumps(part, protocol=pickle.HIGHEST_PROTOCOL)
+    return {"aggregate": zlib.compress(data, 1)}
 
 
 def _add_piece(
-    total: RunAggregate, run: CommittedRun, piece: RowGroupRange, joined: JoinedLabels | None
+    total: A,
+    spec: AggregateSettings[A],
+    run: CommittedRun,
+    piece: RowGroupRange,
+    joined: KeyedLabels | None,
 ) -> None:
     start = piece.first_row
-    for table in read_piece(run, piece, list_columns(total.spec, joined)):
+    for table in read_piece(run, piece, spec.list_columns(joined), spec.batch_rows):
         if joined is not None:
             table = joined.join(table)
         total.add(table, piece.file, start)
         start += table.num_rows
 
 
-def list_columns(spec: AggregateSpec, joined: JoinedLabels | None = None) -> list[str]:
-    """Columns of the run that an aggregate needs; labels may be joined from elsewhere."""
-    names = [*PREDICTED_COLUMNS, *spec.slice_by]
-    if joined is not None:
-        names = select_run_columns(names, joined=True) + joined.required_columns
-    elif spec.label_column is not None:
-        names += [spec.label_column, "label_score", "label_rank"]
-    if spec.scores:
-        names.append("scores")
-    if spec.sets:
-        names.append(SET_COLUMN)
-    if spec.ood:
-        names += [OOD_COLUMN, "ood_score"]
-    return list(dict.fromkeys(names))
+def read_piece(
+    run: CommittedRun, piece: RowGroupRange, names: list[str], batch_rows: int = BATCH_ROWS
+) -> Iterator[pa.Table]:
+    """Columns of a piece, batch by batch, text as dictionaries.
 
-
-def read_piece(run: CommittedRun, piece: RowGroupRange, names: list[str]) -> Iterator[pa.Table]:
-    """Columns of a piece, batch by batch, text as dictionaries."""
+    batch_rows: maximum number of rows of a batch; fewer with scores or label sets of many classes
+    """
     text = [
         name
         for name in names
         if pa.types.is_string(run.schema.field(name).type) and name != run.path_column
     ]
-    rows = BATCH_ROWS
+    rows = batch_rows
     if "scores" in names:
         rows = max(1_024, min(rows, _BATCH_BYTES // (2 * len(run.classes))))
     if SET_COLUMN in names:

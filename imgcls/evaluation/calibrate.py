@@ -20,6 +20,18 @@ from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import OK, RequestError
 from imgcls.evaluation.aggregate import read_piece
+from imgcls.evaluation.calibration_fit import (
+    IDENTITY_SCALE,
+    MAX_SCORES,
+    SCORE_FLOORS,
+    F1Quality,
+    FittedCalibration,
+    Scaling,
+    apply_class_thresholds,
+    check_finite_scores,
+    log_thresholds,
+    search_temperature,
+)
 from imgcls.evaluation.config import CalibrateConfig
 from imgcls.evaluation.label_join import JoinedLabels, resolve_labels
 from imgcls.evaluation.label_set_calibration import (
@@ -29,11 +41,20 @@ from imgcls.evaluation.label_set_calibration import (
     cross_evaluate,
     log_label_sets,
 )
-from imgcls.evaluation.ood_calibration import check_runs, log_detector, make_detector
+from imgcls.evaluation.multilabel_calibration import (
+    check_multilabel,
+    fit_multilabel,
+    log_multilabel,
+)
+from imgcls.evaluation.ood_calibration import (
+    MadeDetector,
+    check_runs,
+    log_detector,
+    make_detector,
+)
 from imgcls.metrics import expected_calibration_error, selective
 from imgcls.metrics.columns import Ints, OkRows, encode_classes, take_scores
 from imgcls.metrics.selective import SelectiveCounts, Threshold
-from imgcls.models.acceptance import NEVER_ACCEPT
 from imgcls.models.bundle import (
     Bundle,
     BundleSpec,
@@ -44,21 +65,11 @@ from imgcls.models.bundle import (
     load_ood_arrays,
     save_bundle,
 )
-from imgcls.models.task import SINGLE_LABEL, find_task
+from imgcls.models.single_label import SINGLE_LABEL
+from imgcls.models.tasks import find_task
 from imgcls.runs.committed import CommittedRun, open_run
 
 Logits = NDArray[np.float32]
-Scaling = tuple[NDArray[np.float32], NDArray[np.float32] | None]
-"""(1,) or (C,) scale and (C,) bias, if any, of the log scores."""
-
-MAX_SCORES = 50_000_000
-"""Maximum number of scores in memory; of larger runs every n-th labeled row is used."""
-_IDENTITY_SCALE = np.ones(1, np.float32)
-_SCORE_FLOORS = {
-    np.dtype(np.float16): np.float32(2.0**-25),
-    np.dtype(np.float32): np.finfo(np.float32).tiny,
-}
-"""Replaces scores that underflow to 0, by the type of the column."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,8 @@ class Calibration:
         rows.
     unchanged_reason : str or None
         Why the confidences are those of the old bundle; None if they were fitted.
+    f1 : F1Quality or None
+        Macro F1 before and after; None unless thresholds with the best F1 were chosen.
     """
 
     bundle: Bundle
@@ -89,6 +102,7 @@ class Calibration:
     thresholds: list[Threshold]
     label_set_quality: SetQuality | None = None
     unchanged_reason: str | None = None
+    f1: F1Quality | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,18 +151,41 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     run.check_predictions()
     run.check_bundle(bundle)
     check_bundle_output(config.output, overwrite=config.overwrite, source=config.model)
-    if config.method == "vector" and bundle.spec.vector_scaling is not None:
-        raise RequestError(
-            f"{bundle.url}: is vector-scaled already; calibrate the bundle it was made from"
-        )
-    _check_purpose(config)
+    _check_purpose(config, bundle)
     if config.max_ood_rate is not None:
         check_runs(config, bundle, run)
+    is_multilabel = bundle.spec.task == "multilabel"
+    fitted = (fit_multilabel if is_multilabel else _fit_single_label)(config, bundle, run)
+    made, ood = _save_calibrated(config, bundle, run, fitted)
+    result = Calibration(
+        made,
+        made.spec.temperature,
+        fitted.ece_before,
+        fitted.ece_after,
+        fitted.thresholds,
+        fitted.label_set_quality,
+        fitted.unchanged_reason,
+        fitted.f1,
+    )
+    if is_multilabel:
+        log_multilabel(config, bundle, fitted)
+    else:
+        _log_result(config, bundle, result, fitted.rows)
+    if ood is not None:
+        log_detector(ood)
+    log.show(f"bundle     {made.url}")
+    return result
+
+
+def _fit_single_label(
+    config: CalibrateConfig, bundle: Bundle, run: CommittedRun
+) -> FittedCalibration:
+    """Fit the confidences, and choose thresholds and label sets."""
     rows = load_held_out(run, *resolve_labels(run, config.labels, config.on, required=True))
-    before = _compute_ece(rows, _IDENTITY_SCALE, None)
+    before = _compute_ece(rows, IDENTITY_SCALE, None)
     fit = {"temperature": _fit_temperature_scaling, "vector": fit_vector_scaling}.get(config.method)
     reason = explain_undetermined(rows) if fit is not None else None
-    scaling = fit(rows) if fit is not None else (_IDENTITY_SCALE, None)
+    scaling = fit(rows) if fit is not None else (IDENTITY_SCALE, None)
     after = _compute_cross_fitted_ece(rows, fit) if fit is not None and reason is None else before
     thresholds = list(_choose_thresholds(config, run, rows, *scaling))
     same = fit is None or reason is not None
@@ -161,6 +198,15 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         quality = cross_evaluate(config, scaled_rows)
     elif not same:
         spec = spec.model_copy(update={"label_sets": None})
+    count = len(rows.label)
+    return FittedCalibration(spec, count, before, after, thresholds, quality, reason)
+
+
+def _save_calibrated(
+    config: CalibrateConfig, bundle: Bundle, run: CommittedRun, fitted: FittedCalibration
+) -> tuple[Bundle, MadeDetector | None]:
+    """Write the new bundle, with its detector and its provenance."""
+    spec = fitted.spec
     ood = None if config.max_ood_rate is None else make_detector(config, bundle, run)
     ood_arrays = load_ood_arrays(bundle) if ood is None else ood.detector.serialize()
     if ood is not None:
@@ -169,13 +215,14 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         "bundle_sha256": bundle.sha256,
         "predictions": run.url,
         "manifest_fingerprint": run.manifest_fingerprint,
-        "rows": len(rows.label),
+        "rows": fitted.rows,
         "method": config.method,
-        "ece_before": before,
-        "ece_after": after,
+        "ece_before": fitted.ece_before,
+        "ece_after": fitted.ece_after,
         "target_precision": config.target_precision,
         "coverage": config.coverage,
         "max_ood_rate": config.max_ood_rate,
+        **fitted.record,
     }
     spec = spec.model_copy(update={"provenance": spec.provenance | {"calibration": record}})
     made = save_bundle(
@@ -185,18 +232,24 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         int8_model=load_int8_model(bundle),
         ood_arrays=ood_arrays,
     )
-    result = Calibration(made, spec.temperature, before, after, thresholds, quality, reason)
-    _log_result(config, bundle, result, len(rows.label))
-    if ood is not None:
-        log_detector(ood)
-    log.show(f"bundle     {made.url}")
-    return result
+    return made, ood
 
 
-def _check_purpose(config: CalibrateConfig) -> None:
-    """Raise RequestError for settings that have no effect."""
+def _check_purpose(config: CalibrateConfig, bundle: Bundle) -> None:
+    """Raise RequestError for settings that have no effect, or are for another task."""
+    if bundle.spec.task == "multilabel":
+        check_multilabel(config)
+    elif config.best_f1:
+        raise RequestError(
+            f"best_f1: is for multilabel bundles, {bundle.url} has one label per image; pass "
+            "--target-precision"
+        )
+    elif config.method == "vector" and bundle.spec.vector_scaling is not None:
+        raise RequestError(
+            f"{bundle.url}: is vector-scaled already; calibrate the bundle it was made from"
+        )
     chosen = (config.target_precision, config.coverage, config.max_ood_rate)
-    if config.method == "none" and chosen == (None, None, None):
+    if config.method == "none" and chosen == (None, None, None) and not config.best_f1:
         raise RequestError(
             "method none: has no effect without --target-precision, --coverage or --max-ood-rate; "
             "pass one, or another --method"
@@ -242,12 +295,8 @@ def load_held_out(
             at = at[(seen + np.arange(len(at))) % every == 0]
             seen += int(((code >= 0) & ok).sum())
             scores = take_scores(table["scores"], at)
-            if not np.isfinite(scores).all():
-                raise RequestError(
-                    f"{run.url}: some scores are NaN or infinite; predict again with a bundle "
-                    "whose network outputs finite scores"
-                )
-            floor = _SCORE_FLOORS[scores.dtype]
+            check_finite_scores(run, scores)
+            floor = SCORE_FLOORS[scores.dtype]
             logs.append(np.log(np.maximum(scores.astype(np.float32), floor)))
             labels.append(code[at])
     if joined is not None:
@@ -274,8 +323,7 @@ def explain_undetermined(rows: HeldOutScores) -> str | None:
 def fit_temperature(rows: HeldOutScores) -> float:
     """Temperature with the minimum mean log loss, within [0.02, 50].
 
-    1 (no change) if the rows do not determine it. Golden-section search over log T, in which the
-    loss has one minimum.
+    1 (no change) if the rows do not determine it.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     import torch
@@ -284,24 +332,10 @@ def fit_temperature(rows: HeldOutScores) -> float:
         return 1.0
     logs, label = torch.from_numpy(rows.log_scores), torch.from_numpy(rows.label)
 
-    def loss(log_t: float) -> float:
-        value = torch.nn.functional.cross_entropy(logs / float(np.exp(log_t)), label)
-        return float(value)
+    def compute_loss(temperature: float) -> float:
+        return float(torch.nn.functional.cross_entropy(logs / temperature, label))
 
-    low, high = float(np.log(0.02)), float(np.log(50.0))
-    ratio = (5**0.5 - 1) / 2
-    a, b = high - ratio * (high - low), low + ratio * (high - low)
-    at_a, at_b = loss(a), loss(b)
-    while high - low > 1e-4:
-        if at_a < at_b:
-            high, b, at_b = b, a, at_a
-            a = high - ratio * (high - low)
-            at_a = loss(a)
-        else:
-            low, a, at_a = a, b, at_b
-            b = low + ratio * (high - low)
-            at_b = loss(b)
-    return float(np.exp((low + high) / 2))
+    return search_temperature(compute_loss)
 
 
 def _fit_temperature_scaling(rows: HeldOutScores) -> Scaling:
@@ -318,7 +352,7 @@ def fit_vector_scaling(rows: HeldOutScores) -> Scaling:
     import torch
 
     if explain_undetermined(rows) is not None:
-        return _IDENTITY_SCALE, None
+        return IDENTITY_SCALE, None
     logs, label = torch.from_numpy(rows.log_scores), torch.from_numpy(rows.label)
     scale = torch.full((logs.shape[1],), 1 / fit_temperature(rows), requires_grad=True)
     bias = torch.zeros(logs.shape[1], requires_grad=True)
@@ -413,15 +447,7 @@ def _apply_thresholds(
         return spec if same else spec.model_copy(update={"threshold": 0.0, "thresholds": {}})
     if not config.per_class:
         return spec.model_copy(update={"threshold": thresholds[0].threshold, "thresholds": {}})
-    chosen = {
-        each.label: NEVER_ACCEPT if each.threshold is None else each.threshold
-        for each in thresholds
-        if each.label is not None
-    }
-    strictest = max(
-        (value for value in chosen.values() if value < NEVER_ACCEPT), default=NEVER_ACCEPT
-    )
-    return spec.model_copy(update={"threshold": strictest, "thresholds": chosen})
+    return apply_class_thresholds(spec, thresholds)
 
 
 def _log_result(config: CalibrateConfig, bundle: Bundle, result: Calibration, rows: int) -> None:
@@ -433,26 +459,7 @@ def _log_result(config: CalibrateConfig, bundle: Bundle, result: Calibration, ro
             f"ECE        {result.ece_before:.4f} before, {result.ece_after:.4f} after (two-fold "
             "cross-fitting)"
         )
-    reached = [t for t in result.thresholds if t.threshold is not None]
-    for each in reached[:20]:
-        name = "all classes" if each.label is None else each.label
-        assert each.precision is not None
-        assert each.lower is not None
-        assert each.upper is not None
-        log.show(
-            f"threshold  {each.threshold:.6g} for {name}: {each.precision:.2%} correct "
-            f"({each.lower:.2%} to {each.upper:.2%}), {each.coverage:.2%} accepted"
-        )
-    if len(reached) > 20:
-        log.show(f"           and {len(reached) - 20:,} more classes")
-    never = [t.label for t in result.thresholds if t.threshold is None]
-    if never:
-        shown = ", ".join(str(name) for name in never[:10])
-        log.emit(
-            "note",
-            f"{len(never):,} of {len(result.thresholds):,} classes never reach the target "
-            f"({shown}{', ...' if len(never) > 10 else ''}); their predictions are not accepted",
-        )
+    log_thresholds(result.thresholds, "accepted", "their predictions are not accepted")
     sets = result.bundle.spec.label_sets
     if config.coverage is not None and sets is not None:
         log_label_sets(sets, result.label_set_quality, tuple(bundle.spec.classes))

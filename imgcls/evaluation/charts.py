@@ -54,6 +54,7 @@ _STYLE: Any = {
     "ytick.color": _INK,
 }
 _SIZE = (5.2, 3.6)
+_SMALL_SIZE = (2.6, 1.9)
 _PALETTE = (
     *("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#76b7b2"),
     *("#edc948", "#e15759", "#9c755f", "#ff9da7", "#bab0ac"),
@@ -62,10 +63,13 @@ _PALETTE = (
 _MAX_NAME = 24
 
 
-def plot_reliability(calibration: pa.Table) -> str:
+def plot_reliability(
+    calibration: pa.Table, x: str = "confidence", y: str = "accuracy", bins: str = "rows"
+) -> str:
     """Reliability diagram: accuracy per confidence bin, with the diagonal of a calibrated model.
 
     calibration: table of `tables.build_calibration`, of a labeled run
+    x, y, bins: names of the axes and of what the bins count
     """
     rows = [row for row in calibration.to_pylist() if row["count"] and row["accuracy"] is not None]
     with matplotlib.rc_context(_STYLE):
@@ -75,7 +79,7 @@ def plot_reliability(calibration: pa.Table) -> str:
         accuracy = np.array([row["accuracy"] for row in rows])
         confidence = np.array([row["mean_confidence"] for row in rows])
         count = np.array([row["count"] for row in rows])
-        axis.bar(middle, accuracy, 0.92 * width, color=_OTHER, alpha=0.35, label="accuracy")
+        axis.bar(middle, accuracy, 0.92 * width, color=_OTHER, alpha=0.35, label=y)
         axis.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle="--", label="calibrated")
         axis.scatter(
             confidence,
@@ -83,11 +87,26 @@ def plot_reliability(calibration: pa.Table) -> str:
             s=12 + 90 * np.sqrt(count / count.max()),
             color=_OTHER,
             zorder=3,
-            label="bins, larger with more rows",
+            label=f"bins, larger with more {bins}",
         )
-        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
+        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel=x, ylabel=y)
         _format_percent_axes(axis.xaxis, axis.yaxis)
         axis.legend(loc="upper left")
+        return _render_svg(figure)
+
+
+def plot_precision_recall(recall: Sequence[float], precision: Sequence[float]) -> str:
+    """Precision-recall curve of one class, small, without labels of the axes."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=_SMALL_SIZE, layout=ConstrainedLayoutEngine())
+        axis = figure.subplots()
+        # the precision of the first point holds for every lower recall
+        x, y = [0.0, *recall], [*precision[:1], *precision]
+        axis.fill_between(x, y, color=_OTHER, alpha=0.15, linewidth=0)
+        axis.plot(x, y, color=_OTHER, linewidth=1.5)
+        ticks = (0, 0.5, 1)
+        axis.set(xlim=(0, 1.02), ylim=(0, 1.04), xticks=ticks, yticks=ticks)
+        _format_percent_axes(axis.xaxis, axis.yaxis)
         return _render_svg(figure)
 
 

@@ -7,7 +7,6 @@ both runs and a label that is a class of both models are compared; the others ar
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,12 @@ from imgcls import log
 from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
-from imgcls.errors import OK, RequestError, TooManyErrors
-from imgcls.evaluation.aggregate import NO_VALUE, read_piece
-from imgcls.evaluation.config import CompareConfig, parse_points
-from imgcls.evaluation.label_join import normalize_join_keys, resolve_labels, select_run_columns
+from imgcls.errors import OK, RequestError
+from imgcls.evaluation.aggregate import NO_VALUE
+from imgcls.evaluation.config import CompareConfig
+from imgcls.evaluation.label_join import resolve_labels, select_run_columns
+from imgcls.evaluation.multilabel_compare import MultiLabelComparison, compare_multilabel
+from imgcls.evaluation.row_pairs import check_not_worse, check_pairing, iter_row_pairs
 from imgcls.metrics.agreement import PairedComparison, mcnemar_test
 from imgcls.runs.committed import CommittedRun, open_run
 from imgcls.runs.layout import write_tables
@@ -35,6 +36,7 @@ _GROUP_FIELDS = [
     *(pa.field(n, pa.int64()) for n in ("only_a", "only_b")),
     pa.field("p_value", pa.float64()),
 ]
+_COLUMNS_B = ["row", "predicted_label", "confidence", "status"]
 _NO_DIFFERING = pa.schema(
     [
         ("row", pa.int64()),
@@ -84,7 +86,7 @@ class RunComparison:
 
 
 @with_config_storage
-def compare(config: CompareConfig) -> RunComparison:
+def compare(config: CompareConfig) -> RunComparison | MultiLabelComparison:
     """Compare two runs and log the result.
 
     Parameters
@@ -94,51 +96,41 @@ def compare(config: CompareConfig) -> RunComparison:
 
     Returns
     -------
-    RunComparison
-        The difference of the accuracies, per class and slice, and the differing rows.
+    RunComparison or MultiLabelComparison
+        The difference of the accuracies, or of the metrics of multilabel, per class and slice, and
+        the differing rows.
 
     Raises
     ------
     RequestError
-        If the runs cannot be compared.
+        If the runs cannot be compared, or one of them is a multilabel run.
     TooManyErrors
         If run_b is worse than `fail_if_worse` allows (exit code 3).
     """
     a, b = open_run(config.run_a), open_run(config.run_b)
     for run in (a, b):
         run.check_predictions()
+    if a.task != b.task:
+        raise RequestError(
+            f"{a.url} was labeled by a {a.task} bundle, {b.url} by a {b.task} one; pass two runs "
+            "of one task"
+        )
+    if a.task == "multilabel":
+        return compare_multilabel(a, b, config)
     comparison = compare_runs(a, b, config)
     _log_comparison(a, b, comparison)
     if config.output is not None:
         _write_comparison(config.output, a, b, comparison)
-    allowed = parse_points(config.fail_if_worse) if config.fail_if_worse is not None else None
-    if allowed is not None and comparison.paired.difference < -allowed - 1e-12:
-        raise TooManyErrors(
-            f"{b.url}: is {-100 * comparison.paired.difference:.2f} points worse than {a.url}, "
-            f"allowed {100 * allowed:g}; keep the current model, or raise --fail-if-worse"
-        )
+    check_not_worse(a, b, comparison.paired.difference, config.fail_if_worse)
     return comparison
 
 
 def compare_runs(a: CommittedRun, b: CommittedRun, config: CompareConfig) -> RunComparison:
     """Compare the rows that both runs have. Raises RequestError if there are none."""
     a.check_slices(select_run_columns(config.slice_by, joined=config.labels is not None))
-    # a compacted history has the rows of many manifests; its fingerprint is that of the newest run
-    other_rows = a.merged_runs or b.merged_runs or a.manifest_fingerprint != b.manifest_fingerprint
-    if config.on is None and other_rows:
-        raise RequestError(
-            f"{a.url} and {b.url} have different manifests; name the column that identifies the "
-            f"image, e.g. --on {a.path_column}"
-        )
-    if config.on is not None:
-        for run in (a, b):
-            run.check_key(config.on)
+    check_pairing(a, b, config.on)
     counter = _PairCounter(a, b, config)
-    if config.on is None:
-        pairs = _align_rows(a, b, counter.columns)
-    else:
-        pairs = _join_rows(a, b, counter.columns, config.on)
-    for left, right in pairs:
+    for left, right in iter_row_pairs(a, b, counter.columns, _COLUMNS_B, config.on):
         counter.add(left, right)
     return counter.finish()
 
@@ -277,62 +269,6 @@ class _PairCounter:
         first = ["label"] if classes else ["slice_by", "value"]
         schema = pa.schema([*((name, pa.string()) for name in first), *_GROUP_FIELDS])
         return pa.Table.from_pylist(rows, schema=schema)
-
-
-def _align_rows(
-    a: CommittedRun, b: CommittedRun, columns: list[str]
-) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Pair the rows of one manifest in order; the runs may split them into different files."""
-    rights = _iter_tables(b, ["row", "predicted_label", "confidence", "status"])
-    pending = next(rights, None)
-    for left in _iter_tables(a, columns):
-        while left.num_rows:
-            if pending is None or pending.num_rows == 0:
-                pending = next(rights, None)
-                if pending is None:
-                    return  # b has fewer rows
-                continue
-            rows = min(left.num_rows, pending.num_rows)
-            yield left.slice(0, rows), pending.slice(0, rows)
-            left, pending = left.slice(rows), pending.slice(rows)
-
-
-def _join_rows(
-    a: CommittedRun, b: CommittedRun, columns: list[str], on: str
-) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Pair rows by a column with unique values; the columns of b are held in memory."""
-    import pandas as pd
-
-    columns_b = list(dict.fromkeys([on, "predicted_label", "confidence", "status"]))
-    table_b = pa.concat_tables(_iter_tables(b, columns_b)).unify_dictionaries()
-    table_b = table_b.filter(pc.is_valid(table_b[on]))  # a row without a key has no counterpart
-    index = pd.Index(normalize_join_keys(table_b[on]).to_pandas())
-    if index.has_duplicates:
-        key = index[index.duplicated()][0]
-        raise RequestError(f"{b.url}: {on} {key!r} occurs twice; join on another column")
-    seen = 0
-    used = np.zeros(len(index), bool)
-    for left in _iter_tables(a, list(dict.fromkeys([*columns, on]))):
-        match = index.get_indexer(normalize_join_keys(left[on]).to_pandas())
-        hit = np.flatnonzero(match >= 0)
-        taken = match[hit]
-        if used[taken].any() or len(np.unique(taken)) < len(taken):
-            raise RequestError(f"{a.url}: {on} occurs in several rows; join on another column")
-        used[taken] = True
-        seen += len(hit)
-        yield left.take(hit), table_b.take(taken)
-    if seen == 0:
-        raise RequestError(
-            f"{a.url} and {b.url} share no {on} (such as {index[0]!r}); check that both manifests "
-            "use the same form"
-        )
-    if seen < max(a.rows, b.rows):
-        log.emit("note", f"{seen:,} rows are in both, of {a.rows:,} and {b.rows:,}")
-
-
-def _iter_tables(run: CommittedRun, names: list[str]) -> Iterator[pa.Table]:
-    for piece in run.split_row_groups(10**9):
-        yield from read_piece(run, piece, names)
 
 
 def _log_comparison(a: CommittedRun, b: CommittedRun, comparison: RunComparison) -> None:

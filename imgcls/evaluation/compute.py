@@ -5,38 +5,32 @@ Never runs a model. Metrics whose columns are missing are left out, with a note 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import pyarrow as pa
 
-from imgcls.data.storage import filesystem
-from imgcls.data.storage.storage_settings import StorageConfig, current_settings, use_settings
 from imgcls.errors import RequestError
 from imgcls.evaluation import row_lookup
 from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate, aggregate_run
 from imgcls.evaluation.config import EvaluationOptions
-from imgcls.evaluation.embedding_map import EmbeddingMap, compute_map
+from imgcls.evaluation.embedding_map import compute_map
 from imgcls.evaluation.label_join import JoinedLabels, resolve_labels, select_run_columns
-from imgcls.metrics import tables
+from imgcls.evaluation.multilabel import MultiLabelEvaluation, compute_multilabel
+from imgcls.evaluation.result import RunEvaluation, build_slice_row, build_slice_table
+from imgcls.metrics import PredictionCounts, tables
 from imgcls.metrics.confusion import ClassCounts
 from imgcls.metrics.discrimination import build_discrimination_table
-from imgcls.metrics.formatting import list_headlines
 from imgcls.metrics.intervals import wilson_interval
 from imgcls.metrics.label_sets import build_set_columns
 from imgcls.metrics.selective import build_coverage_curve
 from imgcls.metrics.tables import Metric
-from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, open_run
 
-SUMMARY_FILE = "summary.json"
 
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """Result of `imgcls.evaluate`: metrics and tables of a run.
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Evaluation(RunEvaluation):
+    """Result of `imgcls.evaluate`: metrics and tables of a run with one label per image.
 
     In a notebook it shows the headline numbers, the confusion matrix, the curves and the worst
     mistakes.
@@ -66,51 +60,40 @@ class Evaluation:
         Storage settings that the evaluation was made with; images are read with them.
     """
 
-    run: CommittedRun
-    config: EvaluationOptions
     aggregate: RunAggregate
-    has_labels: bool
-    metrics: list[Metric]
-    omitted: list[str]
-    per_class: pa.Table
     coverage_curve: pa.Table
-    slices: pa.Table
-    mistakes: pa.Table
     uncertain: pa.Table
-    strangest: pa.Table
-    label_issues: pa.Table
-    embedding_map: EmbeddingMap | None
-    storage: StorageConfig = field(default_factory=current_settings, repr=False)
 
-    def get_metric(self, name: str) -> Metric | None:
-        """Find a metric by name.
+    @property
+    def counts(self) -> PredictionCounts:
+        """Counts of the rows of the run."""
+        return self.aggregate.counts
 
-        Parameters
-        ----------
-        name : str
-            Name as in `summary.json`, such as "accuracy".
+    def build_tables(self) -> dict[str, pa.Table]:
+        """The tables of `metrics/`, by file name without its extension."""
+        return {
+            "per_class": self.per_class,
+            "confusion": tables.build_confusion(self.counts),
+            "calibration": tables.build_calibration(self.counts),
+            "coverage": self.coverage_curve,
+            "slices": self.slices,
+            "label_issues": self.label_issues,
+        }
 
-        Returns
-        -------
-        Metric or None
-            None if the run does not define it.
-        """
-        return next((metric for metric in self.metrics if metric.name == name), None)
+    def compute_count_metrics(self) -> list[Metric]:
+        """The metrics that need no scores, which prediction logs too."""
+        return tables.compute_metrics(self.counts, top_k=self.run.top_k, resamples=0)
 
-    def __repr__(self) -> str:
-        counts = self.aggregate.counts
-        found = [self.get_metric(n) for n in list_headlines([m.name for m in self.metrics])]
-        texts = [f"{counts.rows:,} rows", *(str(metric) for metric in found[:3])]
-        return f"<Evaluation of {self.run.url}: {', '.join(texts)}>"
+    def render(self, *, in_notebook: bool) -> str:
+        """Render the report, or its short form for a notebook."""
+        from imgcls.evaluation.report import render_notebook, render_run
 
-    def _repr_html_(self) -> str:
-        from imgcls.evaluation import report
-
-        with use_settings(self.storage):
-            return report.render_notebook(self)
+        return render_notebook(self) if in_notebook else render_run(self)
 
 
-def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool) -> Evaluation:
+def compute_evaluation(
+    url: str, config: EvaluationOptions, *, need_labels: bool
+) -> Evaluation | MultiLabelEvaluation:
     """Evaluate a committed run.
 
     Parameters
@@ -124,7 +107,8 @@ def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool
 
     Returns
     -------
-    Evaluation
+    Evaluation or MultiLabelEvaluation
+        By the task of the bundle that made the run.
 
     Raises
     ------
@@ -135,6 +119,14 @@ def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool
     """
     run = open_run(url)
     run.check_predictions()
+    if run.task == "multilabel":
+        return compute_multilabel(run, config, need_labels=need_labels)
+    return _compute_single_label(run, config, need_labels=need_labels)
+
+
+def _compute_single_label(
+    run: CommittedRun, config: EvaluationOptions, *, need_labels: bool
+) -> Evaluation:
     label_column, joined = resolve_labels(run, config.labels, config.on, required=need_labels)
     run.check_slices(select_run_columns(config.slice_by, joined=joined is not None))
     spec = AggregateSpec(
@@ -182,47 +174,6 @@ def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool
     )
 
 
-def write_evaluation(evaluation: Evaluation, output: str) -> None:
-    """Write `metrics/*.parquet` and `summary.json` into a folder."""
-    counts = evaluation.aggregate.counts
-    layout.write_tables(
-        filesystem.join(output, layout.METRICS_FOLDER),
-        {
-            "summary": tables.build_summary_table(evaluation.metrics),
-            "per_class": evaluation.per_class,
-            "confusion": tables.build_confusion(counts),
-            "calibration": tables.build_calibration(counts),
-            "coverage": evaluation.coverage_curve,
-            "slices": evaluation.slices,
-            "label_issues": evaluation.label_issues,
-        },
-    )
-    body = json.dumps(build_summary_json(evaluation), indent=2) + "\n"
-    filesystem.write(filesystem.join(output, SUMMARY_FILE), body.encode())
-
-
-def build_summary_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Contents of `summary.json`: the value of each metric and its interval, if it has one."""
-    run = evaluation.run
-    return {
-        "run": run.url,
-        "rows": evaluation.aggregate.counts.rows,
-        "bundle_sha256": run.bundle_sha256,
-        "manifest_fingerprint": run.manifest_fingerprint,
-        "labels": evaluation.config.labels and evaluation.config.labels.path,
-        "metrics": {
-            metric.name: {
-                "value": metric.value,
-                "lower": metric.interval and metric.interval[0],
-                "upper": metric.interval and metric.interval[1],
-            }
-            for metric in evaluation.metrics
-        },
-        "label_issues": evaluation.label_issues.num_rows,
-        "left_out": evaluation.omitted,
-    }
-
-
 def _explain_omissions(
     run: CommittedRun, found: RunAggregate, joined: JoinedLabels | None
 ) -> Iterator[str]:
@@ -261,24 +212,17 @@ def _build_per_class(found: RunAggregate) -> pa.Table:
 
 
 def _build_slices(found: RunAggregate, top_k: int, small: int) -> pa.Table:
-    """A row per slice and a column per metric, the worst first, small slices last.
-
-    slice_by, value (string), small (bool), then the metrics of `summary` and the ends of the
-    interval of accuracy; null where a slice does not have a metric.
-    """
-    rows: list[dict[str, Any]] = []
-    for column, slices in found.slices.items():
-        for value, counts in slices.items():
-            known = {m.name: m for m in tables.compute_metrics(counts, top_k=top_k, resamples=0)}
-            row: dict[str, Any] = {"slice_by": column, "value": value}
-            row["small"] = (counts.labeled if found.counts.labeled else counts.ok) < small
-            row |= {name: float(metric.value) for name, metric in known.items()}
-            if "accuracy" in known:
-                row["accuracy_lower"], row["accuracy_upper"] = known["accuracy"].interval or (0, 1)
-            rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    if not rows:
-        return pa.table({n: pa.array([], pa.string()) for n in ("slice_by", "value")})
-    quality = "accuracy" if "accuracy" in names else "mean_confidence"
-    rows.sort(key=lambda r: (r["small"], r.get(quality, 2.0), r["slice_by"], r["value"]))
-    return pa.table({name: [row.get(name) for row in rows] for name in names})
+    """Metrics of each slice, as `build_slice_table` returns them."""
+    rows = [
+        build_slice_row(
+            column,
+            value,
+            tables.compute_metrics(counts, top_k=top_k, resamples=0),
+            small=(counts.labeled if found.counts.labeled else counts.ok) < small,
+            with_interval="accuracy",
+        )
+        for column, slices in found.slices.items()
+        for value, counts in slices.items()
+    ]
+    has_accuracy = any("accuracy" in row for row in rows)
+    return build_slice_table(rows, "accuracy" if has_accuracy else "mean_confidence")

@@ -25,8 +25,13 @@ class LabelTableConfig(Section):
 
     path: str
     """File, folder or glob of the table."""
-    column: str = "label"
-    """Column of class names."""
+    column: str | None = None
+    """Column of class names, or of lists of them (default: `label`; for a multilabel run also
+    `labels`)."""
+    label_delimiter: str | None = None
+    """Separator of several class names in the column, such as ; (multilabel)."""
+    label_columns: Names = []
+    """Columns of classes, separated by commas: 1, 0, or no value where unknown (multilabel)."""
     delimiter: str | None = None
     """CSV delimiter (default: detected from the header line)."""
     encoding: str = "utf-8"
@@ -116,7 +121,7 @@ def parse_points(text: str) -> float:
 
 
 class CompareConfig(Section):
-    """Compare the accuracy of two runs over the same images, per class and slice."""
+    """Compare the accuracy or the multilabel metrics of two runs over the same images."""
 
     positional: ClassVar[tuple[str, ...]] = ("run_a", "run_b")
 
@@ -131,7 +136,8 @@ class CompareConfig(Section):
     slice_by: Names = []
     """Columns of run_a to slice by: the difference for each value, e.g. camera,site."""
     fail_if_worse: Annotated[str, AfterValidator(_validate_points)] | None = None
-    """Exit with code 3 if the accuracy of run_b is lower by more than this, e.g. 0.5pt."""
+    """Exit with code 3 if the accuracy of run_b is lower by more than this, e.g. 0.5pt; for
+    multilabel, if its mean average precision is."""
     output: str | None = None
     """Folder for per_class, slices and differing rows as Parquet, and summary.json."""
     storage: StorageConfig = StorageConfig()
@@ -149,11 +155,15 @@ class CalibrateConfig(LabelJoinConfig):
     method: Literal["temperature", "vector", "none"] = "temperature"
     """vector: a scale and a bias per class (needs many rows per class); none: thresholds only."""
     target_precision: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Choose the lowest threshold at which this share of the accepted rows is correct."""
-    per_class: bool = False
-    """Choose a threshold per predicted class instead of one for all."""
+    """Choose the lowest threshold at which this share of the accepted rows is correct; for
+    multilabel, of the predicted labels."""
+    best_f1: bool = False
+    """For multilabel: choose the thresholds with the best F1."""
+    per_class: bool | None = None
+    """Choose a threshold per predicted class instead of one for all (default: with best_f1)."""
     min_rows: PositiveInt = 30
-    """Minimum number of accepted labeled rows for a threshold."""
+    """Minimum number of accepted labeled rows for a threshold; with best_f1, of images with the
+    class."""
     coverage: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Choose conformal label sets, which include the label with this probability."""
     coverage_per_class: bool = False
@@ -171,6 +181,19 @@ class CalibrateConfig(LabelJoinConfig):
     overwrite: bool = False
     """Replace an existing bundle."""
     storage: StorageConfig = StorageConfig()
+
+    @model_validator(mode="after")
+    def _check_thresholds(self) -> Self:
+        if self.best_f1 and self.target_precision is not None:
+            raise ValueError(
+                "best_f1: chooses the thresholds, as target_precision does; pass one of them"
+            )
+        return self
+
+    @property
+    def has_class_thresholds(self) -> bool:
+        """Whether each class gets its own threshold."""
+        return self.best_f1 if self.per_class is None else self.per_class
 
 
 MIN_IMAGES = 16
@@ -206,6 +229,49 @@ class ReportConfig(Section):
     """File to write (default: report.html in the source folder)."""
     evaluation: EvaluationOptions = EvaluationOptions()
     storage: StorageConfig = StorageConfig()
+
+
+class SelectConfig(Section):
+    """Select the rows of a run that are most useful to label next."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: str
+    """Output folder of `imgcls predict`, or of `imgcls history compact`."""
+    output: str
+    """Folder to write manifest.parquet and selection.parquet to."""
+    count: PositiveInt = 500
+    """Number of rows to select."""
+    by: Literal["margin", "entropy", "ood", "disagreement"] = "margin"
+    """margin: small difference of the two best scores. entropy: of all scores. ood: unlike the
+    training data. disagreement: with another model, see other_run."""
+    diverse: bool = False
+    """Of the most uncertain rows, choose those that differ most from each other (k-center over the
+    embeddings). Default: the most uncertain ones."""
+    candidates: PositiveInt | None = None
+    """Number of most uncertain rows to choose from. Default: 10 times count."""
+    per_class_cap: PositiveInt | None = None
+    """Maximum number of selected rows of each predicted class."""
+    max_similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.98
+    """Cosine similarity of two embeddings above which the images are near-duplicates: only one of
+    them is selected."""
+    other_run: str | None = None
+    """For disagreement: output folder of another model's run over the same images."""
+    on: str | None = None
+    """Column that identifies the image in both runs; required if their manifests differ."""
+    exclude: ManifestConfig | None = None
+    """Manifest of images that are not selected, such as those that are being labeled."""
+    include_labeled: bool = False
+    """Also select rows that have a label."""
+    overwrite: bool = False
+    """Replace an existing selection."""
+    storage: StorageConfig = StorageConfig()
+
+    @model_validator(mode="after")
+    def _check_candidates(self) -> Self:
+        if self.candidates is not None and self.candidates < self.count:
+            raise ValueError(f"candidates {self.candidates}: is smaller than count {self.count}")
+        return self
 
 
 class SimilarConfig(Section):

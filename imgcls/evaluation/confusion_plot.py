@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imgcls.metrics.columns import Floats, Ints
+from imgcls.metrics.columns import Bools, Floats, Ints
 from imgcls.metrics.counts import PredictionCounts
 
 MAX_TABLE_CLASSES = 24
@@ -54,7 +54,7 @@ def build_matrix(counts: PredictionCounts, max_classes: int) -> ConfusionMatrix:
     inside = (row[label] >= 0) & (row[predicted] >= 0)
     dense = np.zeros((len(chosen), len(chosen)), np.int64)
     np.add.at(dense, (row[label[inside]], row[predicted[inside]]), number[inside])
-    order = _order_by_confusion(dense)
+    order = order_by_confusion(dense)
     names = [counts.classes[chosen[i]] for i in order]
     return ConfusionMatrix(names, dense[np.ix_(order, order)], len(occurring) - len(chosen))
 
@@ -80,12 +80,20 @@ def render_matrix(matrix: ConfusionMatrix) -> str:
     strength = np.sqrt(matrix.shares)
     diagonal = np.eye(len(matrix.classes), dtype=bool)
     # off the diagonal a few percent already matter
-    visible = np.where(diagonal, strength, np.minimum(1.0, 2.5 * strength))
-    color = np.where(diagonal[..., None], (37, 99, 235), (220, 38, 38))
+    return render_cells(np.where(diagonal, strength, np.minimum(1.0, 2.5 * strength)), diagonal)
+
+
+def render_cells(visible: Floats, is_good: Bools) -> str:
+    """Render a square matrix as a PNG data URI, a pixel per cell.
+
+    visible: (n, n) opacity of each cell
+    is_good: (n, n) cells in blue; the others are red
+    """
+    color = np.where(is_good[..., None], (37, 99, 235), (220, 38, 38))
     alpha = (255 * visible).round()[..., None]
     pixels = np.concatenate([color, alpha], axis=2).astype(np.uint8)
     image = Image.fromarray(pixels, "RGBA")
-    scale = max(1, 800 // len(matrix.classes))
+    scale = max(1, 800 // len(visible))
     if scale > 1:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     sink = io.BytesIO()
@@ -105,8 +113,8 @@ def _select_most_confused(counts: PredictionCounts, occurring: Ints, max_classes
     return named[np.sort(first)[:max_classes]]
 
 
-def _order_by_confusion(dense: Ints) -> NDArray[np.int64]:
-    """Order in which confused classes are adjacent.
+def order_by_confusion(dense: Ints) -> NDArray[np.int64]:
+    """Order in which confused classes are adjacent; dense: (n, n) counts of pairs.
 
     By the Fiedler vector of the graph of mistakes: the second eigenvector of its Laplacian orders
     nodes so that connected ones are close. Source: Atkins, Boman, Hendrickson, "A Spectral

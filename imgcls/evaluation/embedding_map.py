@@ -30,6 +30,7 @@ MAX_RANGES = 40
 MAX_CLUSTERS = 12
 _CLUSTER_DIMENSIONS = 32
 _SHOWN_IMAGES = 4
+_TOP_K = ("topk_labels", "topk_scores")
 _ITERATIONS = 50
 
 
@@ -76,16 +77,22 @@ def compute_map(
 ) -> EmbeddingMap | None:
     """The map of a run; None without embeddings of at least three images with a prediction.
 
-    label_column, joined: labels, as `label_join.resolve_labels` returns them
+    The class of an image of a multilabel run is that with the highest score.
+    label_column, joined: labels, as `label_join.resolve_labels` returns them; None for multilabel
     """
     if "embedding" not in run.schema.names or run.merged_runs:
         return None
-    names = [run.path_column, "predicted_label", "confidence", "embedding"]
+    is_multilabel = run.task == "multilabel"
+    predictions = _TOP_K if is_multilabel else ("predicted_label", "confidence")
+    names = [run.path_column, *predictions, "embedding"]
     if joined is not None:
         names += [*joined.required_columns, "status"]
     elif label_column is not None:
         names += [label_column, "label_score"]
     table = _sample_rows(run, list(dict.fromkeys(names)), np.random.default_rng(seed))
+    if is_multilabel:
+        table = _add_best_class(table)
+    table = table.filter(table["predicted_label"].is_valid())
     if joined is not None:
         table, label_column = joined.rejoin(table), JOINED_COLUMN
     if table.num_rows < 3:
@@ -169,7 +176,18 @@ def _sample_rows(run: CommittedRun, names: list[str], rng: np.random.Generator) 
     for file, parts in positions.items():
         tables.append(read_part_rows(run.files[file], names, np.concatenate(parts)))
     table = pa.concat_tables(tables).unify_dictionaries()
-    return table.filter(pc.and_(table["embedding"].is_valid(), table["predicted_label"].is_valid()))
+    return table.filter(table["embedding"].is_valid())
+
+
+def _add_best_class(table: pa.Table) -> pa.Table:
+    """Add the class with the highest score and its score, as a run with one label per image has."""
+    for name, listed in zip(("predicted_label", "confidence"), _TOP_K, strict=True):
+        lists = table[listed].combine_chunks()
+        kept = pc.fill_null(pc.list_value_length(lists), 0).to_numpy() > 0
+        best = pc.list_element(lists.filter(pa.array(kept)), 0)
+        place = pa.array(np.cumsum(kept) - 1, mask=~kept)
+        table = table.append_column(name, best.take(place))
+    return table
 
 
 def _select_shown(run: CommittedRun, table: pa.Table, label_column: str | None) -> pa.Table:

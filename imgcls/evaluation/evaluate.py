@@ -14,9 +14,11 @@ from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import use_settings
 from imgcls.errors import ConfigError, ManifestError
 from imgcls.evaluation import report
-from imgcls.evaluation.compute import SUMMARY_FILE, Evaluation, compute_evaluation, write_evaluation
+from imgcls.evaluation.compute import Evaluation, compute_evaluation
 from imgcls.evaluation.config import EvaluateConfig
 from imgcls.evaluation.label_join import select_run_columns
+from imgcls.evaluation.multilabel import MultiLabelEvaluation
+from imgcls.evaluation.result import SUMMARY_FILE, RunEvaluation, write_evaluation
 from imgcls.inference.predict import PredictConfig, predict
 from imgcls.metrics import tables
 from imgcls.metrics.formatting import format_summary
@@ -25,7 +27,9 @@ from imgcls.runs.committed import is_scalar_type
 from imgcls.runs.schema import build_prediction_schema
 
 
-def evaluate(config: EvaluateConfig | None = None, /, **settings: Any) -> Evaluation:
+def evaluate(
+    config: EvaluateConfig | None = None, /, **settings: Any
+) -> Evaluation | MultiLabelEvaluation:
     """Evaluate existing predictions, or run prediction on a manifest and evaluate the result.
 
     Writes metric tables, `summary.json` and `report.html` to the output folder, and logs the
@@ -40,8 +44,8 @@ def evaluate(config: EvaluateConfig | None = None, /, **settings: Any) -> Evalua
 
     Returns
     -------
-    Evaluation
-        Metrics and tables; in a notebook it is shown as a short report.
+    Evaluation or MultiLabelEvaluation
+        Metrics and tables, by the task of the bundle; in a notebook a short report is shown.
 
     Raises
     ------
@@ -64,7 +68,7 @@ def evaluate(config: EvaluateConfig | None = None, /, **settings: Any) -> Evalua
         return _evaluate(config)
 
 
-def _evaluate(config: EvaluateConfig) -> Evaluation:
+def _evaluate(config: EvaluateConfig) -> Evaluation | MultiLabelEvaluation:
     source, was_shown = _resolve_run(config)
     # with a manifest, the output is that of prediction, where {date} is replaced
     given = config.output if config.manifest is None else None
@@ -72,22 +76,19 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
     evaluation = compute_evaluation(source, config, need_labels=True)
     write_evaluation(evaluation, output)
     report_url = filesystem.join(output, report.REPORT_FILE)
-    filesystem.write(report_url, report.render_run(evaluation).encode())
+    filesystem.write(report_url, evaluation.render(in_notebook=False).encode())
     _log_result(evaluation, output, was_shown=was_shown)
     return evaluation
 
 
-def _log_result(evaluation: Evaluation, output: str, *, was_shown: bool) -> None:
+def _log_result(evaluation: RunEvaluation, output: str, *, was_shown: bool) -> None:
     """Log the headline numbers and where the others are.
 
     was_shown: prediction has just logged the metrics that need no scores
     """
     metrics = evaluation.metrics
     if was_shown:
-        known = tables.compute_metrics(
-            evaluation.aggregate.counts, top_k=evaluation.run.top_k, resamples=0
-        )
-        names = {metric.name for metric in known}
+        names = {metric.name for metric in evaluation.compute_count_metrics()}
         metrics = [metric for metric in metrics if metric.name not in names]
     text = format_summary(tables.build_summary_table(metrics))
     if text:
@@ -164,7 +165,7 @@ def _check_manifest(config: EvaluateConfig, manifest: Manifest) -> None:
                 f"{option}: column {name!r} of manifest {manifest.source} is {kinds[name]}; pass "
                 "a column of plain values, such as text, numbers or dates"
             )
-    if config.labels is None and manifest.label_column is None:
+    if config.labels is None and manifest.find_label_columns() is None:
         raise ManifestError(
             f"manifest {manifest.source}: has no label column to evaluate against; name it with "
             "--manifest.label-column, or join labels with --labels TABLE"

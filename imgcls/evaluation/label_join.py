@@ -6,24 +6,26 @@ either side is rejected, because its label would be ambiguous.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls import log
-from imgcls.data.manifests.manifest import ManifestConfig, normalize_labels, open_manifest
+from imgcls.data.manifests.manifest import Manifest, ManifestConfig, normalize_labels, open_manifest
 from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import OK, RequestError
 from imgcls.evaluation.config import LabelTableConfig
 from imgcls.metrics.columns import encode_classes, take_scores
-from imgcls.models.task import SINGLE_LABEL
+from imgcls.models.single_label import SINGLE_LABEL
 from imgcls.runs.committed import CommittedRun, is_scalar_type
 
 JOINED_COLUMN = "label"
 """Column of the joined label."""
-_KEYS = KeyNames("labels", {"path_column": "on", "label_column": "labels.column"})
+KEYS = KeyNames("labels", {"path_column": "on", "label_column": "labels.column"})
 
 
 def select_run_columns(names: Sequence[str], *, joined: bool) -> list[str]:
@@ -39,6 +41,12 @@ def resolve_labels(
     Raises RequestError if the labels cannot be used, or are required and missing.
     """
     if labels is not None:
+        for name in ("label_delimiter", "label_columns"):
+            if getattr(labels, name):
+                raise RequestError(
+                    f"{KEYS.key(name)}: is for several labels per image, and {run.url} has one "
+                    "per image; remove it"
+                )
         return JOINED_COLUMN, JoinedLabels(labels, run, on or run.path_column)
     if required and run.label_column is None:
         raise RequestError(
@@ -48,34 +56,32 @@ def resolve_labels(
     return run.label_column, None
 
 
-class JoinedLabels:
-    """Labels by key, and which of them were matched."""
+class KeyedLabels(ABC):
+    """Rows of a table of labels by key, and which of them were matched.
 
-    def __init__(self, config: LabelTableConfig, run: CommittedRun, on: str) -> None:
-        """Read the labels. Raises RequestError if the table or a key cannot be used."""
-        self.source = f"labels {config.path}"
+    required_columns: columns of the run that a join needs
+    """
+
+    def __init__(self, source: str, on: str, keys: pa.ChunkedArray) -> None:
+        """Sort the keys. Raises RequestError if one is null or occurs twice."""
+        self.source = source
         self.key_column = on
-        run.check_key(on)
-        self.classes = run.classes
-        self.required_columns = [on, "topk_labels", *(["scores"] if run.has_scores else [])]
-        batches = _read_labels(config, on, is_path=on == run.path_column)
-        if not batches:
-            raise RequestError(f"{self.source}: has no rows")
-        table = pa.Table.from_batches(batches)
-        self.keys = normalize_join_keys(table[on])
-        labels = normalize_labels(table[config.column], _KEYS).cast(pa.string())
-        self.labels = labels.combine_chunks() if isinstance(labels, pa.ChunkedArray) else labels
+        self.required_columns = [on]
+        self.keys = normalize_join_keys(keys)
         self._order, self._hashes = _sort_by_hash(self.keys)
         self._check_unique()
         self.is_matched = np.zeros(len(self.keys), bool)
 
-    def join(self, table: pa.Table) -> pa.Table:
-        """Add the joined labels, and their scores and ranks if the scores of all classes exist.
+    @abstractmethod
+    def attach_labels(self, table: pa.Table, found: np.ndarray) -> pa.Table:
+        """Add label columns; found: (N,) row of the labels for each row, -1 without one."""
 
-        Without scores, a rank below the top k is k + 1, which is enough for top-k accuracy.
+    def join(self, table: pa.Table) -> pa.Table:
+        """Add the joined labels.
+
         Raises RequestError if two rows of the predictions have the same key.
         """
-        found = self._find_keys(normalize_join_keys(table[self.key_column]))
+        found = self.find(table)
         hit = found >= 0
         taken = found[hit]
         if self.is_matched[taken].any() or len(np.unique(taken)) < len(taken):
@@ -89,26 +95,15 @@ class JoinedLabels:
                 "predictions; join on a column with unique values"
             )
         self.is_matched[taken] = True
-        return self._attach_labels(table, found)
+        return self.attach_labels(table, found)
 
     def rejoin(self, table: pa.Table) -> pa.Table:
         """As `join`, for rows that were joined before."""
-        return self._attach_labels(
-            table, self._find_keys(normalize_join_keys(table[self.key_column]))
-        )
+        return self.attach_labels(table, self.find(table))
 
-    def _attach_labels(self, table: pa.Table, found: np.ndarray) -> pa.Table:
-        hit = found >= 0
-        label = self.labels.take(pa.array(found, mask=~hit))
-        score, rank = self._compute_scores_and_ranks(table, label)
-        for name in (JOINED_COLUMN, "label_score", "label_rank"):
-            if name in table.schema.names:
-                table = table.drop_columns([name])
-        return (
-            table.append_column(JOINED_COLUMN, label)
-            .append_column("label_score", score)
-            .append_column("label_rank", rank)
-        )
+    def find(self, table: pa.Table) -> np.ndarray:
+        """(N,) row of the labels of each row of the predictions, -1 without one."""
+        return self._find_keys(normalize_join_keys(table[self.key_column]))
 
     def finish(self) -> None:
         """Raise RequestError if no label was matched; log how many were not."""
@@ -130,6 +125,51 @@ class JoinedLabels:
         # equal hashes are not yet equal keys
         same = pc.fill_null(pc.equal(keys, self.keys.take(pa.array(np.maximum(found, 0)))), False)
         return np.where(same.to_numpy(zero_copy_only=False), found, -1)
+
+    def _check_unique(self) -> None:
+        if self.keys.null_count:
+            raise RequestError(
+                f"{self.source}: {self.key_column} is null in {self.keys.null_count:,} rows"
+            )
+        twice = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
+        if len(twice):
+            key = self.keys[int(self._order[twice[0]])].as_py()
+            raise RequestError(
+                f"{self.source}: {self.key_column} {key!r} occurs twice; keep one label per key"
+            )
+
+
+class JoinedLabels(KeyedLabels):
+    """One label per key."""
+
+    def __init__(self, config: LabelTableConfig, run: CommittedRun, on: str) -> None:
+        """Read the labels. Raises RequestError if the table or a key cannot be used."""
+        column = config.column or JOINED_COLUMN
+        source = describe_source(config)
+        manifest = open_label_table(config, run, on, label_column=column)
+        table = read_label_rows(manifest, [on, column], source)
+        super().__init__(source, on, table[on])
+        self.classes = run.classes
+        self.required_columns += ["topk_labels", *(["scores"] if run.has_scores else [])]
+        labels = normalize_labels(table[column], KEYS).cast(pa.string())
+        self.labels = labels.combine_chunks() if isinstance(labels, pa.ChunkedArray) else labels
+
+    def attach_labels(self, table: pa.Table, found: np.ndarray) -> pa.Table:
+        """Add the joined labels, and their scores and ranks if the scores of all classes exist.
+
+        Without scores, a rank below the top k is k + 1, which is enough for top-k accuracy.
+        """
+        hit = found >= 0
+        label = self.labels.take(pa.array(found, mask=~hit))
+        score, rank = self._compute_scores_and_ranks(table, label)
+        for name in (JOINED_COLUMN, "label_score", "label_rank"):
+            if name in table.schema.names:
+                table = table.drop_columns([name])
+        return (
+            table.append_column(JOINED_COLUMN, label)
+            .append_column("label_score", score)
+            .append_column("label_rank", rank)
+        )
 
     def _compute_scores_and_ranks(
         self, table: pa.Table, label: pa.Array
@@ -153,36 +193,44 @@ class JoinedLabels:
         rank[parent[at]] = at - np.searchsorted(parent, parent[at]) + 1
         return pa.nulls(len(code), pa.float32()), pa.array(rank, mask=~labeled)
 
-    def _check_unique(self) -> None:
-        if self.keys.null_count:
-            raise RequestError(
-                f"{self.source}: {self.key_column} is null in {self.keys.null_count:,} rows"
-            )
-        twice = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
-        if len(twice):
-            key = self.keys[int(self._order[twice[0]])].as_py()
-            raise RequestError(
-                f"{self.source}: {self.key_column} {key!r} occurs twice; keep one label per key"
-            )
+
+def describe_source(config: LabelTableConfig) -> str:
+    """The table of labels, for messages."""
+    return f"labels {config.path}"
 
 
-def _read_labels(config: LabelTableConfig, on: str, *, is_path: bool) -> list[pa.RecordBatch]:
-    """Read keys and labels; errors name the options of --labels."""
+def open_label_table(
+    config: LabelTableConfig, run: CommittedRun, on: str, **label_options: Any
+) -> Manifest:
+    """Open a table of labels; errors name the options of --labels.
+
+    label_options: fields of `ManifestConfig` that describe the labels
+    Raises RequestError if the key of the run or of the table cannot be used.
+    """
+    run.check_key(on)
     table = ManifestConfig(
         path=config.path,
         path_column=on,
-        label_column=config.column,
         delimiter=config.delimiter,
         encoding=config.encoding,
         escape=config.escape,
+        **label_options,
     )
-    manifest = open_manifest(table, any_key=not is_path, keys=_KEYS)
+    manifest = open_manifest(table, any_key=on != run.path_column, keys=KEYS)
     kind = manifest.schema.field(on).type
     if not is_scalar_type(kind):
         raise RequestError(
             f"labels {config.path}: column {on!r} is {kind}, which cannot be a join key"
         )
-    return [batch.select([on, config.column]) for batch in manifest.batches()]
+    return manifest
+
+
+def read_label_rows(manifest: Manifest, names: Sequence[str], source: str) -> pa.Table:
+    """Some columns of a table of labels. Raises RequestError if it has no rows."""
+    batches = [batch.select(list(dict.fromkeys(names))) for batch in manifest.batches()]
+    if not batches:
+        raise RequestError(f"{source}: has no rows")
+    return pa.Table.from_batches(batches)
 
 
 def normalize_join_keys(column: pa.Array | pa.ChunkedArray) -> pa.Array:

@@ -22,7 +22,7 @@ from imgcls.models.label_sets import (
     compute_nonconformity,
     find_label_sets,
 )
-from imgcls.models.task import SINGLE_LABEL
+from imgcls.models.single_label import SINGLE_LABEL
 
 _MAX_LISTED = 10
 _MAX_ROUNDED = 0.999

@@ -96,7 +96,8 @@ def _make_energy_detector(bundle: Bundle) -> OodDetector:
         if head.bias is None
         else head.bias.detach().numpy(),
     }
-    return OodDetector("energy", arrays, 1)
+    is_multilabel = bundle.spec.task == "multilabel"
+    return OodDetector("joint_energy" if is_multilabel else "energy", arrays, 1)
 
 
 def _check_reference(source: CommittedRun, bundle: Bundle) -> None:
@@ -114,7 +115,7 @@ def _check_reference(source: CommittedRun, bundle: Bundle) -> None:
 def log_detector(made: MadeDetector) -> None:
     """Show what the detector was made of."""
     spec = made.spec
-    how = "energy of the logits"
+    how = f"{spec.method.replace('_', ' ')} of the logits"
     if spec.method == "knn":
         references = len(made.detector.arrays["references"])
         how = f"distance to neighbor {spec.neighbors} of {references:,} embeddings"

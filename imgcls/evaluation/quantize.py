@@ -1,7 +1,8 @@
 """Calibrate a bundle for int8 and measure the cost: `imgcls model quantize`.
 
 Every other image of a manifest is used for calibration: the value ranges of the activations. The
-images in between measure how often the label changes, and the accuracy.
+images in between measure how often the label changes, and the accuracy. For multilabel: how often
+the set of predicted labels changes, and the share of correct decisions.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from imgcls import log
 from imgcls.data import image_files
 from imgcls.data.decoding import decode
 from imgcls.data.decoding.decode import Pixels
+from imgcls.data.manifests.label_columns import UNKNOWN
 from imgcls.data.manifests.manifest import Manifest, normalize_labels, open_manifest
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import BundleError, ImageError, RequestError
@@ -28,6 +30,7 @@ from imgcls.metrics.columns import encode_classes
 from imgcls.metrics.intervals import wilson_interval
 from imgcls.models.bundle import (
     Bundle,
+    BundleSpec,
     EngineName,
     Int8Calibration,
     check_bundle_output,
@@ -75,17 +78,24 @@ def quantize_bundle(config: QuantizeConfig) -> Bundle:
     """
     bundle = load_bundle(config.model)
     check_bundle_output(config.output, overwrite=config.overwrite, source=config.model)
-    pixels, codes = _read_pixels(open_manifest(config.manifest), bundle, config.images)
+    manifest = open_manifest(config.manifest)
+    if bundle.spec.task == "single_label" and manifest.label_columns is not None:
+        log.emit(
+            "note",
+            f"{manifest.label_columns.describe()} may have several labels per image, the bundle "
+            "predicts one; accuracy is not measured",
+        )
+    pixels, labels = _read_pixels(manifest, bundle, config.images)
     if len(pixels) < 2 * MIN_IMAGES:
         raise RequestError(
             f"manifest {config.manifest.path}: {len(pixels)} images can be read; int8 needs at "
             f"least {2 * MIN_IMAGES}; 1,000 are recommended"
         )
-    evaluated, label = pixels[1::2], codes[1::2]
+    evaluated = pixels[1::2]
     prepared = calibrate_bundle(bundle, config.engine, pixels[::2], judged_images=len(evaluated))
     assert prepared.spec.int8 is not None
     int8 = Classifier(prepared, precision="int8", device="cpu")
-    calibration = _measure_cost(prepared.spec.int8, bundle, int8, evaluated, label)
+    calibration = _measure_cost(prepared.spec.int8, bundle, int8, evaluated, labels[1::2])
     spec = bundle.spec.model_copy(update={"int8": calibration})
     made = save_bundle(
         config.output,
@@ -98,15 +108,16 @@ def quantize_bundle(config: QuantizeConfig) -> Bundle:
     gain = _time_batch(usual, evaluated) / _time_batch(int8, evaluated)
     agreeing = round(calibration.agreement * len(evaluated))
     low, high = wilson_interval(agreeing, len(evaluated))
-    log.show(
-        f"int8    {calibration.describe_cost()}; 95% interval of the agreement {low:.1%} to "
-        f"{high:.1%}"
+    cost = calibration.describe_cost(
+        "correct decisions" if spec.task == "multilabel" else "accuracy"
     )
+    log.show(f"int8    {cost}; 95% interval of the agreement {low:.1%} to {high:.1%}")
     log.show(
         f"speed   {gain:.2f} times the throughput of {usual.precision} in torch on this machine"
         + ("" if gain > 1 else ": int8 is not faster for this network")
     )
-    if spec.label_sets is not None or spec.ood is not None or spec.threshold or spec.thresholds:
+    has_threshold = spec.thresholds or spec.threshold != int8.task.default_threshold
+    if spec.label_sets is not None or spec.ood is not None or has_threshold:
         log.emit(
             "note",
             "thresholds, label sets and the OOD maximum were chosen for other scores; predict the "
@@ -157,34 +168,41 @@ def _measure_cost(
     bundle: Bundle,
     int8: Classifier,
     pixels: Sequence[Pixels],
-    label: NDArray[np.int64],
+    labels: NDArray[np.int64],
 ) -> Int8Calibration:
-    """Add the agreement of int8 with fp32 and, with labels, the accuracy of both."""
-    exact = _predict_labels(Classifier(bundle, precision="fp32", device="cpu"), pixels)
-    rough = _predict_labels(int8, pixels)
-    found = {"agreement": float((exact == rough).mean())}
-    known = label >= 0
-    if known.any():
-        found["accuracy"] = float((rough == label)[known].mean())
-        found["accuracy_fp32"] = float((exact == label)[known].mean())
+    """Add the agreement of int8 with fp32 and, with labels, the accuracy of both.
+
+    labels: as `_read_pixels` returns them
+    """
+    thresholds = bundle.spec.resolve_thresholds()
+    exact = _compute_scores(Classifier(bundle, precision="fp32", device="cpu"), pixels)
+    rough = _compute_scores(int8, pixels)
+    is_same, _ = int8.task.compare_decisions(exact, rough, thresholds)
+    found = {"agreement": float(is_same.mean())}
+    is_known = labels != UNKNOWN
+    if is_known.any():
+        for name, scores in (("accuracy", rough), ("accuracy_fp32", exact)):
+            made = int8.task.decide(scores, thresholds, 1)
+            predicted = made.classes[:, 0] if made.is_predicted is None else made.is_predicted
+            found[name] = float(np.mean(predicted[is_known] == labels[is_known]))
     return calibration.model_copy(update=found)
 
 
 def _read_pixels(
     manifest: Manifest, bundle: Bundle, count: int
 ) -> tuple[list[Pixels], NDArray[np.int64]]:
-    """Pixels of the first readable images, and the class index of each (-1 without a label)."""
+    """Pixels of the first N readable images, and their labels.
+
+    The labels are (N,) class indices, for multilabel (N, C) POSITIVE or NEGATIVE; UNKNOWN without.
+    """
     pixels: list[Pixels] = []
-    codes: list[int] = []
+    labels: list[NDArray[np.int64]] = []
     for batch in manifest.batches():
         table = pa.Table.from_batches([batch]).slice(0, 4 * count)
         urls = [manifest.resolve(path) for path in table.column(manifest.path_column).to_pylist()]
-        known = np.full(len(urls), -1)
-        if manifest.label_column is not None:
-            text = normalize_labels(table.column(manifest.label_column))
-            known = encode_classes(pa.chunked_array([text]), bundle.spec.classes)
-        for blob, code in zip(
-            image_files.read_ahead(iter(urls), _IO_CONCURRENCY), known, strict=True
+        rows = _encode_labels(manifest, table, bundle.spec)
+        for blob, row in zip(
+            image_files.read_ahead(iter(urls), _IO_CONCURRENCY), rows, strict=True
         ):
             try:
                 if not isinstance(blob, bytes):
@@ -192,10 +210,25 @@ def _read_pixels(
                 pixels.append(decode.decode_image(blob, bundle.spec.preprocess)[0])
             except ImageError:
                 continue
-            codes.append(int(code))
+            labels.append(row)
             if len(pixels) == count:
-                return pixels, np.array(codes)
-    return pixels, np.array(codes, np.int64)
+                return pixels, np.array(labels)
+    return pixels, np.array(labels, np.int64)
+
+
+def _encode_labels(manifest: Manifest, table: pa.Table, spec: BundleSpec) -> NDArray[np.int64]:
+    """Labels of the rows of a manifest, as `_read_pixels` returns them."""
+    if spec.task == "multilabel":
+        columns = manifest.find_label_columns()
+        if columns is None:
+            return np.full((table.num_rows, len(spec.classes)), UNKNOWN)
+        targets = columns.encode(table, spec.classes, f"manifest {manifest.source}").targets
+        return targets.astype(np.int64)
+    if manifest.label_column is None:
+        return np.full(table.num_rows, UNKNOWN)
+    text = normalize_labels(table.column(manifest.label_column))
+    codes = encode_classes(pa.chunked_array([text]), spec.classes)
+    return np.where(codes < 0, UNKNOWN, codes)
 
 
 def _time_batch(classifier: Classifier, pixels: Sequence[Pixels]) -> float:
@@ -215,8 +248,8 @@ def _iter_batches(pixels: Sequence[Pixels]) -> Iterator[Pixels]:
         yield decode.stack_images(pixels[start : start + _BATCH_SIZE])
 
 
-def _predict_labels(classifier: Classifier, pixels: Sequence[Pixels]) -> NDArray[np.int64]:
-    """(N,) class indices; raises BundleError if the network outputs NaN or infinity."""
+def _compute_scores(classifier: Classifier, pixels: Sequence[Pixels]) -> NDArray[np.float32]:
+    """(N, C) scores; raises BundleError if the network outputs NaN or infinity."""
     scored = [classifier.classify(batch) for batch in _iter_batches(pixels)]
     bad = sum(int((~batch.is_finite).sum()) for batch in scored)
     if bad:
@@ -224,4 +257,4 @@ def _predict_labels(classifier: Classifier, pixels: Sequence[Pixels]) -> NDArray
             f"bundle {classifier.bundle.url}: its network outputs NaN or infinity for {bad:,} of "
             f"{len(pixels):,} images in {classifier.precision}; quantize with other images"
         )
-    return np.concatenate([batch.scores.argmax(1) for batch in scored])
+    return np.concatenate([batch.scores for batch in scored])

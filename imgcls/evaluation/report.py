@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -16,27 +16,28 @@ import yaml
 from imgcls import log
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
-from imgcls.data.thumbnails import build_thumbnails
 from imgcls.errors import RequestError, StorageError
 from imgcls.evaluation import charts, confusion_plot
 from imgcls.evaluation.compute import Evaluation, compute_evaluation
 from imgcls.evaluation.config import ReportConfig
+from imgcls.evaluation.report_parts import (
+    MAX_NOTEBOOK_IMAGES,
+    TEMPLATES,
+    base_name,
+    build_frame,
+    build_images,
+    build_map,
+    build_title,
+    format_optional_percent,
+    list_cluster_images,
+    list_sections,
+)
 from imgcls.html import render_page
 from imgcls.metrics import tables
-from imgcls.metrics.formatting import (
-    format_interval,
-    format_percent,
-    format_value,
-    list_headlines,
-)
-from imgcls.metrics.registry import find_headline
+from imgcls.metrics.formatting import format_percent
 from imgcls.models.bundle import BUNDLE_FILE, Bundle, read_description
 
 REPORT_FILE = "report.html"
-MAX_CLASSES_SHOWN = 1_000
-MAX_SLICES_SHOWN = 300
-MAX_NOTEBOOK_IMAGES = 8
-_TEMPLATES = "imgcls.evaluation"
 
 
 @with_config_storage
@@ -63,7 +64,8 @@ def write_report(config: ReportConfig) -> str:
     if filesystem.exists(filesystem.join(source, BUNDLE_FILE)):
         text = render_training(read_description(source))
     else:
-        text = render_run(compute_evaluation(source, config.evaluation, need_labels=False))
+        evaluation = compute_evaluation(source, config.evaluation, need_labels=False)
+        text = evaluation.render(in_notebook=False)
     filesystem.write(target, text.encode())
     log.show(f"report  {target}")
     return target
@@ -71,42 +73,19 @@ def write_report(config: ReportConfig) -> str:
 
 def render_run(evaluation: Evaluation) -> str:
     """Render the report of a run."""
-    counts, run = evaluation.aggregate.counts, evaluation.run
-    values = _build_overview(evaluation) | {
-        "subtitle": f"{len(run.classes):,} classes, committed {run.success_record['committed']}",
-        "omitted": evaluation.omitted,
-        "slices": evaluation.slices.to_pylist()[:MAX_SLICES_SHOWN],
-        "small_slice": evaluation.config.small_slice,
-        "has_ranking": "auroc" in evaluation.per_class.schema.names,
-        "errors": [
-            {"status": status, "rows": rows, "share": rows / counts.rows}
-            for status, rows in sorted(counts.status.items(), key=lambda item: -item[1])
-            if status != "ok"
-        ],
-        "metrics": [
-            {
-                "name": metric.name,
-                "value": format_value(metric.name, metric.value),
-                "interval": format_interval(metric.name, metric.interval),
-                "description": metric.description,
-            }
-            for metric in evaluation.metrics
-        ],
-        "provenance": list(_list_provenance(evaluation)),
-        "config": yaml.safe_dump(run.provenance["config"], sort_keys=False),
-        "percent": _format_percent,
-    }
-    values |= _build_class_rows(evaluation.per_class, evaluation.has_labels)
     lists = {
         "mistakes": evaluation.mistakes,
         "issues": evaluation.label_issues.slice(0, evaluation.config.gallery),
         "uncertain": evaluation.uncertain,
         "strangest": evaluation.strangest,
     }
-    values |= _build_map(evaluation, lists)
+    galleries = _build_galleries(evaluation, lists | list_cluster_images(evaluation))
+    values = _build_overview(evaluation) | build_frame(evaluation) | galleries
+    values |= build_map(evaluation, galleries)
+    values["has_ranking"] = "auroc" in evaluation.per_class.schema.names
     values["issue_count"] = evaluation.label_issues.num_rows
-    values["sections"] = list(_list_sections(values))
-    return render_page(_TEMPLATES, "run.html.j2", values)
+    values["sections"] = _list_sections(values)
+    return render_page(TEMPLATES, "run.html.j2", values)
 
 
 def render_notebook(evaluation: Evaluation) -> str:
@@ -117,7 +96,7 @@ def render_notebook(evaluation: Evaluation) -> str:
     except StorageError:  # the images cannot be read any more
         galleries = _build_galleries(evaluation, {})
     values = _build_overview(evaluation) | galleries
-    return render_page(_TEMPLATES, "notebook.html.j2", values)
+    return render_page(TEMPLATES, "notebook.html.j2", values)
 
 
 def render_training(bundle: Bundle) -> str:
@@ -148,10 +127,10 @@ def render_training(bundle: Bundle) -> str:
         *((name, json.dumps(value)) for name, value in _iter_scalars(spec.provenance)),
     ]
     return render_page(
-        _TEMPLATES,
+        TEMPLATES,
         "training.html.j2",
         {
-            "title": f"{_base_name(url)}: {spec.architecture.name}, {len(spec.classes):,} classes",
+            "title": f"{base_name(url)}: {spec.architecture.name}, {len(spec.classes):,} classes",
             "subtitle": f"{len(history)} epochs, weights of epoch {best}",
             "cards": [
                 {"name": name.replace("_", " "), "value": _format_cell(name, value), "note": ""}
@@ -172,34 +151,13 @@ def render_training(bundle: Bundle) -> str:
 
 def _build_overview(evaluation: Evaluation) -> dict[str, Any]:
     """Common part of the report and the notebook: title, cards, confusion matrix, charts."""
-    counts = evaluation.aggregate.counts
-    values: dict[str, Any] = {
-        "title": f"{_base_name(evaluation.run.url)}: {counts.rows:,} rows",
-        "has_labels": evaluation.has_labels,
-        "cards": list(_build_cards(evaluation)),
-        "histogram": charts.plot_confidence_histogram(counts),
-    }
+    counts = evaluation.counts
+    values = build_title(evaluation) | {"histogram": charts.plot_confidence_histogram(counts)}
     if evaluation.has_labels:
         values |= _build_confusion(evaluation)
         values["reliability"] = charts.plot_reliability(tables.build_calibration(counts))
         values["coverage"] = charts.plot_coverage(evaluation.coverage_curve)
     return values
-
-
-def _build_cards(evaluation: Evaluation) -> Iterator[dict[str, str]]:
-    metrics = {metric.name: metric for metric in evaluation.metrics}
-    for name in list_headlines(list(metrics)):
-        yield {
-            "name": find_headline(name) or name,
-            "value": format_value(name, metrics[name].value),
-            "note": format_interval(name, metrics[name].interval),
-        }
-
-
-def _build_class_rows(table: pa.Table, has_labels: bool) -> dict[str, Any]:
-    by = "support" if has_labels else "predicted"
-    rows = table.sort_by([(by, "descending")]).slice(0, MAX_CLASSES_SHOWN).to_pylist()
-    return {"classes": rows, "omitted_classes": table.num_rows - len(rows)}
 
 
 def _build_confusion(evaluation: Evaluation) -> dict[str, Any]:
@@ -237,91 +195,44 @@ def _build_confusion(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _build_galleries(evaluation: Evaluation, lists: Mapping[str, pa.Table]) -> dict[str, Any]:
-    """Images of each list of rows, read in one go."""
-    paths = [path for table in lists.values() for path in table["path"].to_pylist()]
-    thumbnails: Sequence[str | None] = [None] * len(paths)
-    if evaluation.config.thumbnails:
-        thumbnails = build_thumbnails(paths, evaluation.run.root)
-    values: dict[str, Any] = {}
-    start = 0
-    for name, table in lists.items():
-        values[name] = [
+    """Images of each list of rows."""
+    thumbnails = build_images(
+        evaluation, {name: table["path"].to_pylist() for name, table in lists.items()}
+    )
+    return {
+        name: [
             {
                 "image": thumbnail,
                 "alt": f"{row['path']}, predicted {row['predicted_label']}",
                 "predicted": row["predicted_label"],
-                "confidence": _format_percent(row["confidence"]),
+                "confidence": format_optional_percent(row["confidence"]),
                 "label": row["label"],
-                "label_score": _format_percent(row["label_score"]),
+                "label_score": format_optional_percent(row["label_score"]),
                 "path": row["path"],
             }
-            for row, thumbnail in zip(table.to_pylist(), thumbnails[start:], strict=False)
+            for row, thumbnail in zip(table.to_pylist(), thumbnails[name], strict=True)
         ]
-        start += table.num_rows
-    return values
-
-
-def _build_map(evaluation: Evaluation, lists: Mapping[str, pa.Table]) -> dict[str, Any]:
-    """The galleries, with those of clusters, and the embedding map of a run with embeddings."""
-    found = evaluation.embedding_map
-    if found is None:
-        return {**_build_galleries(evaluation, lists), "map": None}
-    names = [f"cluster{number}" for number in range(len(found.clusters))]
-    pictures = {name: each.images for name, each in zip(names, found.clusters, strict=True)}
-    galleries = _build_galleries(evaluation, {**lists, **pictures})
-    return {
-        **galleries,
-        "map": charts.plot_embedding_map(found.points, found.predicted),
-        "map_rows": len(found.points),
-        "map_explained": _format_percent(found.explained),
-        "clusters": [
-            {
-                "rows": each.rows,
-                "share": _format_percent(each.share),
-                "label": each.label,
-                "purity": _format_percent(each.purity),
-                "accuracy": _format_percent(each.accuracy),
-                "confidence": _format_percent(each.mean_confidence),
-                "images": galleries[name],
-            }
-            for name, each in zip(names, found.clusters, strict=True)
-        ],
+        for name, table in lists.items()
     }
 
 
-def _list_sections(values: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    sections = {
-        "confusion": ("Confusion matrix", values["has_labels"]),
-        "calibration": ("Calibration", True),
-        "slices": ("Slices", values["slices"]),
-        "classes": ("Classes", True),
-        "mistakes": ("Worst mistakes", values["mistakes"]),
-        "issues": ("Possible label errors", values["issues"]),
-        "uncertain": ("Least confident", values["uncertain"]),
-        "strangest": ("Unlike the training data", values["strangest"]),
-        "map": ("Similar images", values["map"]),
-        "errors": ("Errors", True),
-        "numbers": ("All metrics", True),
-        "made": ("Provenance", True),
-    }
-    for identifier, (name, is_shown) in sections.items():
-        if is_shown:
-            yield {"id": identifier, "name": name}
-
-
-def _list_provenance(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
-    run, success = evaluation.run, evaluation.run.success_record
-    yield "run", f"{run.url} ({success['run_id']})"
-    yield "model bundle", f"{run.provenance['config']['model']} (SHA-256 {run.bundle_sha256})"
-    manifest = run.provenance["config"]["manifest"]["path"]
-    yield "manifest", f"{manifest} (fingerprint {run.manifest_fingerprint})"
-    if evaluation.config.labels is not None:
-        yield "labels", evaluation.config.labels.path
-    yield "committed", success["committed"]
-    how = [*success["precision"], *success.get("engine", ())]  # earlier versions have no engine
-    yield "prediction", f"{success['seconds']['wall']:,.0f} s, {', '.join(how)}"
-    yield "git commit", str(run.provenance.get("git_commit"))
-    yield "versions", ", ".join(f"{k} {v}" for k, v in success["versions"].items())
+def _list_sections(values: Mapping[str, Any]) -> list[dict[str, str]]:
+    return list_sections(
+        {
+            "confusion": ("Confusion matrix", values["has_labels"]),
+            "calibration": ("Calibration", True),
+            "slices": ("Slices", values["slices"]),
+            "classes": ("Classes", True),
+            "mistakes": ("Worst mistakes", values["mistakes"]),
+            "issues": ("Possible label errors", values["issues"]),
+            "uncertain": ("Least confident", values["uncertain"]),
+            "strangest": ("Unlike the training data", values["strangest"]),
+            "map": ("Similar images", values["map"]),
+            "errors": ("Errors", True),
+            "numbers": ("All metrics", True),
+            "made": ("Provenance", True),
+        }
+    )
 
 
 def _iter_scalars(provenance: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -334,13 +245,5 @@ def _format_cell(name: str, value: Any) -> str:
     if isinstance(value, float):
         if value != value:
             return ""
-        return _format_percent(value) if "accuracy" in name else f"{value:.4g}"
+        return format_optional_percent(value) if "accuracy" in name else f"{value:.4g}"
     return "" if value is None else str(value)
-
-
-def _format_percent(value: float | None) -> str:
-    return "" if value is None else format_percent(value, 1)
-
-
-def _base_name(url: str) -> str:
-    return url.rstrip("/").rpartition("/")[2] or url

@@ -45,14 +45,9 @@ def lookup_rows(
     elif label_column is not None:
         names += [label_column, "label_score"]
     names += ["status"]
-    names = list(dict.fromkeys(names))
     files = np.concatenate([top.file for top in lists])
     positions = np.concatenate([top.position for top in lists])
-    found = [
-        read_part_rows(run.files[file], names, positions[files == file])
-        for file in np.unique(files)
-    ] or [cast_string_views(pa.schema([run.schema.field(name) for name in names]).empty_table())]
-    table = pa.concat_tables(found).take(np.argsort(np.argsort(files, kind="stable")))
+    table = read_rows(run, files, positions, names)
     if joined is not None:
         table = joined.rejoin(table)
         label_column = JOINED_COLUMN
@@ -82,6 +77,18 @@ def lookup_rows(
         shown.slice(end - len(top.file), len(top.file))
         for end, top in zip(ends, lists, strict=True)
     ]
+
+
+def read_rows(
+    run: CommittedRun, files: np.ndarray, positions: np.ndarray, names: Sequence[str]
+) -> pa.Table:
+    """Columns of some rows of a run, in order; files: indices in `run.files`."""
+    names = list(dict.fromkeys(names))
+    found = [
+        read_part_rows(run.files[file], names, positions[files == file])
+        for file in np.unique(files)
+    ] or [cast_string_views(pa.schema([run.schema.field(name) for name in names]).empty_table())]
+    return pa.concat_tables(found).take(np.argsort(np.argsort(files, kind="stable")))
 
 
 def read_part_rows(url: str, names: list[str], positions: np.ndarray) -> pa.Table:

@@ -26,8 +26,8 @@ from imgcls.runs.committed import CommittedRun, load_source_bundle, open_run
 from imgcls.runs.embeddings import iter_unit_embeddings
 
 Floats = npt.NDArray[np.float32]
-_PREDICTED = ("predicted_label", "confidence")
-"""Columns of the result that a run of `imgcls embed` does not have."""
+_PREDICTED = ("predicted_label", "predicted_labels", "confidence")
+"""Columns of the result that a run has by its task; a run of `imgcls embed` has none."""
 
 
 def find_similar(config: SimilarConfig | None = None, /, **settings: object) -> pa.Table:
@@ -45,8 +45,8 @@ def find_similar(config: SimilarConfig | None = None, /, **settings: object) -> 
     pyarrow.Table
         For each image of `to`, its `k` most similar images, best first: `query`, `rank` (from 1),
         `similarity` (cosine of the embeddings, -1 to 1), and the run's `row`, path,
-        `predicted_label` and `confidence` (unless it has embeddings alone). Equal similarities are
-        in row order.
+        `predicted_label` and `confidence` (unless it has embeddings alone), or `predicted_labels`
+        of a multilabel run. Equal similarities are in row order.
 
     Raises
     ------
@@ -153,6 +153,8 @@ def _format_table(table: pa.Table, path_column: str) -> str:
         if row["query"] != query:
             query = row["query"]
             lines.append(f"similar to {query}")
-        label = "" if row.get("predicted_label") is None else f"  {row['predicted_label']}"
-        lines.append(f"{row['rank']:5d}  {row['similarity']:.4f}  {row[path_column]}{label}")
+        labels = row.get("predicted_labels") or [row.get("predicted_label")]
+        label = ", ".join(name for name in labels if name is not None)
+        line = f"{row['rank']:5d}  {row['similarity']:.4f}  {row[path_column]}  {label}"
+        lines.append(line.rstrip())
     return "\n".join(lines or ["no image of the run has an embedding"])

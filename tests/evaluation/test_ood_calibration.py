@@ -16,8 +16,16 @@ from imgcls.evaluation.calibrate import calibrate
 from imgcls.evaluation.compute import compute_evaluation
 from imgcls.evaluation.config import CalibrateConfig, EvaluationOptions
 from imgcls.models import zoo
-from imgcls.models.bundle import Bundle, BundleSpec, load_bundle, load_ood_detector, save_bundle
+from imgcls.models.bundle import (
+    Bundle,
+    BundleSpec,
+    load_bundle,
+    load_bundle_weights,
+    load_ood_detector,
+    save_bundle,
+)
 from imgcls.models.linear_head import load_linear_head
+from imgcls.runs.committed import open_run
 from tests.evaluation.runs import CLASSES, commit, drawn
 from tests.evaluation.test_similar import add_embeddings
 
@@ -145,3 +153,26 @@ def test_an_evaluation_counts_them_and_shows_the_strangest(bundle: Bundle, tmp_p
     )
     assert plain.get_metric("ood_rate") is None
     assert plain.strangest.num_rows == 0
+
+
+def test_the_energy_of_a_multilabel_model_is_the_joint_energy(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"task": "multilabel", "format_version": 2, "threshold": 0.5}
+    spec = bundle.spec.model_copy(update=changes)
+    made = save_bundle(str(tmp_path / "multilabel"), spec, load_bundle_weights(bundle))
+    run = open_run(commit_run(tmp_path / "run", made, 400, 1))
+    config = request(made, run.url, tmp_path, ood_method="energy")
+    found = ood_calibration.make_detector(config, made, run)
+    assert found.spec.method == "joint_energy"
+    new = draw_embeddings(5_000, 5).astype(np.float32)
+    assert found.detector.compute_scores(new) == pytest.approx(
+        -np.logaddexp(
+            0, new @ found.detector.arrays["weight"].T + found.detector.arrays["bias"]
+        ).sum(1),
+        rel=1e-4,
+    )
+    is_ood = found.detector.compute_scores(new) > found.spec.max_score
+    assert is_ood.mean() == pytest.approx(0.05, abs=0.03)
+    ood_calibration.log_detector(found)
+    assert "ood        joint energy of the logits; score above" in capsys.readouterr().out

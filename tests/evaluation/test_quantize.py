@@ -18,7 +18,7 @@ from imgcls.models.classifier import Classifier
 from imgcls.models.config import ImportConfig
 from imgcls.models.import_weights import import_model
 from imgcls.models.precision import INT8_FLAGS, read_cpu_flags
-from tests.conftest import COLORS
+from tests.conftest import COLORS, write_manifest
 
 pytestmark = pytest.mark.skipif("avx2" not in read_cpu_flags(), reason="this CPU has no AVX2")
 
@@ -73,6 +73,73 @@ def test_the_cost_is_measured_on_images_that_were_not_used_for_calibration(
     out = capsys.readouterr().out
     assert f"{int8.agreement:.1%} of 32 images labeled as in fp32; accuracy" in out
     assert "times the throughput of" in out
+
+
+def test_the_cost_of_a_multilabel_model_is_measured_by_its_decisions(
+    colors: Callable[..., Path],
+    multilabel_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
+) -> None:
+    colors(40)
+    rows = [
+        (f"images/{i:05d}.jpg", *[("1", "0", "1"), ("1", "1", ""), ("", "", "")][i % 3])
+        for i in range(40)
+    ]
+    manifest = write_manifest(tmp_path / "many.csv", rows, ("path", "red", "green", "blue"))
+    config = order(manifest, multilabel_bundle, tmp_path / "int8", engine=engine)
+    columns = config.manifest.model_copy(update={"label_columns": ["red", "green", "blue"]})
+    made = quantize_bundle(config.model_copy(update={"manifest": columns}))
+    int8 = made.spec.int8
+    assert int8 is not None
+    files = [str(tmp_path / "images" / f"{i:05d}.jpg") for i in range(1, 40, 2)]
+    rough, exact = (
+        [one.labels for one in Classifier(made, precision=precision, device="cpu").predict(files)]
+        for precision in ("int8", "fp32")
+    )
+    assert int8.agreement == np.mean([a == b for a, b in zip(rough, exact, strict=True)])
+    shares = []
+    for predicted in (rough, exact):
+        correct = [
+            (name in (labels or [])) == (value == "1")
+            for labels, (_, *values) in zip(predicted, rows[1::2], strict=True)
+            for name, value in zip(("red", "green", "blue"), values, strict=True)
+            if value
+        ]
+        shares.append(np.mean(correct))
+    assert (int8.accuracy, int8.accuracy_fp32) == pytest.approx(tuple(shares))
+    assert 0.5 < shares[1] < 1
+    out = capsys.readouterr().out
+    assert f"{int8.agreement:.1%} of 20 images labeled as in fp32; correct decisions" in out
+
+
+def test_several_labels_per_image_are_not_used_for_a_model_that_predicts_one(
+    colors: Callable[..., Path],
+    color_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = order(colors(40), color_bundle, tmp_path / "int8")
+    labels = config.manifest.model_copy(update={"label_delimiter": "|"})
+    int8 = quantize_bundle(config.model_copy(update={"manifest": labels})).spec.int8
+    assert int8 is not None
+    assert int8.accuracy is None
+    assert "may have several labels per image, the bundle predicts one" in capsys.readouterr().out
+
+
+def test_a_multilabel_model_needs_no_labels_either(
+    colors: Callable[..., Path], multilabel_bundle: Path, tmp_path: Path
+) -> None:
+    colors(40)
+    manifest = ManifestConfig(path=str(tmp_path / "images"))
+    config = QuantizeConfig(
+        manifest=manifest, model=str(multilabel_bundle), output=str(tmp_path / "int8")
+    )
+    int8 = quantize_bundle(config).spec.int8
+    assert int8 is not None
+    assert int8.agreement > 0.5
+    assert int8.accuracy is int8.accuracy_fp32 is None
 
 
 def test_without_labels_only_agreement_is_measured(
