@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow as pa
 from imgcls import log
 from imgcls.config import requested
 from imgcls.curation.checks import duplicates, label_errors, report, rules
+from imgcls.curation.checks.class_counts import count_classes
 from imgcls.curation.checks.findings import (
     DUPLICATE_ISSUES,
     MODEL_ISSUES,
@@ -28,7 +29,14 @@ from imgcls.curation.checks.report import IssueSection
 from imgcls.curation.checks.similarity import iterate_groups
 from imgcls.curation.config import CheckConfig, Issue
 from imgcls.curation.scan import ScannedManifest, hold_output, scan_manifests
-from imgcls.data.manifests.manifest import Manifest, make_paths_absolute, open_manifest
+from imgcls.data.manifests.label_columns import find_label_columns, is_list
+from imgcls.data.manifests.manifest import (
+    Manifest,
+    ManifestConfig,
+    make_paths_absolute,
+    open_manifest,
+)
+from imgcls.data.manifests.options import DEFAULT_KEYS
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import use_settings
 from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
@@ -43,6 +51,7 @@ ISSUES_FILE = "issues.parquet"
 CHECK_SUMMARY = "summary.json"
 CHECK_REPORT = "report.html"
 CLEAN_MANIFEST = "clean.parquet"
+_MAX_LOGGED_CLASSES = 20
 
 
 @dataclass(frozen=True)
@@ -217,17 +226,43 @@ def _check_clean_target(
 
 
 def _open_manifests(config: CheckConfig) -> Iterator[Manifest]:
-    """The checked manifest, then those of `against`, whose label column may have another name."""
+    """The checked manifest, then those of `against`, whose label columns may have other names."""
     yield open_manifest(config.manifest)
     for path in config.against:
-        changes: dict[str, Any] = {"path": path, "format": "auto", "label_column": None}
+        changes: dict[str, Any] = {
+            "path": path,
+            "format": "auto",
+            "label_column": None,
+            "label_delimiter": None,
+            "label_columns": [],
+        }
         if filesystem.is_folder(path):
             changes["root"] = None
         manifest = open_manifest(config.manifest.model_copy(update=changes))
-        named = config.manifest.label_column
-        if named in manifest.schema.names:
-            manifest = replace(manifest, label_column=named)
-        yield manifest
+        yield _use_label_options(manifest, config.manifest)
+
+
+def _use_label_options(manifest: Manifest, config: ManifestConfig) -> Manifest:
+    """Read the labels of another manifest by the options of the checked one, where it can be."""
+    schema = manifest.schema
+    if classes := [name for name in config.label_columns if name in schema.names]:
+        changes: dict[str, Any] = {"label_columns": classes, "label_delimiter": None}
+    else:
+        is_plural = config.label_delimiter is not None and "label" not in schema.names
+        name = config.label_column or ("labels" if is_plural else "label")
+        if name not in schema.names:
+            return manifest
+        is_text = not is_list(schema.field(name).type)
+        changes = {
+            "label_column": name,
+            "label_columns": [],
+            "label_delimiter": config.label_delimiter if is_text else None,
+        }
+    options = config.model_copy(update={"path": manifest.source, **changes})
+    columns = find_label_columns(options, schema, DEFAULT_KEYS)
+    if columns is not None:
+        return replace(manifest, label_column=None, label_columns=columns)
+    return replace(manifest, label_column=changes["label_column"], label_columns=None)
 
 
 def _write_results(
@@ -239,7 +274,7 @@ def _write_results(
 ) -> CheckResult:
     issues = build_issue_table(images, findings)
     write_table(filesystem.join(output, ISSUES_FILE), issues)
-    summary = _summarize(images, findings)
+    summary = _summarize(images, findings, config.labels.min_positives)
     filesystem.write(
         filesystem.join(output, CHECK_SUMMARY), (json.dumps(summary, indent=2) + "\n").encode()
     )
@@ -248,6 +283,7 @@ def _write_results(
     filesystem.write(filesystem.join(output, CHECK_REPORT), page.encode())
     for name, count in summary["issues"].items():
         log.emit("issue", f"{name:<17} {count:>9,} images", issue=name, images=count)
+    _log_class_issues(summary.get("classes", []))
     return CheckResult(
         issues=issues,
         counts=summary["issues"],
@@ -258,15 +294,30 @@ def _write_results(
     )
 
 
-def _summarize(images: ImageTable, findings: Sequence[Finding]) -> dict[str, Any]:
+def _log_class_issues(issues: Sequence[dict[str, str]]) -> None:
+    for each in issues[:_MAX_LOGGED_CLASSES]:
+        text = f"{each['issue']:<17} {each['name']!r}: {each['detail']}"
+        log.emit("class", text, issue=each["issue"], name=each["name"])
+    if len(issues) > _MAX_LOGGED_CLASSES:
+        log.emit("class", f"{len(issues) - _MAX_LOGGED_CLASSES} more in {CHECK_SUMMARY}")
+
+
+def _summarize(
+    images: ImageTable, findings: Sequence[Finding], min_positives: int
+) -> dict[str, Any]:
+    """The content of summary.json; `classes` only for a multi-label manifest."""
     rows = np.bincount(images.manifest_index, minlength=len(images.manifests))
-    return {
+    summary: dict[str, Any] = {
         "manifests": [
             {"manifest": name, "rows": int(count)}
             for name, count in zip(images.manifests, rows, strict=True)
         ],
         "issues": {finding.issue: len(finding.indices) for finding in findings},
     }
+    if images.targets is not None:
+        counts = count_classes(images.targets[images.is_own], images.classes)
+        summary["classes"] = [asdict(each) for each in counts.find_issues(min_positives)]
+    return summary
 
 
 def _write_clean(

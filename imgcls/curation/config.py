@@ -53,13 +53,26 @@ class ManifestBuildConfig(ListingConfig):
     image_column: str | None = None
     """Column of the images themselves in a Parquet source; the manifest gets their URLs."""
     label_column: str | None = None
-    """Column of class names in the source table; named label in the manifest."""
+    """Column of class names in the source table; named label in the manifest. Lists stay lists."""
+    label_delimiter: str | None = None
+    """Separator of several class names in the label column of the source table, such as ;."""
+    label_columns: Names = []
+    """Class columns of the source table, separated by commas: 1, 0, or no value where unknown. They
+    become one column of lists, unless some classes of an image are unknown."""
+    merge_links: bool = False
+    """With labels, on a local disk: an image that is linked into several class folders becomes one
+    row with a list of labels."""
     delimiter: str | None = None
     """Delimiter of a CSV source, one character (default: detected in the header line)."""
     encoding: str = "utf-8"
     """Text encoding of a CSV source."""
     escape: str | None = None
     """CSV escape character before a quote inside a quoted value, such as \\ for files of Spark."""
+    output_format: Literal["parquet", "csv"] = "parquet"
+    """Format of the manifest. csv: labels of several classes become text with csv_separator."""
+    csv_separator: str = Field(default=";", min_length=1)
+    """Separator of several class names in a CSV manifest; pass it to `--manifest.label-delimiter`.
+    """
     contents: bool = False
     """Read every image; adds the columns status, bytes, format, width, height, digest (BLAKE2b)."""
     perceptual: bool = False
@@ -141,6 +154,8 @@ class StatsConfig(ScanConfig):
     """Maximum number of contact sheets; the largest classes come first."""
     seed: int = 0
     """Seed for choosing the images of the contact sheets."""
+    min_positives: NonNegativeInt = 10
+    """Multi-label: minimum number of images of a class; one with fewer is reported."""
 
 
 BY_CONTENT = "content"
@@ -161,6 +176,9 @@ class SplitConfig(Section):
     """Number of cross-validation folds instead of parts: folders with train and val.parquet."""
     by: str = BY_CONTENT
     """Rows to keep together: content (same image bytes), or a column such as patient."""
+    stratify: bool | None = None
+    """Give each part its share of every class, after reading all labels (default: for multi-label
+    manifests). Off: by a hash, so that added rows move no earlier row to another part."""
     seed: int = 0
     """Seed of the split."""
     overwrite: bool = False
@@ -236,7 +254,8 @@ class LabelErrorsConfig(Section):
     max_probe_images: PositiveInt = 50_000
     """Maximum number of images to fit a probe on; classes with few images are used completely."""
     min_margin: UnitFloat = 0.0
-    """Label errors: minimum difference of probability between the best class and the label."""
+    """Label errors: minimum difference of probability between the best class and the label;
+    multi-label: between the class and the mean of the images that have, or lack, it."""
     neighbors: PositiveInt = 10
     """Outliers: number of nearest neighbors whose mean distance is used."""
     max_reference_images: PositiveInt = 10_000
@@ -245,6 +264,8 @@ class LabelErrorsConfig(Section):
     """Outliers: minimum distance above the median, in robust standard deviations."""
     seed: int = 1
     """Seed of the folds and samples."""
+    min_positives: NonNegativeInt = 10
+    """Multi-label: minimum number of images of a class; one with fewer is reported."""
 
 
 IssueList = Annotated[list[Issue], BeforeValidator(names)]

@@ -64,7 +64,9 @@ def fetch(config: FetchConfig) -> dict[str, int]:
     check_columns(manifest)
     identity = _build_identity(manifest, config)
     rows = make_paths_absolute(manifest, manifest.schema.empty_table())
-    store = ShardStore(output, config.format, rows.schema, manifest.label_column)
+    store = ShardStore(
+        output, config.format, rows.schema, manifest.label_column, manifest.label_columns
+    )
     with hold_output(output) as held, add_resume_hint(output, held.lease):
         _check_content(output, store)
         if config.overwrite:

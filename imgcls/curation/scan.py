@@ -183,7 +183,8 @@ def _build_identity(
     manifest: Manifest, config: ScanConfig, bundle: Bundle | None, engine: EngineName
 ) -> RunIdentity:
     described = manifest.describe_identity()
-    del described["label_column"]  # a scan reads no labels
+    for key in ("label_column", "label_columns"):  # a scan reads no labels
+        described.pop(key, None)
     return RunIdentity(
         manifest=described,
         bundle={"sha256": None if bundle is None else bundle.sha256},

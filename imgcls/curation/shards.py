@@ -1,7 +1,8 @@
 """Shards of fetched images: Parquet files, or WebDataset archives with a table of all rows.
 
 part-000000.parquet  rows with the column `image`; with archives, rows without it
-part-000000.tar      files of the ok rows: NNNNNNNNN.jpg, .json, and .cls or .txt if labeled
+part-000000.tar      files of the ok rows: NNNNNNNNN.jpg, .json, and .cls or .txt if labeled with
+                     one class; several are a list in .json
 
 The bytes depend on nothing but the rows and the images. The table is written last: a shard without
 a table is not complete.
@@ -32,6 +33,7 @@ from imgcls.curation.fetched_images import (
     FetchedImage,
 )
 from imgcls.data import formats
+from imgcls.data.manifests.label_columns import LabelColumns
 from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.storage import filesystem
 from imgcls.errors import OK, OutputError
@@ -54,12 +56,18 @@ class ShardStore:
 
     schema: of the manifest rows, as they are written
     label:  column of class names
+    labels: columns of several classes per image; of a column of text, archives have lists
     """
 
     def __init__(
-        self, output: str, format: ShardFormat, schema: pa.Schema, label: str | None
+        self,
+        output: str,
+        format: ShardFormat,
+        schema: pa.Schema,
+        label: str | None,
+        labels: LabelColumns | None = None,
     ) -> None:
-        self._output, self._format, self._label = output, format, label
+        self._output, self._format, self._label, self._labels = output, format, label, labels
         image = [pa.field(IMAGE_COLUMN, IMAGE_TYPE)] if format == "parquet" else []
         fields = [*schema, *image, *FACT_FIELDS]
         self._schema = pa.schema(fields, {"huggingface": _HUGGING_FACE} if image else None)
@@ -110,7 +118,8 @@ class ShardStore:
             return
         found: list[dict[str, object]] = []
         with filesystem.open_write(self._get_url(shard, "tar")) as stream:
-            found += _write_tar(stream, rows, start, results, self._label)
+            named = _convert_label_lists(rows, self._labels)
+            found += _write_tar(stream, named, start, results, self._label)
         with self._open_table(shard) as writer:
             writer.write_table(self._build_table(rows, found, None))
 
@@ -198,6 +207,14 @@ def _group_rows(
             facts, images, size = [], [], 0
     if facts:
         yield rows.slice(done), facts, images
+
+
+def _convert_label_lists(rows: pa.Table, labels: LabelColumns | None) -> pa.Table:
+    """Rows with lists in place of text with several class names, as JSON can have them."""
+    if labels is None or labels.lists is None:
+        return rows
+    index = rows.schema.get_field_index(labels.lists)
+    return rows.set_column(index, labels.lists, labels.read_names(rows))
 
 
 def _write_tar(

@@ -1,7 +1,8 @@
 """Split of a manifest into train, validation and test, or into folds: `imgcls manifest split`.
 
-The part of a row depends only on a hash of its image's bytes, or of its group's name: duplicates
-and groups stay together, every machine makes the same split, and added rows move no earlier row.
+The part of a row depends on a hash of its image's bytes, or of its group's name: duplicates and
+groups stay together, every machine makes the same split, and added rows move no earlier row. A
+stratified split depends on the labels of all rows too.
 """
 
 from __future__ import annotations
@@ -9,14 +10,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.curation.config import BY_CONTENT, SplitConfig
+from imgcls.curation.stratification import Unit, stratify
 from imgcls.data import image_files
 from imgcls.data.decoding.image_features import compute_digest
 from imgcls.data.manifests.manifest import (
@@ -45,7 +51,8 @@ def split_manifest(config: SplitConfig) -> dict[str, int]:
 
     Returns the number of rows of each part. Columns are kept, paths are made absolute. The
     fractions are met on average, in every class: for n images the standard deviation is
-    sqrt(n p (1 - p)); the result is printed. With `by: content` the digests of `manifest build
+    sqrt(n p (1 - p)); the result is printed. A stratified split, such as of a multi-label manifest,
+    meets them as well as whole images allow. With `by: content` the digests of `manifest build
     --contents` are used where the manifest has them; otherwise every image is read.
     Raises ManifestError when the column is missing or an image cannot be read, OutputError when the
     folder contains other files.
@@ -61,29 +68,101 @@ def split_manifest(config: SplitConfig) -> dict[str, int]:
     files = list_part_files(config)
     ours = {name.partition("/")[0] for each in files.values() for name in each}
     stale = _check_output(output, ours, config.overwrite) - ours
-    counts: dict[str, Counter[str]] = {part: Counter() for part in shares}
+    assigner = _choose_assigner(manifest, shares, config)
+    totals = {part: _PartTotals() for part in shares}
     with _PartWriters(output, files) as writers:
-        for batch in manifest.batches():
-            table = pa.Table.from_batches([batch])
-            first = sum(count.total() for count in counts.values())
-            parts = assign_parts(
-                list(_compute_keys(manifest, table, first, config)), shares, config.seed
-            )
-            table = make_paths_absolute(manifest, table)
+        for first, table in _iter_tables(manifest):
+            parts = assigner(table, first)
             labels = _read_labels(manifest, table)
+            table = make_paths_absolute(manifest, table)
             for part in shares:
-                mask = [each == part for each in parts]
-                writers.add(part, table.filter(pa.array(mask, pa.bool_())))
-                counts[part].update(label for label, own in zip(labels, mask, strict=True) if own)
-    if not any(count.total() for count in counts.values()):
+                mask = pa.array([each == part for each in parts], pa.bool_())
+                writers.add(part, table.filter(mask))
+                totals[part].add(labels.filter(mask))
+    if not any(total.rows for total in totals.values()):
         raise ManifestError(f"manifest {manifest.source}: has no rows; nothing to split")
     for name in stale:
         filesystem.remove(filesystem.join(output, name))
-    labels_of_all = sum(counts.values(), Counter())
-    del labels_of_all[NO_LABEL]
+    labels_of_all = sum((total.labels for total in totals.values()), Counter[str]())
     log_label_variants(f"manifest {manifest.source}", labels_of_all)
-    _log_summary(counts, shares, output)
-    return {part: count.total() for part, count in counts.items()}
+    _log_summary(totals, shares, output)
+    return {part: total.rows for part, total in totals.items()}
+
+
+@dataclass
+class _PartTotals:
+    """Rows of a part, and its rows of each class."""
+
+    rows: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
+
+    def add(self, labels: pa.ListArray) -> None:
+        self.rows += len(labels)
+        self.labels.update(labels.flatten().to_pylist())
+
+
+_Assigner = Callable[[pa.Table, int], Sequence[str]]
+"""Returns the part of each row of a table; called with the number of its first row too."""
+
+
+def _choose_assigner(
+    manifest: Manifest, shares: Mapping[str, float], config: SplitConfig
+) -> _Assigner:
+    """How rows get their parts: by hash, or stratified after a first pass over the manifest."""
+    stratified = config.stratify
+    if stratified is None:
+        stratified = manifest.label_columns is not None
+    if stratified and manifest.find_label_columns() is None:
+        raise ConfigError(
+            f"stratify: manifest {manifest.source} has no labels; name their column with "
+            "--manifest.label-column"
+        )
+    if stratified:
+        parts = _stratify_rows(manifest, shares, config)
+
+        def look_up(table: pa.Table, first: int) -> Sequence[str]:
+            found = parts[first : first + table.num_rows]
+            if len(found) < table.num_rows:
+                raise ManifestError(
+                    f"manifest {manifest.source}: has got more rows since it was read; rerun the "
+                    "command"
+                )
+            return found
+
+        return look_up
+    return lambda table, first: assign_parts(
+        list(_compute_keys(manifest, table, first, config)), shares, config.seed
+    )
+
+
+def _iter_tables(manifest: Manifest) -> Iterator[tuple[int, pa.Table]]:
+    """The rows of a manifest in tables, and the number of the first row of each."""
+    first = 0
+    for batch in manifest.batches():
+        yield first, pa.Table.from_batches([batch])
+        first += batch.num_rows
+
+
+def _stratify_rows(
+    manifest: Manifest, shares: Mapping[str, float], config: SplitConfig
+) -> list[str]:
+    """The part of each row of a manifest: rows with one key stay together."""
+    keys: list[bytes] = []
+    rows: Counter[bytes] = Counter()
+    labels: dict[bytes, Counter[str]] = {}
+    for first, table in _iter_tables(manifest):
+        found = list(_compute_keys(manifest, table, first, config))
+        for key, names in zip(found, _read_labels(manifest, table).to_pylist(), strict=True):
+            own = labels.setdefault(key, Counter())
+            own.update(sys.intern(name) for name in set(names))
+        keys += found
+        rows.update(found)
+    order = sorted(rows, key=lambda key: _hash_key(key, config.seed))
+    fractions = [share / sum(shares.values()) for share in shares.values()]
+    parts = stratify([Unit(rows[key], labels[key]) for key in order], fractions)
+    names = list(shares)
+    part_of_key = {key: names[part] for key, part in zip(order, parts, strict=True)}
+    return [part_of_key[key] for key in keys]
 
 
 def assign_parts(keys: Sequence[bytes], shares: Mapping[str, float], seed: int) -> list[str]:
@@ -91,7 +170,6 @@ def assign_parts(keys: Sequence[bytes], shares: Mapping[str, float], seed: int) 
 
     The part depends only on the key, the shares and the seed.
     """
-    salt = seed.to_bytes(8, "little", signed=True)
     total = sum(shares.values())
     ends, end = [], 0.0
     for part, share in shares.items():
@@ -99,10 +177,15 @@ def assign_parts(keys: Sequence[bytes], shares: Mapping[str, float], seed: int) 
         ends.append((end, part))
     assigned = []
     for key in keys:
-        digest = hashlib.blake2b(key, digest_size=8, salt=salt).digest()
-        position = int.from_bytes(digest, "little") / 2**64
+        position = _hash_key(key, seed) / 2**64
         assigned.append(next((part for end, part in ends if position < end), ends[-1][1]))
     return assigned
+
+
+def _hash_key(key: bytes, seed: int) -> int:
+    """A hash of 64 bits."""
+    salt = seed.to_bytes(8, "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8, salt=salt).digest(), "little")
 
 
 def list_part_files(config: SplitConfig) -> dict[str, list[str]]:
@@ -166,11 +249,18 @@ def _compute_keys(
         yield digest.encode()
 
 
-def _read_labels(manifest: Manifest, table: pa.Table) -> list[str]:
+def _read_labels(manifest: Manifest, table: pa.Table) -> pa.ListArray:
+    """The class names of each row; an empty list where it has none."""
+    if manifest.label_columns is not None:
+        names = manifest.label_columns.read_names(table, f"manifest {manifest.source}")
+        return pc.fill_null(names, [])
     if manifest.label_column is None:
-        return [NO_LABEL] * table.num_rows
-    text = normalize_labels(table.column(manifest.label_column)).to_pylist()
-    return [NO_LABEL if label is None else label for label in text]
+        text = pa.nulls(table.num_rows, pa.string())
+    else:
+        text = normalize_labels(table.column(manifest.label_column))
+    counts = pc.cast(text.is_valid(), pa.int32()).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), text.drop_null())
 
 
 def _check_output(output: str, ours: set[str], overwrite: bool) -> set[str]:
@@ -215,20 +305,20 @@ class _PartWriters:
 
 
 def _log_summary(
-    counts: Mapping[str, Counter[str]], shares: Mapping[str, float], output: str
+    totals: Mapping[str, _PartTotals], shares: Mapping[str, float], output: str
 ) -> None:
     total = sum(shares.values())
-    rows = sum(count.total() for count in counts.values())
+    rows = sum(each.rows for each in totals.values())
     for part, share in shares.items():
         name = part if not part.isdigit() else f"fold {part}"
-        count = counts[part].total()
+        count = totals[part].rows
         fraction = count / rows if rows else 0.0
         log.emit(
             "split", f"{name:<8} {count:>9,} rows  {fraction:.1%} (target {share / total:.1%})"
         )
-    classes = sorted({label for count in counts.values() for label in count} - {NO_LABEL})
+    classes = sorted({label for each in totals.values() for label in each.labels})
     for label in classes:
-        missing = [part for part in shares if not counts[part][label]]
+        missing = [part for part in shares if not totals[part].labels[label]]
         if missing:
             log.emit("note", f"class {label!r} has no image in {', '.join(missing)}")
     log.emit("split", output)

@@ -25,9 +25,15 @@ Row = tuple[str, bytes, str | None]
 
 
 def images_of(
-    folder: Path, *manifests: list[Row], embeddings: np.ndarray | None = None
+    folder: Path,
+    *manifests: list[Row],
+    embeddings: np.ndarray | None = None,
+    delimiter: str | None = None,
 ) -> ImageTable:
-    """Manifests of (name, file, label), scanned as a worker does."""
+    """Manifests of (name, file, label), scanned as a worker does.
+
+    delimiter: of the class names in a label, for multi-label manifests
+    """
     sources = []
     start = 0
     for number, rows in enumerate(manifests):
@@ -35,7 +41,7 @@ def images_of(
             folder / f"m{number}.csv", [(name, label or "") for name, _, label in rows],
             ("path", "label"),
         )  # fmt: skip
-        manifest = open_manifest(ManifestConfig(path=str(file)))
+        manifest = open_manifest(ManifestConfig(path=str(file), label_delimiter=delimiter))
         results = []
         for row, (_, data, _) in enumerate(rows):
             try:

@@ -15,6 +15,7 @@ from imgcls.curation import build
 from imgcls.curation.build import CONTENT_COLUMNS, _check_columns, build_manifest
 from imgcls.curation.config import ManifestBuildConfig
 from imgcls.data import image_files
+from imgcls.data.manifests.label_columns import LabelColumns
 from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ConfigError, ManifestError, OutputError, OutputLocked, RunFailed
 from imgcls.runs.lease import Lease
@@ -161,3 +162,109 @@ def test_a_wrong_table_leaves_no_output_folder(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="has a column 'width'"):
         build_from(source=str(tmp_path / "t.csv"), output=str(tmp_path / "out"), contents=True)
     assert not (tmp_path / "out").exists()
+
+
+def read_built(folder: Path) -> dict[str, list[object]]:
+    columns: dict[str, list[object]] = pq.read_table(folder / "manifest.parquet").to_pydict()
+    del columns["path"]
+    return columns
+
+
+def test_labels_of_several_classes_become_a_column_of_lists(tmp_path: Path) -> None:
+    lists = pa.array([["dog", " cat "], [], None], pa.large_list(pa.string()))
+    table = pa.table({"path": ["a", "b", "c"], "tags": lists, "n": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "lists.parquet")
+    rows = [("a", "dog| cat", "1"), ("b", "|", "2"), ("c", " ", "3")]
+    write_manifest(tmp_path / "text.csv", rows, ("path", "tags", "n"))
+    rows = [("a", "1", "1", "1"), ("b", "0", "0", "2"), ("c", "", "", "3")]
+    write_manifest(tmp_path / "columns.csv", rows, ("path", "dog", "cat", "n"))
+    for name, labels in (
+        ("lists.parquet", {"label_column": "tags"}),
+        ("text.csv", {"label_column": "tags", "label_delimiter": "|"}),
+        ("columns.csv", {"label_columns": "dog,cat"}),
+    ):
+        output = tmp_path / name.partition(".")[0]
+        assert build_from(source=str(tmp_path / name), output=str(output), **labels) == 3
+        built = read_built(output)
+        assert built["label"] == [["dog", "cat"], [], None]
+        assert [str(n) for n in built["n"]] == ["1", "2", "3"]
+        assert set(built) == {"label", "n"}
+        again = open_manifest(ManifestConfig(path=str(output)))
+        assert again.label_columns == LabelColumns("label")
+
+
+def test_class_columns_with_unknown_values_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("a", "1", ""), ("b", "0", "1"), ("c", "", "")]
+    write_manifest(tmp_path / "m.csv", rows, ("path", "dog", "cat"))
+    settings = {"source": str(tmp_path / "m.csv"), "output": str(tmp_path / "out")}
+    assert build_from(**settings, label_columns="dog,cat") == 3
+    assert read_built(tmp_path / "out") == {"dog": ["1", "0", None], "cat": [None, "1", None]}
+    text = "1 row with unknown classes, so the class columns stay; read the manifest with "
+    assert text + "--manifest.label-columns dog,cat" in capsys.readouterr().out
+
+
+def test_a_class_without_an_image_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_manifest(tmp_path / "m.csv", [("a", "1", "0")], ("path", "dog", "cat"))
+    settings = {"source": str(tmp_path / "m.csv"), "output": str(tmp_path / "out")}
+    build_from(**settings, label_columns="dog,cat")
+    assert "no image has 'cat'; lists of labels do not contain" in capsys.readouterr().out
+
+
+def test_another_column_with_the_name_of_the_lists_is_refused(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "m.csv", [("a", "1", "x")], ("path", "dog", "label"))
+    settings = {"source": str(tmp_path / "m.csv"), "output": str(tmp_path / "out")}
+    with pytest.raises(ManifestError, match="has another column 'label'; rename it"):
+        build_from(**settings, label_columns="dog")
+
+
+def test_lists_become_text_in_a_csv(tmp_path: Path) -> None:
+    names = [["big dog", 'the "cat"'], [], None, ["\u00e9, x"]]
+    table = pa.table({"path": ["a", "b", "c", "d"], "labels": names, "n": [1, 2, None, 4]})
+    pq.write_table(table, tmp_path / "m.parquet")
+    output = tmp_path / "out"
+    settings = {"source": str(tmp_path / "m.parquet"), "output": str(output)}
+    assert build_from(**settings, output_format="csv", csv_separator="|") == 4
+    assert [path.name for path in output.iterdir()] == ["manifest.csv"]
+    manifest = open_manifest(ManifestConfig(path=str(output), label_delimiter="|"))
+    assert manifest.label_columns == LabelColumns("label", "|")
+    [batch] = manifest.batches()
+    assert manifest.label_columns.read_names(batch).to_pylist() == names
+    assert batch.column("n").to_pylist() == ["1", "2", None, "4"]
+    with pytest.raises(OutputError, match="contains a manifest already; pass --overwrite"):
+        build_from(**settings, output_format="csv")
+    build_from(**{**settings, "output": str(tmp_path / "other")})
+    with pytest.raises(OutputError, match=r"contains other files \(manifest\.parquet\)"):
+        build_from(**{**settings, "output": str(tmp_path / "other")}, output_format="csv")
+
+
+def test_a_folder_is_listed_into_a_csv(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        (tmp_path / "photos" / label / "1.jpg").write_bytes(jpeg(picture(0)))
+    settings = {"source": str(tmp_path / "photos"), "output": str(tmp_path / "out")}
+    assert build_from(**settings, labels=True, output_format="csv") == 2
+    manifest = open_manifest(ManifestConfig(path=str(tmp_path / "out")))
+    [batch] = manifest.batches()
+    assert batch.column("label").to_pylist() == ["cat", "dog"]
+    assert manifest.schema.names == ["path", "size", "mtime", "etag", "label"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": [["a;b"]]}, "the class name 'a;b' contains the separator ';'; pass another"),
+        ({"boxes": [[1]]}, "column 'boxes' is list<.*>, which CSV cannot have"),
+    ],
+)
+def test_what_a_csv_cannot_have_is_refused(
+    tmp_path: Path, columns: dict[str, list[object]], message: str
+) -> None:
+    pq.write_table(pa.table({"path": ["a"], **columns}), tmp_path / "m.parquet")
+    settings = {"source": str(tmp_path / "m.parquet"), "output": str(tmp_path / "out")}
+    with pytest.raises(ManifestError, match=message):
+        build_from(**settings, output_format="csv")
+    assert not (tmp_path / "out" / "manifest.csv").exists()

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from imgcls import config as configuration
+from imgcls.curation import check as check_module
 from imgcls.curation.check import CheckResult, _check_readable, _open_manifests, check, find_dropped
 from imgcls.curation.checks.findings import ISSUES, ISSUES_SCHEMA, Finding, build_issue_table
 from imgcls.curation.checks.report import build_section
 from imgcls.curation.config import CheckConfig, Issue, ScanConfig
 from imgcls.curation.scan import ScannedManifest, _build_identity
+from imgcls.data.manifests.label_columns import LabelColumns
 from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ConfigError, ManifestError, OutputError, RequestError
 from imgcls.execution.plan import Plan
@@ -22,7 +25,7 @@ from imgcls.models import openvino_package
 from imgcls.models.bundle import load_bundle
 from imgcls.runs.layout import write_table
 from tests.conftest import write_manifest
-from tests.curation.pictures import images_of, jpeg, picture
+from tests.curation.pictures import Row, images_of, jpeg, picture
 
 
 @pytest.mark.parametrize("issue", ISSUES)
@@ -103,6 +106,69 @@ def test_another_manifest_may_have_another_label_column(tmp_path: Path) -> None:
         "label",
         "species",
     ]
+
+
+def describe_labels(tmp_path: Path, against: str, **labels: object) -> LabelColumns | str | None:
+    """The label columns of the manifest of `against`, read by the options of train.csv."""
+    config = configuration.build(
+        CheckConfig,
+        {
+            "manifest": {"path": str(tmp_path / "train.csv"), **labels},
+            "against": [str(tmp_path / against)],
+            "output": str(tmp_path / "out"),
+        },
+    )
+    _, other = _open_manifests(config)
+    return other.label_columns or other.label_column
+
+
+def test_another_manifest_may_have_labels_of_another_form(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "train.csv", [("a.jpg", "cat;dog", "1")], ("path", "tags", "cat"))
+    write_manifest(tmp_path / "tags.csv", [("b.jpg", "dog")], ("path", "tags"))
+    write_manifest(tmp_path / "label.csv", [("b.jpg", "dog")], ("path", "label"))
+    write_manifest(tmp_path / "none.csv", [("b.jpg",)], ("path",))
+    pq.write_table(pa.table({"path": ["c.jpg"], "tags": [["dog"]]}), tmp_path / "lists.parquet")
+    tags = {"label_column": "tags", "label_delimiter": ";"}
+    assert describe_labels(tmp_path, "tags.csv", **tags) == LabelColumns("tags", ";")
+    assert describe_labels(tmp_path, "lists.parquet", **tags) == LabelColumns("tags")
+    assert describe_labels(tmp_path, "label.csv", **tags) == "label"
+    assert describe_labels(tmp_path, "none.csv", **tags) is None
+    columns = {"label_columns": ["cat"]}
+    assert describe_labels(tmp_path, "train.csv", **columns) == LabelColumns(per_class=("cat",))
+    assert describe_labels(tmp_path, "label.csv", **columns) == "label"
+
+
+def test_the_labels_are_no_part_of_what_a_resumed_scan_must_match(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "m.csv", [("a.jpg", "x", "y")], ("path", "label", "tags"))
+    identities = []
+    for labels in ({}, {"label_column": "tags"}, {"label_delimiter": ";"}):
+        config = ManifestConfig(path=str(tmp_path / "m.csv"), **labels)
+        scan = ScanConfig(manifest=config, output="out")
+        identities.append(_build_identity(open_manifest(config), scan, None, "auto"))
+    assert identities[0] == identities[1] == identities[2]
+
+
+def test_the_summary_lists_the_classes_of_the_checked_manifest(tmp_path: Path) -> None:
+    rows: list[Row] = [(f"{i}.jpg", jpeg(picture(i)), "cat;dog" if i else "cat") for i in range(4)]
+    images = images_of(tmp_path, rows, [("t.jpg", jpeg(picture(9)), "fox")], delimiter=";")
+    assert check_module._summarize(images, [], 1)["classes"] == [
+        {"name": "cat", "issue": "no-negatives",
+         "detail": "no image is known not to have it"},
+        {"name": "fox", "issue": "few-positives", "detail": "0 images, fewer than 1"},
+    ]  # fmt: skip
+    single = images_of(tmp_path, [("a.jpg", jpeg(picture(0)), "x")])
+    assert list(check_module._summarize(single, [], 1)) == ["manifests", "issues"]
+
+
+def test_an_issue_has_all_classes_of_its_image_as_label(tmp_path: Path) -> None:
+    rows: list[Row] = [
+        (f"{i}.jpg", jpeg(picture(i)), label) for i, label in enumerate(("dog;cat", ";", None))
+    ]
+    images = images_of(tmp_path, rows, delimiter=";")
+    finding = Finding("tiny", np.arange(3), np.ones(3, np.float32), ["small"] * 3)
+    assert build_issue_table(images, [finding])["label"].to_pylist() == ["cat; dog", "", None]
+    section = build_section(images, finding, 3)
+    assert [item["label"] for item in section["items"]] == ["cat; dog", "", None]
 
 
 def test_a_manifest_without_a_readable_image_is_scanned_again_by_the_next_run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -229,3 +230,88 @@ def test_spellings_of_one_class_are_noted(
     manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "label", "group"))
     split_manifest(split_config(manifest, tmp_path / "out", by="group"))
     assert "'Cat ' (10 rows) and 'cat' (20 rows)" in capsys.readouterr().out
+
+
+CLASSES = {"common": 0.5, "usual": 0.2, "rare": 0.02}
+
+
+def label_sets(folder: Path, count: int = 1000) -> Path:
+    """A manifest with a column of lists; images and groups of two rows."""
+    rng = np.random.default_rng(0)
+    labels = [[name for name, rate in CLASSES.items() if rng.random() < rate] for _ in range(count)]
+    table = {
+        "path": [f"gone/{i}.png" for i in range(count)],
+        "digest": [f"{i // 2:032x}" for i in range(count)],
+        "label": [None if i % 50 == 0 else each for i, each in enumerate(labels)],
+    }
+    pq.write_table(pa.table(table), folder / "m.parquet")
+    return folder / "m.parquet"
+
+
+def count_labels(output: Path) -> dict[str, Counter[str]]:
+    return {
+        file.stem: Counter(
+            name for row in pq.read_table(file)["label"].to_pylist() for name in row or []
+        )
+        for file in output.glob("*.parquet")
+    }
+
+
+def test_each_class_of_several_has_its_share_in_each_part(tmp_path: Path) -> None:
+    manifest = label_sets(tmp_path)
+    rows = split_manifest(split_config(manifest, tmp_path / "out"))
+    counts = count_labels(tmp_path / "out")
+    total = sum(counts.values(), Counter())
+    for part, share in SHARES.items():
+        assert abs(rows[part] - 1000 * share) < 20
+        for name in CLASSES:
+            assert abs(counts[part][name] - share * total[name]) <= 2
+    parts: dict[str, set[str]] = {}
+    for row in rows_of(tmp_path / "out").values():
+        parts.setdefault(row["digest"], set()).add(row["part"])
+    assert all(len(each) == 1 for each in parts.values())
+    split_manifest(split_config(manifest, tmp_path / "hashed", stratify=False))
+    by_hash = count_labels(tmp_path / "hashed")
+    assert any(abs(by_hash["test"][name] - 0.1 * total[name]) > 2 for name in CLASSES)
+
+
+def test_a_stratified_split_depends_on_the_seed_and_not_on_the_order_of_rows(
+    tmp_path: Path,
+) -> None:
+    manifest = label_sets(tmp_path, 300)
+    table = pq.read_table(manifest)
+    pq.write_table(table.take(list(range(299, -1, -1))), tmp_path / "reversed.parquet")
+    found = []
+    for name, seed in (("m", 0), ("reversed", 0), ("m", 1)):
+        output = tmp_path / f"{name}{seed}"
+        split_manifest(split_config(tmp_path / f"{name}.parquet", output, seed=seed))
+        found.append({path: row["part"] for path, row in rows_of(output).items()})
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def test_class_columns_and_folds_are_stratified(tmp_path: Path) -> None:
+    rows = [(f"{i}.png", f"{i:032x}", str(int(i < 5)), "" if i % 3 else "1") for i in range(60)]
+    manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "digest", "rare", "other"))
+    config = split_config(manifest, tmp_path / "out", folds=5)
+    labels = {"label_columns": ["rare", "other"]}
+    split_manifest(
+        config.model_copy(update={"manifest": config.manifest.model_copy(update=labels)})
+    )
+    for number in range(5):
+        held = pq.read_table(tmp_path / "out" / f"fold-{number}" / "val.parquet")
+        assert held["rare"].to_pylist().count("1") == 1
+        assert held["other"].to_pylist().count("1") == 4
+        assert held.num_rows == 12
+
+
+def test_one_label_per_image_is_stratified_on_request(tmp_path: Path) -> None:
+    rows = [(f"{i}.png", f"{i:032x}", "rare" if i < 5 else "common") for i in range(50)]
+    manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "digest", "label"))
+    split_manifest(split_config(manifest, tmp_path / "out", folds=5, stratify=True))
+    for number in range(5):
+        held = pq.read_table(tmp_path / "out" / f"fold-{number}" / "val.parquet")
+        assert held["label"].to_pylist().count("rare") == 1
+    unlabeled = write_manifest(tmp_path / "u.csv", [("a.png",)], ("path",))
+    with pytest.raises(ConfigError, match="has no labels; name their column"):
+        split_manifest(split_config(unlabeled, tmp_path / "u", stratify=True))

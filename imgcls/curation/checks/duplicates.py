@@ -18,6 +18,7 @@ from imgcls.curation.checks.image_table import BoolArray, FloatArray, ImageTable
 from imgcls.curation.checks.similarity import ImageSimilarity, iterate_groups
 from imgcls.curation.config import DuplicatesConfig, Issue
 from imgcls.data.decoding.image_features import HASH_BITS, MIRROR_BITS
+from imgcls.data.manifests.label_columns import NEGATIVE, POSITIVE
 from imgcls.models.embeddings import normalize_embeddings
 
 COSINE_BLOCK = 65_536
@@ -189,19 +190,55 @@ def _find_label_conflicts(
     images: ImageTable, groups: IntArray, similarity: ImageSimilarity
 ) -> Finding:
     """Find duplicates with different labels."""
+    describe = _describe_conflict if images.targets is None else _describe_class_conflict
     found, details = [], []
-    for group in iterate_groups(np.where(images.label >= 0, groups, -1)):
-        label = images.label[group]
-        if (label == label[0]).all():
+    for group in iterate_groups(np.where(images.is_labeled, groups, -1)):
+        if not _has_different_labels(images, group):
             continue
         for block, bits in similarity.iterate_distances(group, group):
             is_duplicate = bits <= similarity.max_hash_distance
             for index, row in zip(block.tolist(), is_duplicate, strict=True):
-                names = sorted({images.classes[each] for each in np.unique(label[row])})
-                if len(names) > 1:
+                detail = describe(images, index, group[row])
+                if detail is not None:
                     found.append(index)
-                    own = images.classes[images.label[index]]
-                    details.append(f"{own!r}, among duplicates labeled {', '.join(names)}")
+                    details.append(detail)
     indices = np.array(found, np.int64)
     score = np.ones(len(indices), np.float32)
     return Finding("label-conflict", indices, score, details, groups[indices])
+
+
+def _has_different_labels(images: ImageTable, group: IntArray) -> bool:
+    if images.targets is None:
+        return bool((images.label[group] != images.label[group[0]]).any())
+    targets = images.targets[group]
+    return bool(((targets == POSITIVE).any(0) & (targets == NEGATIVE).any(0)).any())
+
+
+def _describe_conflict(images: ImageTable, index: int, same: IntArray) -> str | None:
+    """How the label of an image differs from those of its duplicates; None if it does not.
+
+    same: the image and its duplicates
+    """
+    names = sorted({images.classes[each] for each in np.unique(images.label[same])})
+    if len(names) < 2:
+        return None
+    return f"{images.describe_label(index)!r}, among duplicates labeled {', '.join(names)}"
+
+
+def _describe_class_conflict(images: ImageTable, index: int, same: IntArray) -> str | None:
+    """The classes in which a multi-label image differs from its duplicates; None for none.
+
+    A class that is unknown for one of the two images does not differ.
+    """
+    assert images.targets is not None
+    own, others = images.targets[index], images.targets[same]
+    texts = []
+    for value, contrary, text in (
+        (POSITIVE, NEGATIVE, "positive here and negative in a duplicate"),
+        (NEGATIVE, POSITIVE, "negative here and positive in a duplicate"),
+    ):
+        codes = np.flatnonzero((own == value) & (others == contrary).any(axis=0))
+        if len(codes):
+            names = ", ".join(repr(images.classes[code]) for code in codes.tolist())
+            texts.append(f"{text}: {names}")
+    return "; ".join(texts) or None

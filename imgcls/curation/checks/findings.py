@@ -78,7 +78,7 @@ def build_issue_table(images: ImageTable, findings: Sequence[Finding]) -> pa.Tab
                     pa.array(images.manifests).take(pa.array(images.manifest_index[indices])),
                     pa.array(images.row[indices]),
                     images.path.take(pa.array(indices)).combine_chunks(),
-                    _get_label_names(images.classes, images.label[indices]),
+                    pa.array([images.describe_label(i) for i in indices.tolist()], pa.string()),
                     pa.array([finding.issue] * len(indices), pa.string()),
                     pa.array(finding.score[order], pa.float32()),
                     pa.nulls(len(indices), pa.int64()) if group is None else pa.array(group),
@@ -88,11 +88,3 @@ def build_issue_table(images: ImageTable, findings: Sequence[Finding]) -> pa.Tab
             )
         )
     return pa.concat_tables(parts) if parts else ISSUES_SCHEMA.empty_table()
-
-
-def _get_label_names(classes: Sequence[str], label: IntArray) -> pa.Array:
-    labeled = label >= 0
-    if not classes:
-        return pa.nulls(len(label), pa.string())
-    codes = pa.array(np.where(labeled, label, 0), mask=~labeled)
-    return pa.array(classes, pa.string()).take(codes)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from imgcls.curation.checks.class_errors import find_class_errors
 from imgcls.curation.checks.findings import Finding
 from imgcls.curation.checks.image_table import FloatArray, ImageTable, IntArray
 from imgcls.curation.config import LabelErrorsConfig
@@ -27,6 +28,10 @@ def find_label_issues(images: ImageTable, config: LabelErrorsConfig) -> Iterator
     if images.embedding is None:
         return
     unit = normalize_embeddings(np.nan_to_num(images.embedding))
+    if images.targets is not None:
+        yield find_class_errors(images, unit, config)
+        yield _find_outliers(unit, np.flatnonzero(images.is_ok), config)
+        return
     labeled = images.is_ok & (images.label >= 0)
     # the only image of a class is left out: a probe fitted without it does not know the class
     alone = np.bincount(images.label[labeled], minlength=len(images.classes)) < 2

@@ -56,6 +56,7 @@ def render_check_report(
             "title": f"{checked['manifest']}: {checked['rows']:,} rows checked",
             "against": summary["manifests"][1:],
             "sections": sections,
+            "classes": summary.get("classes", []),
             "clean": int(images.is_own.sum()) - len(_find_affected(images, findings)),
         },
     )
@@ -96,7 +97,7 @@ def build_section(images: ImageTable, finding: Finding, gallery: int) -> IssueSe
                 "path": path or "(no path)",
                 "manifest": images.manifests[images.manifest_index[index]],
                 "row": int(images.row[index]),
-                "label": images.classes[images.label[index]] if images.label[index] >= 0 else None,
+                "label": images.describe_label(index),
                 "detail": finding.details[number],
                 "group": None if finding.group is None else int(finding.group[number]),
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,3 +182,38 @@ def test_pairs_near_the_limit_are_found_with_a_common_component(
     found = find_similar_pairs(normalize_embeddings(vectors), DuplicatesConfig(min_cosine=0.95))
     pairs = set(zip(found.first.tolist(), found.second.tolist(), strict=True))
     assert len(pairs & {(i, 2000 + i) for i in range(2000)}) >= wanted * 2000
+
+
+def conflicts_of(tmp_path: Path, labels: list[str | None]) -> dict[int, str]:
+    rows: list[Row] = [(f"{i}.jpg", jpeg(picture(0)), each) for i, each in enumerate(labels)]
+    images = images_of(tmp_path, rows, delimiter=";")
+    found = {f.issue: f for f in duplicates.find_duplicates(images, DuplicatesConfig())}
+    conflict = found["label-conflict"]
+    return dict(zip(conflict.indices.tolist(), conflict.details, strict=True))
+
+
+def test_a_conflict_names_the_classes_in_which_duplicates_differ(tmp_path: Path) -> None:
+    found = conflicts_of(tmp_path, ["cat;dog", "dog;cat", "cat;fox", None])
+    assert found == {
+        0: "positive here and negative in a duplicate: 'dog'; negative here and positive in a "
+        "duplicate: 'fox'",
+        1: "positive here and negative in a duplicate: 'dog'; negative here and positive in a "
+        "duplicate: 'fox'",
+        2: "positive here and negative in a duplicate: 'fox'; negative here and positive in a "
+        "duplicate: 'dog'",
+    }
+    assert conflicts_of(tmp_path, ["cat;dog", "dog;cat", None]) == {}
+    assert set(conflicts_of(tmp_path, ["cat", ";"])) == {0, 1}
+
+
+def test_an_unknown_class_is_no_conflict(tmp_path: Path) -> None:
+    rows: list[Row] = [(f"{i}.jpg", jpeg(picture(0)), "a;b") for i in range(3)]
+    images = images_of(tmp_path, rows, delimiter=";")
+    for targets, expected in (
+        ([[1, 0], [-1, 0], [1, -1]], []),
+        ([[1, 0], [-1, 1], [1, -1]], [0, 1]),
+        ([[-1, -1], [1, 1], [0, 1]], [1, 2]),
+    ):
+        changed = replace(images, targets=np.array(targets, np.int8))
+        found = {f.issue: f for f in duplicates.find_duplicates(changed, DuplicatesConfig())}
+        assert found["label-conflict"].indices.tolist() == expected
