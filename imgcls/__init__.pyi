@@ -9,7 +9,9 @@ from imgcls.curation.config import CheckConfig, DuplicatesConfig, LabelErrorsCon
 from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.evaluation.compute import Evaluation
-from imgcls.evaluation.config import EvaluateConfig, LabelTableConfig, SimilarConfig
+from imgcls.evaluation.config import EvaluateConfig, LabelTableConfig, SelectConfig, SimilarConfig
+from imgcls.evaluation.multilabel import MultiLabelEvaluation
+from imgcls.evaluation.select import Selection
 from imgcls.execution.config import ScaleConfig
 from imgcls.inference.config import EmbedConfig, PredictConfig, RelabelConfig, SinceConfig
 from imgcls.inference.result import PredictResult
@@ -87,7 +89,7 @@ def embed(
 ) -> PredictResult: ...
 
 @overload
-def evaluate(config: EvaluateConfig, /) -> Evaluation: ...
+def evaluate(config: EvaluateConfig, /) -> Evaluation | MultiLabelEvaluation: ...
 @overload
 def evaluate(
     *,
@@ -109,7 +111,7 @@ def evaluate(
     overwrite: bool = ...,
     scale: ScaleConfig | Mapping[str, object] = ...,
     storage: StorageConfig | Mapping[str, object] = ...,
-) -> Evaluation: ...
+) -> Evaluation | MultiLabelEvaluation: ...
 
 @overload
 def find_similar(config: SimilarConfig, /) -> Table: ...
@@ -189,12 +191,34 @@ def relabel(
 ) -> PredictResult: ...
 
 @overload
+def select(config: SelectConfig, /) -> Selection: ...
+@overload
+def select(
+    *,
+    run: str | PathLike[str],
+    output: str | PathLike[str],
+    count: int = ...,
+    by: Literal['margin', 'entropy', 'ood', 'disagreement'] = ...,
+    diverse: bool = ...,
+    candidates: int | None = ...,
+    per_class_cap: int | None = ...,
+    max_similarity: float = ...,
+    other_run: str | None | PathLike[str] = ...,
+    on: str | None | PathLike[str] = ...,
+    exclude: ManifestConfig | None | Mapping[str, object] | str | PathLike[str] = ...,
+    include_labeled: bool = ...,
+    overwrite: bool = ...,
+    storage: StorageConfig | Mapping[str, object] = ...,
+) -> Selection: ...
+
+@overload
 def train(config: TrainConfig, /) -> TrainResult: ...
 @overload
 def train(
     *,
     data: DataConfig | Mapping[str, object] | str | PathLike[str],
     output: str | PathLike[str],
+    task: Literal['auto', 'single_label', 'multilabel'] = ...,
     model: ModelConfig | Mapping[str, object] | str | PathLike[str] = ...,
     strategy: Literal['scratch', 'probe', 'finetune', 'probe_then_finetune', 'lora'] | None = ...,
     probe: ProbeConfig | Mapping[str, object] = ...,
@@ -209,7 +233,7 @@ def train(
     track: TrackConfig | Mapping[str, object] = ...,
     overwrite: bool = ...,
     epochs: int | None = ...,
-    best_by: Literal['val_loss', 'val_accuracy'] = ...,
+    best_by: Literal['val_loss', 'val_accuracy', 'val_mean_average_precision'] = ...,
     batch_size: int | None = ...,
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = ...,
     seed: int = ...,
