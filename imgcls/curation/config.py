@@ -70,7 +70,7 @@ class ManifestBuildConfig(ListingConfig):
     """CSV escape character before a quote inside a quoted value, such as \\ for files of Spark."""
     output_format: Literal["parquet", "csv"] = "parquet"
     """Format of the manifest. csv: labels of several classes become text with csv_separator."""
-    csv_separator: str = Field(default=";", min_length=1)
+    csv_separator: str = Field(default=";", pattern=r"\S")
     """Separator of several class names in a CSV manifest; pass it to `--manifest.label-delimiter`.
     """
     contents: bool = False

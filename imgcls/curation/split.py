@@ -161,6 +161,9 @@ def _stratify_rows(
     fractions = [share / sum(shares.values()) for share in shares.values()]
     parts = stratify([Unit(rows[key], labels[key]) for key in order], fractions)
     names = list(shares)
+    for part, name in enumerate(names):
+        if part not in parts:
+            log.emit("note", f"part {name}: has no row, since there are too few rows to divide")
     part_of_key = {key: names[part] for key, part in zip(order, parts, strict=True)}
     return [part_of_key[key] for key in keys]
 

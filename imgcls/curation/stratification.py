@@ -54,6 +54,7 @@ class _Stratification:
             label: [share * total for share in shares] for label, total in totals.items()
         }
         self._needed_rows = [share * sum(unit.rows for unit in units) for share in shares]
+        self._min_needed = [-0.1 * rows for rows in self._needed_rows]
 
     def run(self) -> list[int]:
         rarest = [(count, label) for label, count in self._waiting.items()]
@@ -78,8 +79,14 @@ class _Stratification:
             self._assign(number, self._needed[label])
 
     def _assign(self, number: int, needed: Sequence[float]) -> None:
-        """Assign a unit to the part that needs most; the rows that are needed break ties."""
-        part = max(range(len(needed)), key=lambda part: (needed[part], self._needed_rows[part]))
+        """Assign a unit to the part that needs most; the rows that are needed break ties.
+
+        A part that has a tenth more rows than its share takes no more: with many rare classes,
+        each of which needs its units most in the largest part, the others would stay empty.
+        """
+        parts = range(len(needed))
+        open_parts = [part for part in parts if self._needed_rows[part] > self._min_needed[part]]
+        part = max(open_parts or parts, key=lambda part: (needed[part], self._needed_rows[part]))
         self._parts[number] = part
         self._needed_rows[part] -= self._units[number].rows
         for label, rows in self._units[number].labels.items():

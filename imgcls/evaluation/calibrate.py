@@ -250,8 +250,9 @@ def _check_purpose(config: CalibrateConfig, bundle: Bundle) -> None:
         )
     chosen = (config.target_precision, config.coverage, config.max_ood_rate)
     if config.method == "none" and chosen == (None, None, None) and not config.best_f1:
+        other = "--coverage" if bundle.spec.task == "single_label" else "--best-f1"
         raise RequestError(
-            "method none: has no effect without --target-precision, --coverage or --max-ood-rate; "
+            f"method none: has no effect without --target-precision, {other} or --max-ood-rate; "
             "pass one, or another --method"
         )
     if config.max_ood_rate is None and (config.ood_reference or config.ood_method != "knn"):

@@ -22,12 +22,14 @@ class PairMatrix:
 
     together:  (n, n) rows with both labels, on the diagonal those of each label
     predicted: (n, n) rows with a label (first axis) that are predicted to have a class
+    known:     (n, n) rows with a label for which it is known whether they have a class
     omitted_classes: number of classes that are not shown, the least frequent ones
     """
 
     classes: list[str]
     together: Ints
     predicted: Ints
+    known: Ints
     omitted_classes: int
 
     @property
@@ -36,8 +38,8 @@ class PairMatrix:
         return np.diagonal(self.together)
 
     def compute_shares(self, counts: Ints) -> Floats:
-        """(n, n) share of the rows of each label."""
-        shares: Floats = counts / np.maximum(self.support[:, None], 1)
+        """(n, n) share of the rows of each label for which the class is known."""
+        shares: Floats = counts / np.maximum(self.known, 1)
         return shares
 
 
@@ -53,6 +55,7 @@ def build_pair_matrix(pairs: CooccurrenceCounts, max_classes: int) -> PairMatrix
         [pairs.classes[code] for code in order],
         pairs.together[inside],
         pairs.predicted[inside],
+        pairs.known[inside],
         len(occurring) - len(chosen),
     )
 

@@ -29,6 +29,7 @@ from imgcls.evaluation.multilabel_cells import (
     select_mistakes,
 )
 from imgcls.evaluation.result import RunEvaluation, build_slice_row, build_slice_table
+from imgcls.formatting import format_count
 from imgcls.metrics.multilabel import (
     CooccurrenceCounts,
     MultiLabelCounts,
@@ -166,7 +167,13 @@ def _explain_omissions(run: CommittedRun, found: MultiLabelAggregate) -> Iterato
             "All metrics that need labels: the run has no labels. Join some with "
             "`imgcls evaluate --predictions RUN --labels TABLE --output FOLDER`."
         )
-    elif not run.has_scores:
+    if found.counts.unknown_label:
+        yield (
+            f"{format_count(found.counts.unknown_label, 'row')} with a label that is no class of "
+            "the model, for which this label is ignored. If labels are separated by a character, "
+            "name it with --manifest.label-delimiter, or --labels.label-delimiter."
+        )
+    if found.counts.labeled and not run.has_scores:
         yield (
             "mAP, AUROC, calibration, the images with mistakes and possible label errors need the "
             "scores of all classes, which a history of several bundles does not have: evaluate one "
@@ -189,4 +196,8 @@ def _build_slices(found: MultiLabelAggregate, small: int) -> pa.Table:
         for column, slices in found.slices.items()
         for value, counts in slices.items()
     ]
-    return build_slice_table(rows, _QUALITY)
+    # the report shows these, also where no slice has them
+    shown = ("rows", "f1_macro", "subset_accuracy", "labels_per_row", "predicted_labels_per_row")
+    ends = (f"{_QUALITY}_lower", f"{_QUALITY}_upper")
+    empty = dict.fromkeys((*shown, _QUALITY, *ends, "error_rate"))
+    return build_slice_table([{**row, **(empty | row)} for row in rows], _QUALITY)

@@ -34,6 +34,7 @@ from imgcls.evaluation.label_list_join import (
     LabelReader,
     require_label_lists,
 )
+from imgcls.formatting import format_count
 from imgcls.metrics import expected_calibration_error, selective
 from imgcls.metrics.columns import Bools, take_scores
 from imgcls.metrics.counts import CORRECT, WRONG
@@ -147,13 +148,17 @@ def load_held_out_cells(
         )
     every = max(1, -(-run.rows * len(run.classes) // MAX_CELLS))
     logits, targets = [], []
-    seen = 0
+    seen = foreign = 0
     for piece in run.split_row_groups(10**9):
         keys = [] if joined is None else joined.required_columns
         names = list(dict.fromkeys(["status", "scores", *labels.names, *keys]))
         for table in read_piece(run, piece, names):
             table = table if joined is None else joined.join(table)
-            found = labels.encode(table, run.classes).targets
+            encoded = labels.encode(table, run.classes)
+            found, is_foreign = encoded.targets, encoded.has_unknown_name
+            # a row without a label that is a class would be a negative of every class
+            found[is_foreign & ~(found == POSITIVE).any(1)] = UNKNOWN
+            foreign += int(is_foreign.sum())
             ok = pc.equal(table["status"].cast(pa.string()), OK).to_numpy()
             at = np.flatnonzero((found != UNKNOWN).any(1) & ok)
             kept = at[(seen + np.arange(len(at))) % every == 0]
@@ -166,6 +171,13 @@ def load_held_out_cells(
         joined.finish()
     if not seen:
         raise RequestError(f"{run.url}: no prediction has a label that is a class of the model")
+    if foreign:
+        log.emit(
+            "note",
+            f"{format_count(foreign, 'row')} with a label that is no class of the model; those "
+            "without any other label are left out. If labels are separated by a character, name it "
+            "with --labels.label-delimiter",
+        )
     # class by class, because each is fitted by itself
     return HeldOutCells(
         np.ascontiguousarray(np.concatenate(logits).T),

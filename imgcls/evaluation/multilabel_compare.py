@@ -21,7 +21,7 @@ from imgcls.data.manifests.label_columns import POSITIVE, UNKNOWN, build_name_li
 from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.storage import filesystem
 from imgcls.errors import OK, RequestError
-from imgcls.evaluation.aggregate import NO_VALUE
+from imgcls.evaluation.aggregate import MAX_SLICES, NO_VALUE
 from imgcls.evaluation.config import CompareConfig
 from imgcls.evaluation.label_list_join import require_label_lists
 from imgcls.evaluation.row_pairs import check_not_worse, check_pairing, iter_row_pairs
@@ -338,6 +338,11 @@ class _PairCollector:
         for column in self.slice_by:
             coded = pc.fill_null(values[column].combine_chunks(), NO_VALUE).dictionary_encode()
             indices = coded.indices.to_numpy()
+            if len(coded.dictionary) > MAX_SLICES:
+                raise RequestError(
+                    f"slice_by: column {column!r} has more than {MAX_SLICES:,} values; slices are "
+                    "for groups such as camera or site, pass a column with fewer"
+                )
             for place, value in enumerate(coded.dictionary.to_pylist()):
                 part = cells.select(indices == place)
                 found = part.compare()
@@ -353,6 +358,10 @@ class _PairCollector:
                     row["subset_accuracy_b"] = share + paired.difference
                 rows.append(row)
         return _sort_by_difference(rows, _SLICE_SCHEMA)
+
+
+_MIN_SHOWN = 0.0005
+"""A smaller difference is shown as 0.0 points."""
 
 
 def _name_difference(found: Difference | None, run: str, other: str) -> dict[str, float]:
@@ -415,7 +424,7 @@ def _log_comparison(a: CommittedRun, b: CommittedRun, comparison: MultiLabelComp
         )
     for name, table in (("class", comparison.per_class), ("slice", comparison.slices)):
         for row in table.slice(0, 5).to_pylist():
-            if row["difference"] is not None and row["difference"] < 0:
+            if row["difference"] is not None and row["difference"] <= -_MIN_SHOWN:
                 what = row.get("label") or f"{row['slice_by']}={row['value']}"
                 log.show(
                     f"  worse {name}: {what}  {100 * row['difference']:+.1f} points of average "

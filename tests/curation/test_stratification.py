@@ -57,3 +57,9 @@ def test_large_groups_are_placed_first() -> None:
     units = [Unit(1, {})] * 10 + [Unit(10, {})]
     assert sum(unit.rows for unit, part in zip(units, stratify(units, [0.5, 0.5]), strict=True)
                if part == 0) == 10  # fmt: skip
+
+
+def test_many_rare_classes_leave_no_part_empty() -> None:
+    units = [Unit(1, Counter({f"common {n % 5}": 1, f"rare {n % 400}": 1})) for n in range(1000)]
+    parts = stratify(units, [0.8, 0.1, 0.1])
+    assert all(parts.count(part) > 50 for part in (1, 2))

@@ -76,18 +76,25 @@ class ClassCounts:
             elif positives >= max(min_positives, 1):
                 others = self._find_implied(code)
                 if others:
-                    detail = f"every image with it also has {', '.join(map(repr, others))}"
+                    detail = f"every image with it also has {', '.join(others)}"
                     yield ClassIssue(name, "always-together", detail)
 
     def _find_implied(self, code: int) -> list[str]:
-        """The classes that all images with a class have, except those that all images have."""
+        """Texts of the classes that all images with a class have, but not all images.
+
+        Images for which the other class is unknown do not count.
+        """
         row = int(np.searchsorted(self.paired, code))
         if row == len(self.paired) or self.paired[row] != code:
             return []
         has_negatives = self.negatives[self.paired] > 0
         is_implied = (self.together[row] > 0) & (self.excluded[row] == 0) & has_negatives
         is_implied[row] = False
-        return [self.classes[other] for other in self.paired[is_implied].tolist()]
+        is_known = self.together[row] == self.positives[code]
+        return [
+            repr(self.classes[self.paired[at]]) + ("" if is_known[at] else " (where known)")
+            for at in np.flatnonzero(is_implied).tolist()
+        ]
 
     def list_top_pairs(self, count: int = _MAX_PAIRS) -> list[dict[str, Any]]:
         """The pairs of classes that most images have, with their Jaccard index."""

@@ -179,7 +179,7 @@ def _encode_label_sets(parts: Sequence[_LabelRows]) -> _EncodedLabels:
     for part in parts:
         if part.columns is not None:
             counts.update(part.columns.count_names(part.rows, f"manifest {part.source}"))
-            named |= dict.fromkeys(part.columns.per_class)
+            named |= dict.fromkeys(part.columns.classes)
     classes = [*named, *sorted(set(counts) - set(named))]
     targets = [_read_targets(part, classes) for part in parts]
     matrix = np.concatenate(targets)

@@ -207,9 +207,10 @@ def find_label_columns(
     Raises ManifestError for settings that contradict each other or the table.
     """
     place = f"manifest {config.path}"
-    if config.label_delimiter is not None and not config.label_delimiter:
+    if config.label_delimiter is not None and not config.label_delimiter.strip():
         raise ManifestError(
-            f"{place}: {keys.option('label_delimiter')} is empty; pass the text between two labels"
+            f"{place}: {keys.option('label_delimiter')} {config.label_delimiter!r} is blank; "
+            "separate the labels by another character, such as ;"
         )
     if config.label_columns:
         for option, value in (

@@ -33,13 +33,17 @@ class CooccurrenceCounts:
         Rows with both labels; the diagonal has the rows of each label. Shape (0, 0) for more than
         `MAX_COOCCURRENCE_CLASSES` classes.
     predicted : ndarray of int64, shape (C, C)
-        Rows with a label (first axis) that are predicted to have a class (second axis). Shape
-        as `together`.
+        Rows with a label (first axis) that are predicted to have a class (second axis) for which
+        it is known whether they have it. Shape as `together`.
+    known : ndarray of int64, shape (C, C)
+        Rows with a label (first axis) for which it is known whether they have a class (second
+        axis): those that shares are of. Shape as `together`.
     """
 
     classes: tuple[str, ...]
     together: Ints
     predicted: Ints
+    known: Ints
 
     @classmethod
     def from_arrays(
@@ -85,8 +89,11 @@ class CooccurrenceCounts:
         for part in split_rows(*shape, _BLOCK_CELLS):
             labels = (targets[part] > 0).astype(np.float32)
             np.add(counts.together, (labels.T @ labels).astype(np.int64), out=counts.together)
-            found = labels.T @ predicted[part].astype(np.float32)
+            known = targets[part] >= 0
+            found = labels.T @ (predicted[part] & known).astype(np.float32)
             np.add(counts.predicted, found.astype(np.int64), out=counts.predicted)
+            rows = labels.T @ known.astype(np.float32)
+            np.add(counts.known, rows.astype(np.int64), out=counts.known)
         return counts
 
     @classmethod
@@ -95,7 +102,7 @@ class CooccurrenceCounts:
         names = check_classes(classes)
         size = len(names) if len(names) <= MAX_COOCCURRENCE_CLASSES else 0
         zero = np.zeros((size, size), dtype=np.int64)
-        return cls(names, zero, zero.copy())
+        return cls(names, zero, zero.copy(), zero.copy())
 
     def __add__(self, other: object) -> CooccurrenceCounts:
         """Counts of the rows of both. Raises ValueError if the classes differ."""
@@ -104,5 +111,8 @@ class CooccurrenceCounts:
         if self.classes != other.classes:
             raise ValueError("cannot merge counts over different classes")
         return CooccurrenceCounts(
-            self.classes, self.together + other.together, self.predicted + other.predicted
+            self.classes,
+            self.together + other.together,
+            self.predicted + other.predicted,
+            self.known + other.known,
         )

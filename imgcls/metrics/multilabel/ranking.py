@@ -69,9 +69,9 @@ class RankingCounts:
         ranking loss of a row, and of their squares.
     known_sum, known_square_sum : int
         Sums over rows of the number of known cells, and of its square.
-    loss_square_sums, loss_known_sums : ndarray of float64, shape (2,)
-        Sums over rows of the squared loss of all known cells of a row (log loss, Brier), and of
-        this loss times the number of known cells.
+    loss_sums, loss_square_sums, loss_known_sums : ndarray of float64, shape (2,)
+        Sums over rows of the loss of all known cells of a row (log loss, Brier) by the scores as
+        they are stored, of its square, and of it times the number of known cells.
     """
 
     classes: tuple[str, ...]
@@ -85,6 +85,7 @@ class RankingCounts:
     ranking_square_sums: Floats
     known_sum: int
     known_square_sum: int
+    loss_sums: Floats
     loss_square_sums: Floats
     loss_known_sums: Floats
 
@@ -102,7 +103,7 @@ class RankingCounts:
         targets : ndarray of int8, shape (N, C)
             1: the class applies, 0: it does not, -1: unknown. A row of -1 is not counted.
         scores : ndarray of float16, shape (N, C)
-            Scores in [0, 1]. Another float type is rounded to float16 first.
+            Scores in [0, 1]. Another float type is rounded to float16, except for the losses.
         classes : sequence of str
             The C class names.
 
@@ -143,7 +144,7 @@ class RankingCounts:
             if bits.max(initial=0) > ONE:
                 bits = np.minimum(bits, ONE)
             _count_scores(targets[part], bits, positive, every)
-            sums.append(_sum_rows(targets[part], bits))
+            sums.append(_sum_rows(targets[part], bits, scores[part]))
         merged = _RowSums(*(reduce(add, column) for column in zip(*sums, strict=True)))
         return cls(names, positive, every - positive, *merged)
 
@@ -177,11 +178,12 @@ class _RowSums(NamedTuple):
     ranking_square_sums: Floats
     known_sum: int
     known_square_sum: int
+    loss_sums: Floats
     loss_square_sums: Floats
     loss_known_sums: Floats
 
 
-_NO_ROWS = _RowSums(0, 0, 0, 0, np.zeros(3), np.zeros(3), 0, 0, np.zeros(2), np.zeros(2))
+_NO_ROWS = _RowSums(0, 0, 0, 0, np.zeros(3), np.zeros(3), 0, 0, *(np.zeros(2) for _ in range(3)))
 
 
 def _count_scores(targets: Targets, bits: Bits, positive: Ints, every: Ints) -> None:
@@ -200,14 +202,16 @@ def _count_scores(targets: Targets, bits: Bits, positive: Ints, every: Ints) -> 
         bins += np.bincount(values, minlength=num_bins + 1)[:num_bins]
 
 
-def _sum_rows(targets: Targets, bits: Bits) -> _RowSums:
+def _sum_rows(targets: Targets, bits: Bits, scores: NDArray[np.floating[Any]]) -> _RowSums:
     """Sums over the rows of a block, in parts that fit into the cache."""
-    rows, classes = targets.shape
-    parts = [_sum_part(targets[part], bits[part]) for part in split_rows(rows, classes, _ROW_CELLS)]
+    parts = [
+        _sum_part(targets[part], bits[part], scores[part])
+        for part in split_rows(len(targets), targets.shape[1], _ROW_CELLS)
+    ]
     return _RowSums(*(reduce(add, column) for column in zip(*parts, strict=True)))
 
 
-def _sum_part(targets: Targets, bits: Bits) -> _RowSums:
+def _sum_part(targets: Targets, bits: Bits, scores: NDArray[np.floating[Any]]) -> _RowSums:
     """Sums over a part of a block."""
     rows, classes = targets.shape
     positive, unknown = targets > 0, targets < 0
@@ -216,7 +220,10 @@ def _sum_part(targets: Targets, bits: Bits) -> _RowSums:
     if unknown.any():
         known -= count_in_rows(unknown)
         cells = np.where(unknown, np.uint16(ONE + 1), bits)
-    losses = _sum_losses(positive, cells)
+    if scores.dtype == np.float16:
+        losses = _sum_losses(positive, cells)
+    else:
+        losses = _sum_exact_losses(positive, unknown, scores)
     if not (is_complete := known == classes).all():
         positive, bits = positive[is_complete], bits[is_complete]
     found = _rank_complete(positive, bits)
@@ -229,23 +236,37 @@ def _sum_part(targets: Targets, bits: Bits) -> _RowSums:
         ranking_square_sums=(found**2).sum(axis=1),
         known_sum=int(known.sum()),
         known_square_sum=int((known**2).sum()),
+        loss_sums=losses.sum(axis=1),
         loss_square_sums=(losses**2).sum(axis=1),
         loss_known_sums=losses @ known,
     )
 
 
-def _build_loss_tables() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Losses by the bits of a score, (2, ONE + 2): without the label, and the change by it.
+def _build_loss_tables() -> tuple[Floats, Floats]:
+    """Losses by the bits of a float16 score, (2, ONE + 2): without the label, the change by it.
 
-    The last one is that of an unknown cell, 0.
+    The last one is that of an unknown cell, 0. A score of 0 or 1 counts as the largest one, or
+    smallest one, that is rounded to it: so it has a finite log loss.
     """
     score = np.arange(ONE + 1, dtype=np.uint16).view(np.float16).astype(np.float64)
-    other = np.stack([np.append(loss(1 - score), 0.0) for loss in CELL_LOSSES])
-    own = np.stack([np.append(loss(score), 0.0) for loss in CELL_LOSSES])
-    return other.astype(np.float32), (own - other).astype(np.float32)
+    log_loss, brier = CELL_LOSSES
+    pairs = (
+        (log_loss(np.maximum(1 - score, _HALF_GAP)), log_loss(np.maximum(score, _HALF_TINY))),
+        (brier(1 - score), brier(score)),
+    )
+    other, own = (np.stack([np.append(pair[side], 0.0) for pair in pairs]) for side in (0, 1))
+    return other, own - other
 
 
+_HALF_TINY, _HALF_GAP = 2.0**-25, 2.0**-12
 _LOSS, _LOSS_CHANGE = _build_loss_tables()
+
+
+def _sum_exact_losses(positive: Bools, unknown: Bools, scores: NDArray[np.floating[Any]]) -> Floats:
+    """Losses of the cells of each row by scores that are not rounded, shape (2, N)."""
+    truth = np.where(positive, scores, 1 - scores)
+    losses = [np.where(unknown, 0, loss(truth)) for loss in CELL_LOSSES]
+    return np.stack([loss.sum(axis=1, dtype=np.float64) for loss in losses])
 
 
 def _sum_losses(positive: Bools, bits: Bits) -> Floats:
@@ -253,7 +274,7 @@ def _sum_losses(positive: Bools, bits: Bits) -> Floats:
     index = bits.astype(np.intp)
     cell = np.flatnonzero(positive)
     row, own = cell // positive.shape[1], index.ravel()[cell]
-    found, ones = np.empty((2, len(bits))), np.ones(bits.shape[1], dtype=np.float32)
+    found, ones = np.empty((2, len(bits))), np.ones(bits.shape[1])
     for position in (LOG_LOSS, BRIER):
         found[position] = _LOSS[position].take(index) @ ones  # faster than a sum of rows
         found[position] += np.bincount(row, _LOSS_CHANGE[position][own], len(bits))

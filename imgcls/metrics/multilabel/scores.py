@@ -138,8 +138,8 @@ def estimate_log_loss(counts: RankingCounts) -> tuple[float, Interval] | None:
     Returns
     -------
     tuple of (float, Interval) or None
-        Mean over the known cells; None without any. A float16 score rounds to 0 or 1 where a
-        float32 one does not, so a probability below `SCORE_FLOOR` counts as this.
+        Mean over the known cells; None without any. A probability below `SCORE_FLOOR` counts as
+        this; a float16 score of 0 or 1 as the limit of what is rounded to it.
     """
     return _estimate_cell_mean(counts, LOG_LOSS)
 
@@ -149,11 +149,8 @@ def _estimate_cell_mean(counts: RankingCounts, position: int) -> tuple[float, In
     rows, cells = counts.rows, counts.known_sum
     if not rows:
         return None
-    scores = bin_values(counts.positive.shape[1])
     loss = CELL_LOSSES[position]
-    total = counts.positive.sum(axis=0) @ loss(scores)
-    total += counts.negative.sum(axis=0) @ loss(1 - scores)
-    mean = float(total / cells)
+    mean = float(counts.loss_sums[position] / cells)
     # residuals of the rows: their loss less that of as many mean cells
     squares = counts.loss_square_sums[position] - 2 * mean * counts.loss_known_sums[position]
     variance = max(float(squares) + mean**2 * counts.known_square_sum, 0.0) / cells**2

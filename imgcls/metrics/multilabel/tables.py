@@ -153,7 +153,7 @@ def build_cooccurrence_table(cooc: CooccurrenceCounts) -> pa.Table:
     occurs = (cooc.together > 0) | (cooc.predicted > 0)
     np.fill_diagonal(occurs, False)
     first, second = np.nonzero(occurs)
-    support = np.diagonal(cooc.together)[first]
+    support = cooc.known[first, second]
     together, predicted = cooc.together[first, second], cooc.predicted[first, second]
     names = pa.array(cooc.classes, pa.string())
     return pa.table(

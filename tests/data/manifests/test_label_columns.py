@@ -380,7 +380,7 @@ def test_options_that_contradict_each_other_or_the_table_are_refused(tmp_path: P
          "column 'tags' has lists, which need no --manifest.label-delimiter; remove it"),
         ({"label_delimiter": ";", "label_column": "n"},
          "column 'n' is int64, not text that --manifest.label-delimiter ';' separates"),
-        ({"label_delimiter": ""}, "--manifest.label-delimiter is empty; pass the text between"),
+        ({"label_delimiter": ""}, "--manifest.label-delimiter '' is blank; separate the labels by"),
         ({"label_delimiter": ";", "label_column": "none"}, "no column 'none'"),
     ):  # fmt: skip
         assert f"manifest {path}: {message}" in refuse(path, **options)

@@ -21,7 +21,6 @@ from sklearn.metrics import (
 )
 
 from imgcls.metrics.calibration import expected_calibration_error
-from imgcls.metrics.counts import SCORE_FLOOR
 from imgcls.metrics.discrimination import compute_discrimination
 from imgcls.metrics.multilabel import RankingCounts, matrices, ranking, scores
 from tests.metrics.multilabel.rows import ADVERSARIAL, Rows, make_rows
@@ -95,10 +94,12 @@ def assert_classes_equal_scikit_learn(rows: Rows) -> None:
     brier = scores.estimate_brier(counts)
     assert brier is not None
     assert brier[0] == pytest.approx(brier_score_loss(truth, exact, labels=[0, 1]), abs=1e-9)
-    clipped = np.clip(exact, SCORE_FLOOR, 1 - SCORE_FLOOR)
+    # a score of 0 or 1 counts as what is just rounded to it
+    own = np.where(truth, np.maximum(exact, 2.0**-25), np.maximum(1 - exact, 2.0**-12))
+    expected = log_loss(np.ones(len(own)), own, labels=[0, 1])
     loss = scores.estimate_log_loss(counts)
     assert loss is not None
-    assert loss[0] == pytest.approx(log_loss(truth, clipped, labels=[0, 1]), rel=1e-5)
+    assert loss[0] == pytest.approx(expected, rel=1e-5, abs=1e-12)
     micro = scores.estimate_micro_average_precision(counts)
     if 0 < truth.sum() < len(truth):
         assert micro is not None
@@ -106,6 +107,23 @@ def assert_classes_equal_scikit_learn(rows: Rows) -> None:
         assert micro.bound == 0
     else:
         assert micro is None
+
+
+@pytest.mark.parametrize("classes", [5, 300])
+def test_losses_are_those_of_the_scores_before_they_are_rounded(classes: int) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(500, classes)) * 9
+    targets = (rng.random(logits.shape) < 1 / (1 + np.exp(-logits))).astype(np.int8)
+    targets[rng.random(targets.shape) < 0.05] = -1
+    stored = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    counts = RankingCounts.from_arrays(targets, stored, [f"c{code}" for code in range(classes)])
+    known = targets >= 0
+    truth, exact = targets[known], np.clip(stored[known].astype(np.float64), 1e-12, 1 - 1e-12)
+    loss, brier = scores.estimate_log_loss(counts), scores.estimate_brier(counts)
+    assert loss is not None
+    assert brier is not None
+    assert loss[0] == pytest.approx(log_loss(truth, exact), rel=1e-4)
+    assert brier[0] == pytest.approx(brier_score_loss(truth, exact), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL)

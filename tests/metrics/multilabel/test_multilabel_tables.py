@@ -111,7 +111,9 @@ def test_pairs_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = CooccurrenceCounts.from_arrays(rows.targets, rows.predicted, rows.classes)
     positive = (rows.targets > 0).astype(int)
     assert counts.together.tolist() == (positive.T @ positive).tolist()
-    assert counts.predicted.tolist() == (positive.T @ rows.predicted.astype(int)).tolist()
+    known = rows.targets >= 0
+    assert counts.predicted.tolist() == (positive.T @ (rows.predicted & known)).tolist()
+    assert counts.known.tolist() == (positive.T @ known).tolist()
     halves = [
         CooccurrenceCounts.from_arrays(rows.targets[part], rows.predicted[part], rows.classes)
         for part in (slice(100, None), slice(100))
@@ -126,11 +128,9 @@ def test_pairs_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
         i, j = rows.classes.index(row["label"]), rows.classes.index(row["other"])
         assert i != j
         assert row["together"] == counts.together[i, j]
-        assert row["share"] == pytest.approx(counts.together[i, j] / positive[:, i].sum())
+        assert row["share"] == pytest.approx(counts.together[i, j] / counts.known[i, j])
         assert row["predicted"] == counts.predicted[i, j]
-        assert row["predicted_share"] == pytest.approx(
-            counts.predicted[i, j] / positive[:, i].sum()
-        )
+        assert row["predicted_share"] == pytest.approx(counts.predicted[i, j] / counts.known[i, j])
 
 
 def test_pairs_are_not_counted_for_too_many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
