@@ -8,9 +8,9 @@ sums up to rounding. Memory is bounded by the number of classes, not of rows. Me
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from imgcls.metrics.columns import (
     OkRows,
     read_ok_rows,
 )
+from imgcls.metrics.table_counts import TableCounts
 
 MAX_RANK = 20  # top-k accuracy is known up to this k; deeper ranks share one overflow count
 
@@ -37,7 +38,7 @@ SCORE_FLOOR = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
-class PredictionCounts:
+class PredictionCounts(TableCounts):
     """Counts of a predictions table; C classes, B confidence bins, K confusion cells.
 
     An ok row (status "ok") has a prediction. It is labeled if its label is one of the classes,
@@ -72,8 +73,8 @@ class PredictionCounts:
         sorted by label, then prediction.
     """
 
-    classes: tuple[str, ...]
-    status: dict[str, int]
+    _float_fields: ClassVar[tuple[str, ...]] = ("predicted_confidence", "bin_confidence")
+
     unlabeled: int
     unknown_label: int
     accepted: int
@@ -289,21 +290,6 @@ class PredictionCounts:
         return int(self.bin_counts.shape[1])
 
     @property
-    def rows(self) -> int:
-        """All rows, with or without a prediction."""
-        return sum(self.status.values())
-
-    @property
-    def ok(self) -> int:
-        """Rows with a prediction."""
-        return self.status.get("ok", 0)
-
-    @property
-    def error_rows(self) -> int:
-        """Rows without a prediction: any status but ok."""
-        return self.rows - self.ok
-
-    @property
     def labeled(self) -> int:
         """Ok rows whose label is one of the classes: the rows of accuracy."""
         return int(self.confusion_count.sum())
@@ -330,85 +316,27 @@ class PredictionCounts:
         ValueError
             If classes or bins differ.
         """
-        if self.classes != other.classes:
-            raise ValueError(
-                f"cannot merge counts over {len(self.classes)} classes with counts over"
-                f" {len(other.classes)}: names and order must be the same, from one bundle"
-            )
+        self._check_same_classes(other)
         if self.num_bins != other.num_bins:
             raise ValueError(
                 f"cannot merge {self.num_bins} confidence bins with {other.num_bins};"
                 " count both with the same num_bins"
             )
-        merged = {
-            field.name: getattr(self, field.name) + getattr(other, field.name)
-            for field in fields(self)
-            if field.name not in ("classes", "status") and not field.name.startswith("confusion_")
-        }
         size = len(self.classes)
         keys = [part.confusion_label * size + part.confusion_predicted for part in (self, other)]
         cells, position = np.unique(np.concatenate(keys), return_inverse=True)
         total = np.zeros(len(cells), dtype=np.int64)
         np.add.at(total, position, np.concatenate([self.confusion_count, other.confusion_count]))
+        confusion = ("confusion_label", "confusion_predicted", "confusion_count")
         return PredictionCounts(
-            classes=self.classes,
-            status=dict(sorted((Counter(self.status) + Counter(other.status)).items())),
+            **self._add_fields(other, skipped=confusion),
             confusion_label=cells // size,
             confusion_predicted=cells % size,
             confusion_count=total,
-            **merged,
         )
 
     def __add__(self, other: object) -> PredictionCounts:
         return self.merge(other) if isinstance(other, PredictionCounts) else NotImplemented
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to lists, ints and floats for `json.dumps`; `from_dict` restores it exactly.
-
-        Returns
-        -------
-        dict
-            The attributes by name.
-
-        Examples
-        --------
-        >>> counts = PredictionCounts.empty(["cat", "dog"])
-        >>> PredictionCounts.from_dict(counts.to_dict()).classes
-        ('cat', 'dog')
-        """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        lists = {k: v.tolist() for k, v in values.items() if isinstance(v, np.ndarray)}
-        return values | lists | {"classes": list(self.classes), "status": dict(self.status)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PredictionCounts:
-        """Restore counts from the result of `to_dict`.
-
-        Parameters
-        ----------
-        data : mapping
-            Result of `to_dict`.
-
-        Returns
-        -------
-        PredictionCounts
-
-        Raises
-        ------
-        ValueError
-            If keys are missing or unknown.
-        """
-        expected = {field.name for field in fields(cls)}
-        if difference := expected ^ set(data):
-            raise ValueError(f"not the dict of a PredictionCounts: check {sorted(difference)}")
-        floats = ("predicted_confidence", "bin_confidence")
-        arrays = {
-            name: np.array(value, dtype=np.float64 if name in floats else np.int64)
-            for name, value in data.items()
-            if isinstance(value, list) and name != "classes"
-        }
-        plain = {"classes": tuple(data["classes"]), "status": dict(data["status"])}
-        return cls(**{**data, **arrays, **plain})
 
 
 def _check_unique_names(classes: Sequence[str]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Metrics of multi-label classification: any number of classes may apply to a row."""
 
 from imgcls.metrics.multilabel.columns import (
-    LabelMatrix,
+    ListMatrix,
     MultiLabelRows,
     encode_label_lists,
     read_multilabel_rows,
@@ -21,7 +21,7 @@ from imgcls.metrics.multilabel.tables import (
 __all__ = [
     "MULTILABEL_METRICS",
     "CooccurrenceCounts",
-    "LabelMatrix",
+    "ListMatrix",
     "MultiLabelCounts",
     "MultiLabelRows",
     "RankingCounts",

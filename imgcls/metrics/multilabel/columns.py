@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from imgcls.data.manifests.label_columns import is_list
 from imgcls.metrics.columns import (
     OOD_COLUMN,
     UNKNOWN_LABEL,
@@ -49,7 +50,7 @@ class MultiLabelRows:
     is_ood: Bools | None = None
 
 
-class LabelMatrix(NamedTuple):
+class ListMatrix(NamedTuple):
     """Label lists of N rows as a matrix.
 
     present: (N, C) bool, whether a class is in the list
@@ -141,7 +142,7 @@ def _read_predicted(column: pa.ChunkedArray, classes: Sequence[str]) -> Bools:
     return found.present
 
 
-def encode_label_lists(column: pa.ChunkedArray | pa.Array, classes: Sequence[str]) -> LabelMatrix:
+def encode_label_lists(column: pa.ChunkedArray | pa.Array, classes: Sequence[str]) -> ListMatrix:
     """Matrix of a column of label lists.
 
     Parameters
@@ -154,7 +155,7 @@ def encode_label_lists(column: pa.ChunkedArray | pa.Array, classes: Sequence[str
 
     Returns
     -------
-    LabelMatrix
+    ListMatrix
         Null or blank names in a list are ignored.
 
     Raises
@@ -173,12 +174,12 @@ def encode_label_lists(column: pa.ChunkedArray | pa.Array, classes: Sequence[str
     """
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     rows = len(column)
-    found = LabelMatrix(
+    found = ListMatrix(
         np.zeros((rows, len(classes)), np.bool_), np.ones(rows, np.bool_), np.zeros(rows, np.bool_)
     )
     if pa.types.is_null(column.type):
         return found
-    if not _is_list(column.type):
+    if not is_list(column.type):
         raise ValueError(
             f"labels are {column.type}, expected lists of strings; write one list per row, also for"
             " a row with a single label"
@@ -186,12 +187,12 @@ def encode_label_lists(column: pa.ChunkedArray | pa.Array, classes: Sequence[str
     start = 0
     for chunk in chunks:
         part = slice(start, start + len(chunk))
-        _encode_chunk(chunk, classes, LabelMatrix(*(array[part] for array in found)))
+        _encode_chunk(chunk, classes, ListMatrix(*(array[part] for array in found)))
         start += len(chunk)
     return found
 
 
-def _encode_chunk(chunk: pa.Array, classes: Sequence[str], into: LabelMatrix) -> None:
+def _encode_chunk(chunk: pa.Array, classes: Sequence[str], into: ListMatrix) -> None:
     """Write the lists of a chunk into the rows of a matrix."""
     into.is_null[:] = chunk.is_null().to_numpy(zero_copy_only=False)
     lists = chunk.drop_null()
@@ -204,8 +205,3 @@ def _encode_chunk(chunk: pa.Array, classes: Sequence[str], into: LabelMatrix) ->
     is_class = code >= 0
     into.present[row[is_class], code[is_class]] = True
     into.unknown_names[row[code == UNKNOWN_LABEL]] = True
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(test(kind) for test in tests)

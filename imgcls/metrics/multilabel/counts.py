@@ -7,12 +7,11 @@ an unknown cell counts nowhere.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,17 +26,16 @@ from imgcls.metrics.multilabel.matrices import (
     count_in_rows,
     split_rows,
 )
+from imgcls.metrics.table_counts import TableCounts
 
 # Rows and columns of `cell_moments`: kinds of cells.
 TP, FP, FN, TN = 0, 1, 2, 3
 # Positions in `sample_sums`: metrics of a row.
 F1, PRECISION, RECALL, JACCARD = 0, 1, 2, 3
 
-_FLOAT_FIELDS = ("sample_sums", "sample_square_sums")
-
 
 @dataclass(frozen=True, eq=False)
-class MultiLabelCounts:
+class MultiLabelCounts(TableCounts):
     """Counts of multi-label predictions; C classes.
 
     An ok row (status "ok") has a prediction for every class. It is labeled if at least one of its
@@ -79,8 +77,8 @@ class MultiLabelCounts:
     `zero_division=0`: a row without labels and without predictions has a sample F1 of 0.
     """
 
-    classes: tuple[str, ...]
-    status: dict[str, int]
+    _float_fields: ClassVar[tuple[str, ...]] = ("sample_sums", "sample_square_sums")
+
     labeled: int
     unlabeled: int
     unknown_label: int
@@ -247,21 +245,6 @@ class MultiLabelCounts:
         )
 
     @property
-    def rows(self) -> int:
-        """All rows, with or without a prediction."""
-        return sum(self.status.values())
-
-    @property
-    def ok(self) -> int:
-        """Rows with a prediction."""
-        return self.status.get("ok", 0)
-
-    @property
-    def error_rows(self) -> int:
-        """Rows without a prediction: any status but ok."""
-        return self.rows - self.ok
-
-    @property
     def support(self) -> Ints:
         """(C,) known cells to which the class applies."""
         return self.true_positives + self.false_negatives
@@ -304,68 +287,11 @@ class MultiLabelCounts:
         ValueError
             If the classes differ.
         """
-        if self.classes != other.classes:
-            raise ValueError(
-                f"cannot merge counts over {len(self.classes)} classes with counts over"
-                f" {len(other.classes)}: names and order must be the same, from one bundle"
-            )
-        merged = {
-            field.name: getattr(self, field.name) + getattr(other, field.name)
-            for field in fields(self)
-            if field.name not in ("classes", "status")
-        }
-        status = dict(sorted((Counter(self.status) + Counter(other.status)).items()))
-        return MultiLabelCounts(classes=self.classes, status=status, **merged)
+        self._check_same_classes(other)
+        return MultiLabelCounts(**self._add_fields(other))
 
     def __add__(self, other: object) -> MultiLabelCounts:
         return self.merge(other) if isinstance(other, MultiLabelCounts) else NotImplemented
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to lists, ints and floats for `json.dumps`; `from_dict` restores it exactly.
-
-        Returns
-        -------
-        dict
-            The attributes by name.
-
-        Examples
-        --------
-        >>> counts = MultiLabelCounts.empty(["cat", "dog"])
-        >>> MultiLabelCounts.from_dict(counts.to_dict()).classes
-        ('cat', 'dog')
-        """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        lists = {k: v.tolist() for k, v in values.items() if isinstance(v, np.ndarray)}
-        return values | lists | {"classes": list(self.classes), "status": dict(self.status)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> MultiLabelCounts:
-        """Restore counts from the result of `to_dict`.
-
-        Parameters
-        ----------
-        data : mapping
-            Result of `to_dict`.
-
-        Returns
-        -------
-        MultiLabelCounts
-
-        Raises
-        ------
-        ValueError
-            If keys are missing or unknown.
-        """
-        expected = {field.name for field in fields(cls)}
-        if difference := expected ^ set(data):
-            raise ValueError(f"not the dict of a MultiLabelCounts: check {sorted(difference)}")
-        arrays = {
-            name: np.array(value, dtype=np.float64 if name in _FLOAT_FIELDS else np.int64)
-            for name, value in data.items()
-            if isinstance(value, list) and name != "classes"
-        }
-        plain = {"classes": tuple(data["classes"]), "status": dict(data["status"])}
-        return cls(**{**data, **arrays, **plain})
 
 
 def _check_arrays(
