@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from imgcls.models.bundle import BundleSpec, TaskName, VectorScaling
 from imgcls.models.label_sets import LabelSets
 from imgcls.models.ood import OodScores
-from imgcls.models.task import Decisions, ScoreScaling, Task, build_lists, select_top_k
+from imgcls.models.task import (
+    OOD_FIELDS,
+    TOP_K_FIELDS,
+    Decisions,
+    ScoreScaling,
+    Task,
+    build_score_column,
+    build_score_field,
+    build_top_k_columns,
+    take_top_k,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -67,10 +77,7 @@ class MultiLabel(Task):
         order: NDArray[np.int64] | None = None,
     ) -> Decisions:
         """The top k classes, and every class whose score reaches its threshold."""
-        if order is None:
-            classes, values = select_top_k(scores, top_k)
-        else:
-            classes, values = order, np.take_along_axis(scores, order, axis=1)
+        classes, values = take_top_k(scores, top_k, order)
         is_predicted = scores >= np.asarray(thresholds, np.float32)
         return Decisions(classes, values, np.logical_or.reduce(is_predicted, 1), is_predicted)
 
@@ -85,16 +92,9 @@ class MultiLabel(Task):
     ) -> list[pa.Field]:
         """Columns of the predicted labels, the top k and the scores of all classes."""
         assert classes is not None
-        kind = pa.float16() if scores_type == "float16" else pa.float32()
-        fields = [
-            pa.field("predicted_labels", pa.list_(pa.string())),
-            pa.field("accepted", pa.bool_(), nullable=False),
-            pa.field("topk_labels", pa.list_(pa.string())),
-            pa.field("topk_scores", pa.list_(pa.float32())),
-        ]
-        if has_ood:
-            fields += [pa.field("ood_score", pa.float32()), pa.field("is_ood", pa.bool_())]
-        return [*fields, pa.field("scores", pa.list_(kind, classes))]
+        labels = pa.field("predicted_labels", pa.list_(pa.string()))
+        fields = [labels, *TOP_K_FIELDS, *(OOD_FIELDS if has_ood else ())]
+        return [*fields, build_score_field(classes, scores_type)]
 
     def build_columns(
         self,
@@ -112,16 +112,10 @@ class MultiLabel(Task):
         """Columns of the decisions; the predicted labels of a row have the best one first."""
         found = self.decide(scores, thresholds, top_k, order)
         assert found.is_predicted is not None
-        names = pa.array(classes, pa.string())
-        width = found.classes.shape[1]
-        flat = pa.array(scores.astype(scores_type or "float32").ravel())
         return {
             "predicted_labels": build_label_lists(scores, found.is_predicted, classes),
-            "accepted": pa.array(found.accepted if ood is None else found.accepted & ~ood.is_ood),
-            "topk_labels": build_lists(names.take(pa.array(found.classes.ravel())), width),
-            "topk_scores": build_lists(pa.array(found.scores.ravel()), width),
-            **({} if ood is None else ood.build_columns()),
-            "scores": pa.FixedSizeListArray.from_arrays(flat, len(classes)),
+            **build_top_k_columns(found, classes, ood),
+            "scores": build_score_column(scores, scores_type or "float32"),
         }
 
     def compare_decisions(

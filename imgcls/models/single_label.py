@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from imgcls.models.bundle import BundleSpec, TaskName, VectorScaling
 from imgcls.models.label_sets import LabelSets, build_set_column, find_label_sets
 from imgcls.models.ood import OodScores
-from imgcls.models.task import Decisions, ScoreScaling, Task, build_lists, select_top_k
+from imgcls.models.task import (
+    OOD_FIELDS,
+    TOP_K_FIELDS,
+    Decisions,
+    ScoreScaling,
+    Task,
+    build_score_column,
+    build_score_field,
+    build_top_k_columns,
+    take_top_k,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -104,10 +114,7 @@ class SingleLabel(Task):
         order: NDArray[np.int64] | None = None,
     ) -> Decisions:
         """The top k classes; ties go to the lower index."""
-        if order is None:
-            classes, values = select_top_k(scores, top_k)
-        else:
-            classes, values = order, np.take_along_axis(scores, order, axis=1)
+        classes, values = take_top_k(scores, top_k, order)
         required = np.asarray(thresholds, np.float32)[classes[:, 0]]
         return Decisions(classes, values, values[:, 0] >= required)
 
@@ -147,19 +154,16 @@ class SingleLabel(Task):
         fields = [
             pa.field("predicted_label", pa.string()),
             pa.field("confidence", pa.float32()),
-            pa.field("accepted", pa.bool_(), nullable=False),
-            pa.field("topk_labels", pa.list_(pa.string())),
-            pa.field("topk_scores", pa.list_(pa.float32())),
+            *TOP_K_FIELDS,
         ]
         if has_label_sets:
             fields.append(pa.field("label_set", pa.list_(pa.string())))
         if has_ood:
-            fields += [pa.field("ood_score", pa.float32()), pa.field("is_ood", pa.bool_())]
+            fields += OOD_FIELDS
         if has_labels:
             fields += [pa.field("label_score", pa.float32()), pa.field("label_rank", pa.int32())]
         if classes is not None:
-            kind = pa.float16() if scores_type == "float16" else pa.float32()
-            fields.append(pa.field("scores", pa.list_(kind, classes)))
+            fields.append(build_score_field(classes, scores_type))
         return fields
 
     def build_columns(
@@ -183,15 +187,11 @@ class SingleLabel(Task):
             order = every[:, :top_k]
         found = self.decide(scores, thresholds, top_k, order)
         names = pa.array(classes, pa.string())
-        width = found.classes.shape[1]
         columns: dict[str, pa.Array] = {
             "predicted_label": names.take(pa.array(found.classes[:, 0])),
             "confidence": pa.array(found.scores[:, 0]),
-            "accepted": pa.array(found.accepted if ood is None else found.accepted & ~ood.is_ood),
-            "topk_labels": build_lists(names.take(pa.array(found.classes.ravel())), width),
-            "topk_scores": build_lists(pa.array(found.scores.ravel()), width),
+            **build_top_k_columns(found, classes, ood),
             **sets,
-            **({} if ood is None else ood.build_columns()),
         }
         if codes is not None:
             is_known = codes >= 0
@@ -200,8 +200,7 @@ class SingleLabel(Task):
             columns["label_score"] = pa.array(score, mask=~is_known)
             columns["label_rank"] = pa.array(rank, mask=~is_known)
         if scores_type is not None:
-            flat = pa.array(scores.astype(scores_type).ravel())
-            columns["scores"] = pa.FixedSizeListArray.from_arrays(flat, len(classes))
+            columns["scores"] = build_score_column(scores, scores_type)
         return columns
 
     def compute_loss(

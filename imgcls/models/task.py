@@ -206,6 +206,49 @@ def select_top_k(
     return order, np.take_along_axis(scores, order, axis=1)
 
 
+def take_top_k(
+    scores: NDArray[np.float32], k: int, order: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """As `select_top_k`; with an `order`, the classes are those of it, (N, k)."""
+    if order is None:
+        return select_top_k(scores, k)
+    return order, np.take_along_axis(scores, order, axis=1)
+
+
+def build_top_k_columns(
+    found: Decisions, classes: Sequence[str], ood: OodScores | None
+) -> dict[str, pa.Array]:
+    """The columns of every task: accepted, the top k, and those of the detector."""
+    names, width = pa.array(classes, pa.string()), found.classes.shape[1]
+    return {
+        "accepted": pa.array(found.accepted if ood is None else found.accepted & ~ood.is_ood),
+        "topk_labels": build_lists(names.take(pa.array(found.classes.ravel())), width),
+        "topk_scores": build_lists(pa.array(found.scores.ravel()), width),
+        **({} if ood is None else ood.build_columns()),
+    }
+
+
+def build_score_column(scores: NDArray[np.float32], scores_type: str) -> pa.FixedSizeListArray:
+    """The column of all scores; scores_type: numpy dtype of its values."""
+    flat = pa.array(scores.astype(scores_type).ravel())
+    return pa.FixedSizeListArray.from_arrays(flat, scores.shape[1])
+
+
+def build_score_field(classes: int, scores_type: str) -> pa.Field:
+    """The field of `build_score_column`, for a number of classes."""
+    kind = pa.float16() if scores_type == "float16" else pa.float32()
+    return pa.field("scores", pa.list_(kind, classes))
+
+
+TOP_K_FIELDS = (
+    pa.field("accepted", pa.bool_(), nullable=False),
+    pa.field("topk_labels", pa.list_(pa.string())),
+    pa.field("topk_scores", pa.list_(pa.float32())),
+)
+OOD_FIELDS = (pa.field("ood_score", pa.float32()), pa.field("is_ood", pa.bool_()))
+"""Fields of `build_top_k_columns`: of every bundle, and of one with a detector."""
+
+
 def rank_on_device(scores: torch.Tensor, k: int) -> torch.Tensor:
     """The indices of `select_top_k` for a tensor of finite scores, on its device: (N, k) int64.
 
