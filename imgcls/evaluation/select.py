@@ -142,6 +142,11 @@ def _check_request(config: SelectConfig, run: CommittedRun) -> None:
     if config.by == "disagreement":
         if config.other_run is None:
             raise RequestError("by disagreement: needs the run of another model; pass --other-run")
+        if run.merged_runs:
+            raise RequestError(
+                f"{run.url}: is a history of several runs, which --by disagreement does not take; "
+                "pass one of them"
+            )
         other = open_run(config.other_run)
         check_pairing(run, other, config.on)
         if other.task != run.task or other.classes != run.classes:
@@ -159,6 +164,9 @@ def _check_request(config: SelectConfig, run: CommittedRun) -> None:
             raise RequestError("other_run: has no effect without --by disagreement; remove it")
         measure = MEASURES[config.by][run.task]
         missing = [name for name in measure.columns if name not in run.schema.names]
+        if not missing and "scores" in measure.columns and not run.has_scores:
+            # a history of bundles with different classes
+            missing = ["scores with one score per class"]
         if missing or (config.by == "margin" and run.task == "single_label" and run.top_k < 2):
             name = missing[0] if missing else "topk_scores with two classes"
             raise RequestError(
@@ -202,9 +210,9 @@ def _iter_values(
 ) -> Iterator[tuple[pa.Table, Floats, Ints, Ints]]:
     """Rows of the run with their values, files and positions in these."""
     names = [run.path_column, "status", *run.create_counter().label_names, *_group_columns(run)]
-    ends = np.cumsum([0, *_count_rows(run)])
     if config.by == "disagreement":
         assert config.other_run is not None
+        ends = np.cumsum([0, *_count_rows(run)])
         other = open_run(config.other_run)
         left = list(dict.fromkeys([*names, "scores", "row"]))
         right = ["status", "scores", *(["predicted_labels"] if run.task == "multilabel" else [])]

@@ -15,6 +15,7 @@ import pytest
 from imgcls.errors import ConfigError, OutputError, RequestError
 from imgcls.evaluation.diversity import ClassCap, choose_centers, choose_first
 from imgcls.evaluation.select import Selection, select
+from imgcls.inference.history import CompactConfig, compact
 from tests.conftest import draw
 from tests.evaluation.multilabel_runs import (
     THRESHOLDS,
@@ -172,6 +173,25 @@ def test_a_request_that_the_run_cannot_fulfill_is_refused(
     with pytest.raises(RequestError, match=message):
         choose(tmp_path, folder, **settings)
     assert not (tmp_path / "next").exists()
+
+
+def test_a_history_is_no_run_of_which_disagreement_selects_rows(tmp_path: Path) -> None:
+    labels = tmp_path / "labels"
+    commit(labels / "date=2026-11-01", drawn(30, 1, scores=True), label_column=None)
+    night = commit(labels / "date=2026-11-02", drawn(40, 2, scores=True), label_column=None)
+    history = compact(CompactConfig(source=str(labels), output=str(tmp_path / "latest")))
+    with pytest.raises(RequestError, match="is a history of several runs, which --by disagreement"):
+        choose(tmp_path, Path(history), by="disagreement", other_run=str(night), on="path")
+
+
+def test_scores_of_different_numbers_of_classes_have_no_entropy(tmp_path: Path) -> None:
+    table = with_embeddings(drawn(20, scores=True), unit(20))
+    index = table.schema.get_field_index("scores")
+    lists = table["scores"].cast(pa.list_(pa.float32()))
+    folder = run(tmp_path, table.set_column(index, "scores", lists))
+    with pytest.raises(RequestError, match="scores with one score per class, which --by entropy"):
+        choose(tmp_path, folder, by="entropy")
+    assert choose(tmp_path, folder, by="margin", count=3).rows.num_rows == 3
 
 
 def test_wrong_numbers_and_a_second_selection_in_one_folder_are_refused(tmp_path: Path) -> None:
