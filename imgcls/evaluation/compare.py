@@ -6,7 +6,6 @@ both runs and a label that is a class of both models are compared; the others ar
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +15,23 @@ import pyarrow.compute as pc
 
 from imgcls import log
 from imgcls.data.manifests.manifest import normalize_labels
-from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import OK, RequestError
 from imgcls.evaluation.aggregate import NO_VALUE
+from imgcls.evaluation.comparison_parts import (
+    DifferingRows,
+    log_cut_rows,
+    log_worst_groups,
+    name_right,
+    write_comparison,
+)
 from imgcls.evaluation.config import CompareConfig
 from imgcls.evaluation.label_join import resolve_labels, select_run_columns
 from imgcls.evaluation.multilabel_compare import MultiLabelComparison, compare_multilabel
 from imgcls.evaluation.row_pairs import check_not_worse, check_pairing, iter_row_pairs
 from imgcls.metrics.agreement import PairedComparison, mcnemar_test
 from imgcls.runs.committed import CommittedRun, open_run
-from imgcls.runs.layout import write_tables
 
-_MAX_DIFFERING = 1_000_000
 _GROUP_FIELDS = [
     pa.field("rows", pa.int64()),
     *(pa.field(n, pa.float64()) for n in ("accuracy_a", "accuracy_b", "difference")),
@@ -37,7 +40,7 @@ _GROUP_FIELDS = [
     pa.field("p_value", pa.float64()),
 ]
 _COLUMNS_B = ["row", "predicted_label", "confidence", "status"]
-_NO_DIFFERING = pa.schema(
+_DIFFERING_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
         ("path", pa.string()),
@@ -48,7 +51,7 @@ _NO_DIFFERING = pa.schema(
         ("confidence_b", pa.float32()),
         ("right", pa.string()),
     ]
-).empty_table()
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +106,7 @@ def compare(config: CompareConfig) -> RunComparison | MultiLabelComparison:
     Raises
     ------
     RequestError
-        If the runs cannot be compared, or one of them is a multilabel run.
+        If the runs cannot be compared.
     TooManyErrors
         If run_b is worse than `fail_if_worse` allows (exit code 3).
     """
@@ -120,7 +123,7 @@ def compare(config: CompareConfig) -> RunComparison | MultiLabelComparison:
     comparison = compare_runs(a, b, config)
     _log_comparison(a, b, comparison)
     if config.output is not None:
-        _write_comparison(config.output, a, b, comparison)
+        write_comparison(config.output, a, b, comparison, _summarize(comparison))
     check_not_worse(a, b, comparison.paired.difference, config.fail_if_worse)
     return comparison
 
@@ -147,8 +150,8 @@ class _PairCounter:
         self.label_column = column
         self.groups: dict[tuple[str, str], np.ndarray] = {}
         self.total = np.zeros(4, np.int64)
-        self.differing: list[pa.Table] = []
-        self.num_differing = self.unknown_label = 0
+        self.differing = DifferingRows(_DIFFERING_SCHEMA)
+        self.unknown_label = 0
 
     @property
     def columns(self) -> list[str]:
@@ -184,25 +187,19 @@ class _PairCounter:
         for column, values in columns.items():
             self._count_groups(column, values, cell, compared)
         differ = compared & np.asarray(pc.fill_null(pc.not_equal(*predicted), False))
-        self.num_differing += int(differ.sum())
-        num_kept = sum(table.num_rows for table in self.differing)
-        if differ.any() and num_kept < _MAX_DIFFERING:
-            at = np.flatnonzero(differ)
-            self.differing.append(
-                pa.table(
-                    {
-                        "row": left["row"].take(at),
-                        "path": left[self.a.path_column].cast(pa.string()).take(at),
-                        "label": label.take(at),
-                        "predicted_a": predicted[0].take(at),
-                        "confidence_a": left["confidence"].take(at),
-                        "predicted_b": predicted[1].take(at),
-                        "confidence_b": right["confidence"].take(at),
-                        "right": pa.array(
-                            np.array(["neither", "b", "a", "both"])[cell[at]].tolist(), pa.string()
-                        ),
-                    }
-                )
+        at = self.differing.keep(np.flatnonzero(differ))
+        if len(at):
+            self.differing.add(
+                [
+                    left["row"].take(at),
+                    left[self.a.path_column].cast(pa.string()).take(at),
+                    label.take(at),
+                    predicted[0].take(at),
+                    left["confidence"].take(at),
+                    predicted[1].take(at),
+                    right["confidence"].take(at),
+                    name_right(right_a[at], right_b[at]),
+                ]
             )
 
     def finish(self) -> RunComparison:
@@ -216,20 +213,14 @@ class _PairCounter:
                 f"both models ({self.unknown_label:,} rows have another label); check the labels, "
                 "or pass --labels TABLE"
             )
-        differing = pa.concat_tables(self.differing) if self.differing else _NO_DIFFERING
-        order = {"a": 0, "b": 1, "both": 2, "neither": 2}
-        rank = pa.array([order[name] for name in differing["right"].to_pylist()], pa.int8())
-        differing = differing.append_column("rank", rank).sort_by(
-            [("rank", "ascending"), ("row", "ascending")]
-        )
         return RunComparison(
             mcnemar_test(rows, only_a, only_b),
             only_a + both,
             only_b + both,
             self._build_table(classes=True),
             self._build_table(classes=False),
-            differing.drop_columns(["rank"]),
-            self.num_differing,
+            self.differing.sort(),
+            self.differing.count,
             self.unknown_label,
         )
 
@@ -289,39 +280,19 @@ def _log_comparison(a: CommittedRun, b: CommittedRun, comparison: RunComparison)
             f"{comparison.unknown_label:,} more rows have a label that is not a class of "
             "both models; they are not compared",
         )
-    if comparison.num_differing > comparison.differing.num_rows:
-        log.emit(
-            "note",
-            f"only the first {comparison.differing.num_rows:,} of the differing rows are "
-            "written; the counts include all",
-        )
-    for name, table in (("class", comparison.per_class), ("slice", comparison.slices)):
-        for row in table.slice(0, 5).to_pylist():
-            if row["difference"] < 0:
-                what = row.get("label") or f"{row['slice_by']}={row['value']}"
-                log.show(
-                    f"  worse {name}: {what}  {100 * row['difference']:+.1f} points over "
-                    f"{row['rows']:,} rows, p = {row['p_value']:.2g}"
-                )
+    log_cut_rows(comparison)
+    log_worst_groups(
+        comparison, 0, lambda row: f" over {row['rows']:,} rows, p = {row['p_value']:.2g}"
+    )
     if both.p_value >= 0.05:
         log.show("result: no significant difference (p >= 0.05)")
     else:
         log.show(f"result: {'B' if both.difference > 0 else 'A'} is better")
 
 
-def _write_comparison(
-    output: str, a: CommittedRun, b: CommittedRun, comparison: RunComparison
-) -> None:
-    made = {
-        "per_class": comparison.per_class,
-        "slices": comparison.slices,
-        "differing": comparison.differing,
-    }
-    write_tables(output, made)
+def _summarize(comparison: RunComparison) -> dict[str, Any]:
     both = comparison.paired
-    body = {
-        "run_a": a.url,
-        "run_b": b.url,
+    return {
         "rows": both.rows,
         "unknown_label": comparison.unknown_label,
         "accuracy_a": comparison.correct_a / both.rows,
@@ -332,5 +303,3 @@ def _write_comparison(
         "mcnemar_p_value": both.p_value,
         "predictions_differ": comparison.num_differing,
     }
-    url = filesystem.join(output, "summary.json")
-    filesystem.write(url, (json.dumps(body, indent=2) + "\n").encode())

@@ -199,5 +199,7 @@ def _build_slices(found: MultiLabelAggregate, small: int) -> pa.Table:
     # the report shows these, also where no slice has them
     shown = ("rows", "f1_macro", "subset_accuracy", "labels_per_row", "predicted_labels_per_row")
     ends = (f"{_QUALITY}_lower", f"{_QUALITY}_upper")
-    empty = dict.fromkeys((*shown, _QUALITY, *ends, "error_rate"))
-    return build_slice_table([{**row, **(empty | row)} for row in rows], _QUALITY)
+    for row in rows:
+        for name in (*shown, _QUALITY, *ends, "error_rate"):
+            row.setdefault(name, None)
+    return build_slice_table(rows, _QUALITY)

@@ -6,7 +6,6 @@ intervals are paired: both runs have the same images.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,15 @@ from numpy.typing import NDArray
 from imgcls import log
 from imgcls.data.manifests.label_columns import POSITIVE, UNKNOWN, build_name_lists
 from imgcls.data.manifests.manifest import normalize_labels
-from imgcls.data.storage import filesystem
 from imgcls.errors import OK, RequestError
 from imgcls.evaluation.aggregate import MAX_SLICES, NO_VALUE
+from imgcls.evaluation.comparison_parts import (
+    DifferingRows,
+    log_cut_rows,
+    log_worst_groups,
+    name_right,
+    write_comparison,
+)
 from imgcls.evaluation.config import CompareConfig
 from imgcls.evaluation.label_list_join import require_label_lists
 from imgcls.evaluation.row_pairs import check_not_worse, check_pairing, iter_row_pairs
@@ -35,15 +40,12 @@ from imgcls.metrics.multilabel.paired import (
     compare_multilabel_cells,
 )
 from imgcls.runs.committed import CommittedRun
-from imgcls.runs.layout import write_tables
 
 Targets = NDArray[np.int8]
 
 MAX_CELLS = 100_000_000
 """Maximum number of cells in memory; of larger runs the metrics of every n-th row are compared."""
-_MAX_DIFFERING = 1_000_000
 _COLUMNS_B = ["row", "predicted_labels", "scores", "status"]
-_RIGHT = ("neither", "b", "a", "both")
 _NAMES = {
     "mean_average_precision": "mean average precision",
     "f1_micro": "micro F1",
@@ -142,7 +144,7 @@ def compare_multilabel(
     comparison = collector.finish()
     _log_comparison(a, b, comparison)
     if config.output is not None:
-        _write_comparison(config.output, a, b, comparison)
+        write_comparison(config.output, a, b, comparison, _summarize(comparison))
     precision = comparison.metrics.get("mean_average_precision")
     if precision is None and config.fail_if_worse is not None:
         raise RequestError(
@@ -213,8 +215,8 @@ class _PairCollector:
         self.every = max(1, -(-min(a.rows, b.rows) * len(self.classes) // MAX_CELLS))
         self.cells: list[_Cells] = []
         self.slice_values: list[pa.Table] = []
-        self.differing: list[pa.Table] = []
-        self.rows = self.num_differing = self.num_kept = self.unknown_label = 0
+        self.differing = DifferingRows(_DIFFERING_SCHEMA)
+        self.rows = self.unknown_label = 0
 
     @property
     def columns(self) -> list[str]:
@@ -256,29 +258,22 @@ class _PairCollector:
     def _add_differing(
         self, left: pa.Table, at: Ints, targets: Targets, predicted: list[Bools]
     ) -> None:
-        differ = np.flatnonzero((predicted[0] != predicted[1]).any(1))
-        self.num_differing += len(differ)
-        differ = differ[: _MAX_DIFFERING - self.num_kept]
+        differ = self.differing.keep(np.flatnonzero((predicted[0] != predicted[1]).any(1)))
         if not len(differ):
             return
-        self.num_kept += len(differ)
         own = targets[differ]
         called = [each[differ] for each in predicted]
         wrong = [((each != (own == POSITIVE)) & (own != UNKNOWN)).sum(1) for each in called]
-        right = 2 * (wrong[0] == 0) + (wrong[1] == 0)
         lists = [build_name_lists(each.astype(np.int8), self.classes) for each in called]
-        self.differing.append(
-            pa.table(
-                [
-                    left["row"].take(at[differ]).combine_chunks(),
-                    left[self.a.path_column].cast(pa.string()).take(at[differ]).combine_chunks(),
-                    build_name_lists(own, self.classes),
-                    *lists,
-                    *(pa.array(each, pa.int64()) for each in wrong),
-                    pa.array(np.array(_RIGHT)[right].tolist(), pa.string()),
-                ],
-                schema=_DIFFERING_SCHEMA,
-            )
+        self.differing.add(
+            [
+                left["row"].take(at[differ]),
+                left[self.a.path_column].cast(pa.string()).take(at[differ]),
+                build_name_lists(own, self.classes),
+                *lists,
+                *(pa.array(each, pa.int64()) for each in wrong),
+                name_right(wrong[0] == 0, wrong[1] == 0),
+            ]
         )
 
     def finish(self) -> MultiLabelComparison:
@@ -313,8 +308,8 @@ class _PairCollector:
             paired,
             self._build_classes(cells, found),
             self._build_slices(cells),
-            _sort_differing(self.differing),
-            self.num_differing,
+            self.differing.sort(),
+            self.differing.count,
             self.unknown_label,
         )
 
@@ -382,15 +377,6 @@ def _sort_by_difference(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Tab
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def _sort_differing(tables: list[pa.Table]) -> pa.Table:
-    """Rows that only A, then only B predicts correctly, then the others."""
-    differing = pa.concat_tables(tables) if tables else _DIFFERING_SCHEMA.empty_table()
-    rank = pc.fill_null(pc.index_in(differing["right"], value_set=pa.array(["a", "b"])), 2)
-    order = pa.table({"rank": rank, "row": differing["row"]})
-    keys = [("rank", "ascending"), ("row", "ascending")]
-    return differing.take(pc.sort_indices(order, sort_keys=keys))
-
-
 def _log_comparison(a: CommittedRun, b: CommittedRun, comparison: MultiLabelComparison) -> None:
     for name, run in (("a", a), ("b", b)):
         shown = ", ".join(
@@ -416,21 +402,15 @@ def _log_comparison(a: CommittedRun, b: CommittedRun, comparison: MultiLabelComp
             f"{comparison.unknown_label:,} of them have a label that is not a class of both "
             "models, which is ignored",
         )
-    if comparison.num_differing > comparison.differing.num_rows:
-        log.emit(
-            "note",
-            f"only the first {comparison.differing.num_rows:,} of the differing rows are "
-            "written; the counts include all",
-        )
-    for name, table in (("class", comparison.per_class), ("slice", comparison.slices)):
-        for row in table.slice(0, 5).to_pylist():
-            if row["difference"] is not None and row["difference"] <= -_MIN_SHOWN:
-                what = row.get("label") or f"{row['slice_by']}={row['value']}"
-                log.show(
-                    f"  worse {name}: {what}  {100 * row['difference']:+.1f} points of average "
-                    f"precision (95%: {100 * row['lower']:+.1f} to {100 * row['upper']:+.1f}) over "
-                    f"{row['rows']:,} rows"
-                )
+    log_cut_rows(comparison)
+    log_worst_groups(
+        comparison,
+        _MIN_SHOWN,
+        lambda row: (
+            f" of average precision (95%: {100 * row['lower']:+.1f} to {100 * row['upper']:+.1f}) "
+            f"over {row['rows']:,} rows"
+        ),
+    )
     precision = comparison.metrics.get("mean_average_precision")
     if precision is None or precision.lower <= 0 <= precision.upper:
         log.show("result: no significant difference of the mean average precision")
@@ -438,19 +418,9 @@ def _log_comparison(a: CommittedRun, b: CommittedRun, comparison: MultiLabelComp
         log.show(f"result: {'B' if precision.difference > 0 else 'A'} is better")
 
 
-def _write_comparison(
-    output: str, a: CommittedRun, b: CommittedRun, comparison: MultiLabelComparison
-) -> None:
-    made = {
-        "per_class": comparison.per_class,
-        "slices": comparison.slices,
-        "differing": comparison.differing,
-    }
-    write_tables(output, made)
+def _summarize(comparison: MultiLabelComparison) -> dict[str, Any]:
     paired = comparison.paired
-    body = {
-        "run_a": a.url,
-        "run_b": b.url,
+    return {
         "task": "multilabel",
         "rows": comparison.rows,
         "unknown_label": comparison.unknown_label,
@@ -460,5 +430,3 @@ def _write_comparison(
         "mcnemar_p_value": None if paired is None else paired.p_value,
         "predictions_differ": comparison.num_differing,
     }
-    url = filesystem.join(output, "summary.json")
-    filesystem.write(url, (json.dumps(body, indent=2) + "\n").encode())
