@@ -23,6 +23,14 @@ class Watched:
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
+    def check_opened_alone(self, url: str) -> None:
+        """Assert that the page made no request, has no error, and fits the width of the window."""
+        # data: URIs make no request
+        assert [seen for seen in self.requests if not seen.startswith("data:")] == [url]
+        assert self.errors == []
+        overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert self.page.evaluate(overflow) == 0
+
     def screenshot(self, name: str) -> None:
         """Save a screenshot to the folder IMGCLS_SCREENSHOTS, if it is set."""
         folder = os.environ.get("IMGCLS_SCREENSHOTS")

@@ -1,12 +1,15 @@
-"""A run that several modules evaluate."""
+"""A run and a browser that several modules use."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from tests.browser import launched
 from tests.evaluation.runs import commit, drawn
 
 
@@ -18,3 +21,9 @@ def table() -> pa.Table:
 @pytest.fixture(scope="module")
 def run(table: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return commit(tmp_path_factory.mktemp("runs") / "out", table, parts=3, group_rows=200)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as browser:
+        yield browser

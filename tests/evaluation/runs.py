@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls.runs import layout
+from tests.conftest import draw
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
@@ -127,3 +128,12 @@ def commit(
     }  # fmt: skip
     (folder / layout.SUCCESS_FILE).write_text(json.dumps(success))
     return folder
+
+
+def draw_images(folder: Path, rows: int, size: tuple[int, int]) -> None:
+    """Write the images of a run, but for every 50th."""
+    (folder / "images").mkdir()
+    for i in range(rows):
+        if i % 50:
+            color = ("red", "green", "blue")[i % 3]
+            draw(color, size, seed=i).save(folder / "images" / f"{i:06d}.jpg")

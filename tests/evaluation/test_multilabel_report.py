@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from imgcls.data.manifests.label_columns import LabelColumns
 from imgcls.evaluation.compute import compute_evaluation
 from imgcls.evaluation.config import EvaluationOptions, ReportConfig
 from imgcls.evaluation.report import write_report
-from tests.browser import launched, opened
-from tests.conftest import draw
+from tests.browser import opened
 from tests.evaluation.multilabel_runs import CLASSES as NAMES
 from tests.evaluation.multilabel_runs import (
     build_run_table,
@@ -23,14 +21,9 @@ from tests.evaluation.multilabel_runs import (
     draw_scores,
     draw_targets,
 )
+from tests.evaluation.runs import draw_images
 
 CLASSES = ("<b>ant</b>", "bee & wasp", "cat", "dog", "eel")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with launched() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         targets, draw_scores(targets), classes=CLASSES, failed=0.05, ood=True, embedding=True
     )
     commit_multilabel(folder, table, classes=CLASSES)
-    (folder / "images").mkdir()
-    for i in range(300):
-        if i % 50:
-            color = ("red", "green", "blue")[i % 3]
-            draw(color, (64, 48), seed=i).save(folder / "images" / f"{i:06d}.jpg")
+    draw_images(folder, 300, (64, 48))
     options = EvaluationOptions(slice_by=["camera"])
     write_report(ReportConfig(source=str(folder), evaluation=options))
     return folder
@@ -60,10 +49,7 @@ def test_it_opens_from_disk_without_an_error_or_a_request(
     with opened(page, width=width, scheme=scheme, browser=browser) as seen:
         assert seen.page.title() == "nightly <b>run: 300 rows"
         assert seen.page.locator("h1 b, td b, summary b").count() == 0
-        assert [url for url in seen.requests if not url.startswith("data:")] == [page]
-        assert seen.errors == []
-        overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        assert seen.page.evaluate(overflow) == 0
+        seen.check_opened_alone(page)
         seen.screenshot(f"multilabel-{width}")
 
 

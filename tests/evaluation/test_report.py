@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,8 @@ from imgcls.evaluation.config import EvaluationOptions, ReportConfig
 from imgcls.evaluation.report import write_report
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, save_bundle
-from tests.browser import launched, opened
-from tests.conftest import draw
-from tests.evaluation.runs import CLASSES, commit, drawn
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with launched() as browser:
-        yield browser
+from tests.browser import opened
+from tests.evaluation.runs import CLASSES, commit, draw_images, drawn
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "nightly <b>run"
     table = drawn(400, 7, failed=0.03, unknown=0.02, sharpness=1.5)
     commit(folder, table)
-    (folder / "images").mkdir()
-    for i in range(400):
-        if i % 50:
-            color = ("red", "green", "blue")[i % 3]
-            draw(color, (320, 200), seed=i).save(folder / "images" / f"{i:06d}.jpg")
+    draw_images(folder, 400, (320, 200))
     options = EvaluationOptions(slice_by=["camera"])
     write_report(ReportConfig(source=str(folder), evaluation=options))
     return folder
@@ -54,11 +42,7 @@ def test_it_opens_from_disk_without_an_error_or_a_request(
         assert seen.page.title() == "nightly <b>run: 400 rows"
         assert seen.page.locator("h1 b").count() == 0
         seen.page.wait_for_load_state("networkidle")
-        # data: URIs make no request
-        assert [url for url in seen.requests if not url.startswith("data:")] == [page]
-        assert seen.errors == []
-        overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        assert seen.page.evaluate(overflow) == 0
+        seen.check_opened_alone(page)
         ink = seen.page.evaluate("getComputedStyle(document.body).color")
         assert (ink == "rgb(230, 234, 240)") == (scheme == "dark")
         seen.screenshot(f"report-{width}")
