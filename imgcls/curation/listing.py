@@ -1,7 +1,8 @@
 """Listing of a folder or a bucket into a manifest: `imgcls manifest build`.
 
-Lists many prefixes at once and streams the images into one Parquet file per group of prefixes. An
-interrupted listing is resumed: groups that are complete are not listed again.
+Lists many prefixes at once and streams the images into one Parquet file per group of prefixes. The
+rows of one source are in the same order every time. An interrupted listing is resumed: groups that
+are complete are not listed again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import threading
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -129,23 +130,35 @@ def _plan_groups(config: ListingConfig, source: str, output: str) -> list[list[s
 
 
 def _find_prefixes(top: _PartWriter, source: str, concurrency: int) -> list[str]:
-    """Find enough folders to list in parallel, level by level; files above them go to `top`."""
+    """Find enough folders to list in parallel, level by level; files above them go to `top`.
 
-    def list_subfolders(folder: str) -> list[str]:
+    The folders of a level are listed at once, each into a temporary file, so that `top` has their
+    files in the order of the folders.
+    """
+
+    def list_subfolders(folder: str, part: str) -> list[str]:
         below: list[str] = []
         bundle = False
-        for page in filesystem.iter_pages(folder, deep=False):
-            top.add(page.files)
-            below += [each for each in page.folders if not is_hidden_name(each.rpartition("/")[2])]
-            bundle |= any(file.path.endswith("/bundle.json") for file in page.files)
+        with _PartWriter.open(part, source, top.has_labels) as writer:
+            for page in filesystem.iter_pages(folder, deep=False):
+                writer.add(page.files)
+                below += [f for f in page.folders if not is_hidden_name(f.rpartition("/")[2])]
+                bundle |= any(file.path.endswith("/bundle.json") for file in page.files)
         return [each for each in below if not (bundle and each.endswith("/plots"))]
 
     folders = [source]
     for _ in range(_MAX_DEPTH):
         if len(folders) >= 2 * concurrency:
             break
-        with create_thread_pool(concurrency, "list") as pool:
-            folders = sorted(each for found in pool.map(list_subfolders, folders) for each in found)
+        with (
+            tempfile.TemporaryDirectory() as temporary,
+            create_thread_pool(concurrency, "list") as pool,
+        ):
+            parts = [_get_part_url(temporary, at) for at in range(len(folders))]
+            found = list(pool.map(list_subfolders, folders, parts))
+            for part in parts:
+                top.append(part)
+        folders = sorted(each for below in found for each in below)
     return folders
 
 
@@ -164,7 +177,7 @@ def _list_group(group: Sequence[str], part: str, source: str, config: ListingCon
 
 
 class _PartWriter:
-    """Writer of one Parquet file of the manifest; thread-safe.
+    """Writer of one Parquet file of the manifest.
 
     The file's metadata count the skipped files by suffix, so that a resumed listing knows them all.
     """
@@ -174,7 +187,6 @@ class _PartWriter:
         self._writer, self._source = writer, source
         self._skipped: Counter[str] = Counter()
         self._pending: list[FileInfo] = []
-        self._lock = threading.Lock()
 
     @classmethod
     @contextlib.contextmanager
@@ -187,18 +199,30 @@ class _PartWriter:
             part._flush()
             writer.add_key_value_metadata({_SKIPPED_KEY: json.dumps(part._skipped)})
 
+    @property
+    def has_labels(self) -> bool:
+        return "label" in self._writer.schema.names
+
     def add(self, files: Sequence[FileInfo]) -> None:
-        with self._lock:
-            for file in files:
-                path = file.path[len(self._source) :]
-                if any(is_hidden_name(name) for name in path.split("/")):
-                    continue
-                if has_image_suffix(path):
-                    self._pending.append(file)
-                else:
-                    self._skipped[get_suffix(path)] += 1
-            if len(self._pending) >= _FLUSH_ROWS:
-                self._flush()
+        for file in files:
+            path = file.path[len(self._source) :]
+            if any(is_hidden_name(name) for name in path.split("/")):
+                continue
+            if has_image_suffix(path):
+                self._pending.append(file)
+            else:
+                self._skipped[get_suffix(path)] += 1
+        if len(self._pending) >= _FLUSH_ROWS:
+            self._flush()
+
+    def append(self, part: str) -> None:
+        """Add the rows of another file that this class wrote."""
+        with filesystem.open_read(part) as stream:
+            file = pq.ParquetFile(stream)
+            for batch in file.iter_batches(_FLUSH_ROWS):
+                self._writer.write_batch(batch)
+        self.rows += file.metadata.num_rows
+        self._skipped.update(_read_skipped(file.metadata))
 
     def _flush(self) -> None:
         self._writer.write_table(_build_table(self._pending, self._source, self._writer.schema))
@@ -245,8 +269,12 @@ def _read_totals(parts: Sequence[str]) -> tuple[int, Counter[str]]:
         with filesystem.open_read(part) as stream:
             metadata = pq.ParquetFile(stream).metadata
         rows += metadata.num_rows
-        skipped.update(json.loads(metadata.metadata.get(_SKIPPED_KEY.encode(), b"{}")))
+        skipped.update(_read_skipped(metadata))
     return rows, skipped
+
+
+def _read_skipped(metadata: pq.FileMetaData) -> dict[str, int]:
+    return json.loads(metadata.metadata.get(_SKIPPED_KEY.encode(), b"{}"))  # type: ignore[no-any-return]
 
 
 _SCHEMA = (

@@ -62,6 +62,23 @@ def test_every_image_of_a_folder_is_listed_once(tree: Path, tmp_path: Path) -> N
     assert all(now - row["mtime"] < datetime.timedelta(hours=1) for row in rows)
 
 
+@pytest.mark.parametrize("store", ["disk", "s3"])
+def test_rows_are_in_the_order_of_the_folders(store: str, s3: Any, tmp_path: Path) -> None:
+    # the first folder takes several pages, the last ones are listed long before its end
+    names = [*(f"a/{i:04d}.jpg" for i in range(2100)), *(f"{c}/1.jpg" for c in "bcdefgh"), "z.jpg"]
+    for name in names:
+        if store == "s3":
+            s3.put_object(Bucket=BUCKET, Key=f"ordered/{name}", Body=b"x")
+        else:
+            (tmp_path / "ordered" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "ordered" / name).write_bytes(b"x")
+    source = url("ordered") if store == "s3" else str(tmp_path / "ordered")
+    output = str(tmp_path / "manifest")
+    assert list_images(ListingConfig(source=source, output=output, list_concurrency=8)) == 2108
+    listed = [row["path"].removeprefix(f"{source}/") for row in rows_of(output)]
+    assert listed == ["z.jpg", *names[:-1]]  # files first, then the folders below them
+
+
 def test_every_image_of_a_bucket_is_listed_once(s3: Any, tmp_path: Path) -> None:
     names = [name for name in NAMES if not name.startswith("fox")]
     names += [f"fox/{i:05d}.jpg" for i in range(1001)]  # more than a page
