@@ -1,0 +1,1 @@
+"""Labels that people gave to images: the labels table, and the files of labeling tools."""
