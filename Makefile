@@ -64,6 +64,8 @@ bench-more: venv  ## other models and kinds of images, agreement, start-up, grow
 	$(BIN)/python -m benchmarks.labeling --peers --images 12mp small png
 	$(BIN)/python -m benchmarks.agreement
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.sources speed
+	$(BIN)/python -m benchmarks.sources memory --rows 28000
 	$(BIN)/python -m benchmarks.scale work
 	$(BIN)/python -m benchmarks.scale plan --rows 10000 100000 1000000 10000000
 	$(BIN)/python -m benchmarks.scale resume
