@@ -19,14 +19,15 @@ venv: $(STAMP)  ## create .venv and install the package with its development too
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "creating .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
 	@echo "installing imgcls[dev,demo] into .venv (the first time takes minutes)"
-	@# compat: a path entry, which a folder named imgcls in the working directory does not shadow
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	@# compat: a path entry, which a folder named imgcls in the working directory does not shadow.
+	@# Python compiles the modules that are imported; of all packages that takes more than a minute.
+	@$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt \
 		--config-settings editable_mode=compat -e '.[dev,demo]'
 	@touch $@
 
 azurite: $(AZURITE)  ## install Azurite by npm: the server that the tests of Azure use
 
-$(AZURITE): | venv
+$(AZURITE):
 	npm install --prefix .venv/azurite --ignore-scripts --no-audit --no-fund --loglevel error \
 		azurite@$(AZURITE_VERSION)
 

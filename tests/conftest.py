@@ -12,6 +12,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 import csv
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     users = {item.path for item in items if "cluster" in getattr(item, "fixturenames", ())}
     config.stash[CLUSTER_FILES] = users
     items.sort(key=lambda item: (item.path not in users, not set(LONG) & set(item.path.parts)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave the modules of torch, Ray and all tests out of every garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def end_cluster(config: pytest.Config) -> None:
