@@ -35,7 +35,7 @@ from imgcls.curation.label_history import (
     read_history,
     write_history,
 )
-from imgcls.curation.label_lookup import FoundImages, ImageLookup, read_paths
+from imgcls.curation.label_lookup import FoundImages, ImageLookup, iter_large_batches, read_paths
 from imgcls.curation.label_merge import ImportedLabel, LabelMerger
 from imgcls.data.annotations.annotation import Annotation, Export
 from imgcls.data.annotations.exports import read_export
@@ -319,7 +319,7 @@ def _write_manifest(
         filesystem.open_write(output) as stream,
         pq.ParquetWriter(stream, merger.schema, compression="zstd") as writer,
     ):
-        for batch in manifest.batches():
+        for batch in iter_large_batches(manifest):
             writer.write_table(merger.merge(batch))
         missing = merger.find_missing()
         if len(missing):
@@ -333,7 +333,7 @@ def _read_rows_of(images: Manifest | None, wanted: pa.Array) -> tuple[pa.Table, 
         return pa.table({}), pa.array([], wanted.type)
     tables = [images.schema.empty_table()]
     parts = [pa.array([], wanted.type)]
-    for batch in images.batches():
+    for batch in iter_large_batches(images):
         paths = read_paths(images, batch)
         rows = pc.indices_nonzero(pc.fill_null(pc.is_in(paths, value_set=wanted), False))
         tables.append(pa.Table.from_batches([batch.take(rows)]))

@@ -7,9 +7,10 @@ such as `cats/1.jpg`, is that of the image whose path ends with it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -19,6 +20,7 @@ from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError
 from imgcls.runs.embeddings import normalize_urls
 
+_BATCH_ROWS = 262_144
 _SUFFIX = r"\.[^./]*$"
 
 
@@ -58,6 +60,20 @@ def is_absolute(name: str) -> bool:
     return name.startswith("/") or filesystem.is_url(name)
 
 
+def iter_large_batches(manifest: Manifest) -> Iterator[pa.RecordBatch]:
+    """The rows of a manifest in batches that are large enough for look-ups among many paths."""
+    held: list[pa.RecordBatch] = []
+    rows = 0
+    for batch in manifest.batches():
+        held.append(batch)
+        rows += batch.num_rows
+        if rows >= _BATCH_ROWS:
+            yield pa.concat_batches(held)
+            held, rows = [], 0
+    if held:
+        yield pa.concat_batches(held)
+
+
 def read_paths(manifest: Manifest, batch: pa.RecordBatch) -> pa.Array:
     """The absolute paths of rows, each image by one text."""
     return _normalize(pa.chunked_array([batch.column(manifest.path_column)]), manifest.root)
@@ -87,8 +103,8 @@ class ImageLookup:
         unique = set(names)
         self.found = FoundImages()
         absolute = pa.array(sorted(filter(is_absolute, unique)), pa.large_string())
-        self._absolute = _normalize(pa.chunked_array([absolute]), "/")
-        for name, path in zip(absolute.to_pylist(), self._absolute.to_pylist(), strict=True):
+        paths = _normalize(pa.chunked_array([absolute]), "/")
+        for name, path in zip(absolute.to_pylist(), paths.to_pylist(), strict=True):
             self.found.paths[name] = {path}
         self._by_depth: dict[int, pa.Array] = {}
         relative = sorted(name for name in unique if not is_absolute(name))
@@ -96,12 +112,11 @@ class ImageLookup:
             names_of_depth = [name for name in relative if name.count("/") == depth]
             self._by_depth[depth] = pa.array(names_of_depth, pa.large_string())
         self._has_suffixes = has_suffixes
-        self._named: set[str] = set()
 
     def add_names(self, manifest: Manifest) -> None:
         """Find names of files in a manifest; its labels are not read."""
         if self._by_depth:
-            for batch in manifest.batches():
+            for batch in iter_large_batches(manifest):
                 self._find_relative(read_paths(manifest, batch))
 
     def add_labels(self, manifest: Manifest, *, has_names: bool) -> None:
@@ -109,16 +124,15 @@ class ImageLookup:
 
         has_names: whether names of files are looked up in it too
         """
-        for batch in manifest.batches():
-            paths = read_paths(manifest, batch)
-            if has_names:
-                self._find_relative(paths)
+        known = sorted({path for paths in self.found.paths.values() for path in paths})
+        wanted = pa.array(known, pa.large_string())
+        for batch in iter_large_batches(manifest):
             self._count_classes(manifest, batch)
-            is_named = pc.or_(
-                pc.is_in(paths, value_set=self._absolute),
-                pc.is_in(paths, value_set=pa.array(sorted(self._named), pa.large_string())),
-            )
-            rows = pc.indices_nonzero(pc.fill_null(is_named, False))
+            paths = read_paths(manifest, batch)
+            is_wanted = pc.fill_null(pc.is_in(paths, value_set=wanted), False)
+            if has_names:
+                is_wanted = pc.or_(is_wanted, self._find_relative(paths))
+            rows = pc.indices_nonzero(is_wanted)
             if not len(rows):
                 continue
             label_sets = read_label_sets(manifest, batch.take(rows))
@@ -135,16 +149,19 @@ class ImageLookup:
             counted = pc.value_counts(labels).to_pylist()
             self.found.counts.update({each["values"]: each["counts"] for each in counted})
 
-    def _find_relative(self, paths: pa.Array) -> None:
-        """Note the paths of names that are no absolute paths."""
+    def _find_relative(self, paths: pa.Array) -> pa.Array:
+        """Note the paths of names that are no absolute paths; returns which rows have one."""
+        is_named = pa.array(np.zeros(len(paths), bool))
         for depth, names in self._by_depth.items():
             pattern = rf"^.*/((?:[^/]*/){{{depth}}}[^/]*)$"
             ends = pc.replace_substring_regex(paths, pattern, r"\1")
             if not self._has_suffixes:
                 ends = pc.replace_substring_regex(ends, _SUFFIX, "")
-            rows = pc.indices_nonzero(pc.fill_null(pc.is_in(ends, value_set=names), False))
+            has_name = pc.fill_null(pc.is_in(ends, value_set=names), False)
+            is_named = pc.or_(is_named, has_name)
+            rows = pc.indices_nonzero(has_name)
             for name, path in zip(
                 ends.take(rows).to_pylist(), paths.take(rows).to_pylist(), strict=True
             ):
                 self.found.paths.setdefault(name, set()).add(path)
-                self._named.add(path)
+        return is_named

@@ -7,6 +7,7 @@ a separator, or columns of classes. The other rows keep theirs.
 from __future__ import annotations
 
 import datetime
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,16 @@ class LabelMerger:
         self._labels = list(labels.values())
         self._paths = pa.array(list(labels), pa.large_string())
         self._is_found = np.zeros(len(labels), bool)
+        self._names = [sorted(each.names) for each in self._labels]
+        stamps: tuple[Sequence[Any], ...] = (
+            [each.labeled_by for each in self._labels],
+            [each.labeled_at for each in self._labels],
+            [each.source for each in self._labels],
+        )
+        self._stamps = [
+            (field, pa.array(values, field.type))
+            for field, values in zip(ADDED_COLUMNS, stamps, strict=True)
+        ]
         self.counts: Counter[str] = Counter()
         self._columns = manifest.label_columns
         if self._columns is None and several:
@@ -146,56 +157,62 @@ class LabelMerger:
         if self._columns is not None and self._columns.per_class:
             table = self._set_class_columns(table, self._columns, changed)
         else:
-            name, column, values = self._convert_labels(table)
-            table = _set(table, name, _choose(column, values, changed))
-        stamps: tuple[Sequence[Any], ...] = (
-            [each.labeled_by for each in self._labels],
-            [each.labeled_at for each in self._labels],
-            [each.source for each in self._labels],
-        )
-        for field, values_of_field in zip(ADDED_COLUMNS, stamps, strict=True):
+            name, column = self._convert_labels(table)
+            table = _set(table, name, _choose(column, self._label_values, changed))
+        for field, values in self._stamps:
             column = self._convert_stamp(table, field)
-            values = pa.array(values_of_field, field.type)
             table = _set(table, field.name, _choose(column, values, stamped))
         return table
 
-    def _convert_labels(self, table: pa.Table) -> tuple[str, pa.Array, pa.Array]:
-        """The name of the label column, its values, and the imported labels in its type."""
+    @functools.cached_property
+    def _label_values(self) -> pa.Array:
+        """The imported labels in the type of the label column."""
+        if self._columns is None:
+            return pa.array([each[0] for each in self._names], pa.string())
+        lists = pa.array(self._names, pa.list_(pa.string()))
+        if self._columns.delimiter is None:
+            return lists
+        return join_names(
+            lists,
+            self._columns.delimiter,
+            f"manifest {self._manifest.source}",
+            "merge onto a manifest with lists of labels",
+        )
+
+    @functools.cached_property
+    def _class_values(self) -> dict[str, pa.Array]:
+        """Whether each imported label has a class, for the columns of classes."""
+        assert self._columns is not None
+        classes = {name for names in self._names for name in names} | set(self._columns.classes)
+        return {
+            name: pa.array([name in each.names for each in self._labels], pa.bool_())
+            for name in sorted(classes)
+        }
+
+    def _convert_labels(self, table: pa.Table) -> tuple[str, pa.Array]:
+        """The name of the label column, and its values in the type of the result."""
         place = f"manifest {self._manifest.source}"
-        names = [sorted(each.names) for each in self._labels]
+        kind = self._label_values.type
         if self._columns is None:
             name = self._manifest.label_column or "label"
-            values = pa.array([each[0] for each in names], pa.string())
             if name not in table.schema.names:
-                return name, pa.nulls(table.num_rows, pa.string()), values
+                return name, pa.nulls(table.num_rows, kind)
             column = table.column(name).combine_chunks()
-            text = column.cast(pa.string()) if is_text(column.type) else normalize_labels(column)
-            return name, text, values
-        lists = pa.array(names, pa.list_(pa.string()))
+            return name, column.cast(kind) if is_text(column.type) else normalize_labels(column)
         name = self._columns.names[0]
         if name not in table.schema.names:
-            return name, pa.nulls(table.num_rows, lists.type), lists
+            return name, pa.nulls(table.num_rows, kind)
         column = table.column(name).combine_chunks()
-        if self._columns.delimiter is not None:
-            text = column.cast(pa.string())
-            return (
-                name,
-                text,
-                join_names(
-                    lists,
-                    self._columns.delimiter,
-                    place,
-                    "merge onto a manifest with lists of labels",
-                ),
-            )
-        if is_list(column.type) and is_text(column.type.value_type):
-            return name, column.cast(lists.type), lists
-        return name, self._columns.read_names(table, place), lists
+        if self._columns.delimiter is not None or (
+            is_list(column.type) and is_text(column.type.value_type)
+        ):
+            return name, column.cast(kind)
+        return name, self._columns.read_names(table, place)
 
     def _set_class_columns(
         self, table: pa.Table, columns: LabelColumns, changed: npt.NDArray[np.int64]
     ) -> pa.Table:
-        new = sorted({name for each in self._labels for name in each.names} - set(columns.classes))
+        new = [name for name in self._class_values if name not in columns.classes]
         for name in new:
             if name in table.schema.names:
                 raise ManifestError(
@@ -204,14 +221,13 @@ class LabelMerger:
                 )
         pairs = [*zip(columns.per_class, columns.classes, strict=True), *zip(new, new, strict=True)]
         for column_name, class_name in pairs:
-            has = [class_name in each.names for each in self._labels]
             if column_name in table.schema.names:
                 column = table.column(column_name).combine_chunks()
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
             else:
                 column = pa.nulls(table.num_rows, pa.int8())
-            values = pa.array(has, pa.bool_())
+            values = self._class_values[class_name]
             if is_text(column.type):
                 values = values.cast(pa.int8())
             table = _set(table, column_name, _choose(column, values.cast(column.type), changed))
@@ -232,8 +248,13 @@ class LabelMerger:
 
 def _choose(own: pa.Array, values: pa.Array, places: npt.NDArray[np.int64]) -> pa.Array:
     """The value at `places` of each row, its own one where that is negative."""
-    indices = np.where(places >= 0, len(own) + places, np.arange(len(own)))
-    return pa.concat_arrays([own, values]).take(pa.array(indices))
+    rows = np.flatnonzero(places >= 0)
+    if not len(rows):
+        return own
+    indices = np.arange(len(own))
+    indices[rows] = len(own) + np.arange(len(rows))
+    chosen = values.take(pa.array(places[rows]))
+    return pa.concat_arrays([own, chosen]).take(pa.array(indices))
 
 
 def _set(table: pa.Table, name: str, column: pa.Array) -> pa.Table:

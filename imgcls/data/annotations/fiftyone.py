@@ -13,6 +13,7 @@ from typing import Any
 
 from imgcls.data.annotations.annotation import Annotation, Export, check_names
 from imgcls.data.annotations.tasks import LabelingTask, LabelingTasks, check_tool_can_open
+from imgcls.data.manifests.manifest import resolve_path
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError
 
@@ -59,7 +60,10 @@ def read_fiftyone(body: Mapping[str, Any], paths: Any, source: str) -> Export:
     """The annotations of an export.
 
     body:  the content of `labels.json`
-    paths: the content of `data.json`; None without one
+    paths: the content of `data.json`, relative to the folder of `source`; None without one
+
+    A sample without a label is null, as is one with an empty list of labels: FiftyOne exports both
+    alike. They count as not labeled.
     Raises RequestError where it is none.
     """
     classes, labels = body.get("classes"), body.get("labels")
@@ -88,7 +92,9 @@ def _index_paths(paths: Any, source: str) -> dict[str, str] | None:
         return None
     if not isinstance(paths, dict) or not all(isinstance(each, str) for each in paths.values()):
         raise RequestError(f"{source}: {PATHS_FILE} is no object of paths; export it again")
-    return {posixpath.splitext(name)[0]: path for name, path in paths.items()} | paths
+    folder = filesystem.parent(source)
+    files = {name: resolve_path(path, folder) or path for name, path in paths.items()}
+    return {posixpath.splitext(name)[0]: path for name, path in files.items()} | files
 
 
 def _read_names(value: Any, classes: Sequence[Any] | None, place: str) -> tuple[str, ...]:

@@ -105,21 +105,21 @@ def fill_cvat(folder: Path, labels: Labels, *, archived: bool = False) -> Path:
 
 
 def fill_fiftyone(folder: Path, labels: Labels, *, several: bool) -> Path:
-    """The folder that `dataset.export(export_media="manifest")` writes."""
+    """The folder that `dataset.export` writes; an empty list of labels becomes null, as there."""
     source = folder / "fiftyone"
     paths = json.loads((source / "data.json").read_text())
     classes = json.loads((source / "labels.json").read_text())["classes"]
     values: dict[str, Any] = {}
-    for name, path in paths.items():
+    exported: dict[str, str] = {}
+    for path in paths.values():
         names = labels.get(path)
-        codes = [{"label": classes.index(each)} for each in names or ()]
-        if names is None:
-            values[name] = None
-        else:
-            values[name] = codes if several else codes[0]["label"] if codes else None
+        codes = [classes.index(each) for each in names or ()]
+        key = Path(path).stem  # as the exporter names samples
+        exported[key] = path
+        values[key] = (codes if several else codes[0]) if codes else None
     target = folder / "exported"
     target.mkdir()
-    (target / "data.json").write_text(json.dumps({f"{key}.jpg": p for key, p in paths.items()}))
+    (target / "data.json").write_text(json.dumps(exported))
     (target / "labels.json").write_text(json.dumps({"classes": classes, "labels": values}))
     return target
 

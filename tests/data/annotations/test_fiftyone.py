@@ -49,6 +49,13 @@ def test_labels_are_read_as_numbers_names_and_lists() -> None:
     assert (export.unlabeled, export.has_suffixes) == (1, False)
 
 
+def test_paths_are_relative_to_the_export() -> None:
+    labels = {"classes": ["cat"], "labels": {"a": 0, "b": 0}}
+    paths = {"a": "data/a.jpg", "b": "/photos/b.jpg"}
+    export = read_fiftyone(labels, paths, "/export/labels.json")
+    assert [each.path for each in export.annotations] == ["/export/data/a.jpg", "/photos/b.jpg"]
+
+
 def test_a_sample_without_a_path_is_refused() -> None:
     with pytest.raises(RequestError, match=r"'b' is not in data\.json"):
         read_fiftyone({"classes": ["cat"], "labels": {"b": 0}}, {"a.jpg": "/a.jpg"}, "labels.json")
