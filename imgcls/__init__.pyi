@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from datetime import date
 from imgcls.client import Client as Client
 from imgcls.curation.check import CheckResult
-from imgcls.curation.config import CheckConfig, DuplicatesConfig, LabelErrorsConfig, RulesConfig
+from imgcls.curation.config import CheckConfig, DuplicatesConfig, LabelErrorsConfig, LabelsImportConfig, RulesConfig
+from imgcls.curation.import_labels import LabelImport
 from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.evaluation.compute import Evaluation
@@ -128,6 +129,25 @@ def find_similar(
 ) -> Table: ...
 
 @overload
+def import_labels(config: LabelsImportConfig, /) -> LabelImport: ...
+@overload
+def import_labels(
+    *,
+    export: str | PathLike[str],
+    onto: ManifestConfig | Mapping[str, object] | str | PathLike[str],
+    output: str | PathLike[str],
+    format: Literal['auto', 'label-studio', 'cvat', 'fiftyone', 'csv', 'imgcls'] = ...,
+    images: ManifestConfig | None | Mapping[str, object] | str | PathLike[str] = ...,
+    on_conflict: Literal['error', 'majority', 'newest', 'skip'] = ...,
+    existing: Literal['replace', 'keep'] = ...,
+    new_classes: bool = ...,
+    multilabel: bool = ...,
+    skip_unchanged: bool = ...,
+    overwrite: bool = ...,
+    storage: StorageConfig | Mapping[str, object] = ...,
+) -> LabelImport: ...
+
+@overload
 def label(config: PredictConfig, /) -> PredictResult: ...
 @overload
 def label(
@@ -207,6 +227,8 @@ def select(
     on: str | None | PathLike[str] = ...,
     exclude: ManifestConfig | None | Mapping[str, object] | str | PathLike[str] = ...,
     include_labeled: bool = ...,
+    format: Literal['label-studio', 'cvat', 'fiftyone', 'csv'] | None = ...,
+    image_root: str | None | PathLike[str] = ...,
     overwrite: bool = ...,
     storage: StorageConfig | Mapping[str, object] = ...,
 ) -> Selection: ...

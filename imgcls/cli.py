@@ -156,6 +156,13 @@ COMMANDS = {
         "imgcls manifest check demo/digits-train.csv --against demo/digits-test.csv "
         "--output demo/check",
     ),
+    "labels import": Command(
+        "merge labels from a labeling tool onto a manifest",
+        "imgcls.curation.config.LabelsImportConfig",
+        "imgcls.curation.import_labels.import_labels",
+        "imgcls labels import demo/digits-test.csv --images demo/digits-test.csv "
+        "--onto demo/digits-train.csv --output demo/merged.parquet",
+    ),
     "model import": Command(
         "make a bundle from a weights file",
         "imgcls.models.config.ImportConfig",

@@ -1,4 +1,4 @@
-"""Configuration of the `imgcls manifest` commands.
+"""Configuration of the `imgcls manifest` commands, and of `imgcls labels import`.
 
 It is checked without torch and Ray, so that a wrong key is refused at once.
 """
@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from imgcls.config import Names, Section, UnitFloat, names
+from imgcls.data.annotations.exports import ExportFormat
 from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.image_files import MAX_IMAGE_BYTES
 from imgcls.data.manifests.manifest import ManifestConfig
@@ -293,3 +294,39 @@ class CheckConfig(ScanConfig):
     labels: LabelErrorsConfig = LabelErrorsConfig()
     gallery: NonNegativeInt = 24
     """Maximum number of images shown per issue."""
+
+
+ConflictPolicy = Literal["error", "majority", "newest", "skip"]
+
+
+class LabelsImportConfig(Section):
+    """Merge the labels that people gave in a labeling tool onto a manifest."""
+
+    positional: ClassVar[tuple[str, ...]] = ("export",)
+
+    export: str
+    """Export of the tool: a file, the folder of a FiftyOne data set, or a labels table in Parquet
+    (a file or a folder)."""
+    onto: ManifestConfig
+    """Manifest whose rows get the labels; images that it has not are added."""
+    output: str
+    """Parquet file to write; labels_history.parquet is kept next to it."""
+    format: ExportFormat = "auto"
+    """Format of the export. imgcls: a labels table. auto: by the content."""
+    images: ManifestConfig | None = None
+    """Manifest of the images that were labeled, such as next/manifest.parquet. Names of files in
+    the export are looked up in it, and added images get its columns. Default: onto."""
+    on_conflict: ConflictPolicy = "error"
+    """Where annotators disagree about an image. error: list the images and write nothing. majority:
+    the label of more than half. newest: the last label. skip: none of them."""
+    existing: Literal["replace", "keep"] = "replace"
+    """Where the manifest has another label: replace it, or keep it."""
+    new_classes: bool = False
+    """Accept class names that the manifest has not."""
+    multilabel: bool = False
+    """For a manifest without labels: an image may have any number of them."""
+    skip_unchanged: bool = False
+    """Leave out images whose labels are unchanged predictions, as CVAT records it."""
+    overwrite: bool = False
+    """Replace an existing output."""
+    storage: StorageConfig = StorageConfig()

@@ -19,7 +19,11 @@ def write_csv_manifest(target: str, rows: pa.Table, separator: str) -> None:
     index = rows.schema.get_field_index("label")
     if index >= 0 and pa.types.is_list(rows.schema.field(index).type):
         column = rows.column(index).combine_chunks()
-        rows = rows.set_column(index, "label", _join_names(column, separator, target))
+        rows = rows.set_column(
+            index,
+            "label",
+            join_names(column, separator, f"output {target}", "pass another --csv-separator"),
+        )
     for field in rows.schema:
         if pa.types.is_nested(field.type):
             raise ManifestError(
@@ -30,14 +34,17 @@ def write_csv_manifest(target: str, rows: pa.Table, separator: str) -> None:
         pa_csv.write_csv(rows, stream)
 
 
-def _join_names(lists: pa.ListArray, separator: str, target: str) -> pa.Array:
+def join_names(lists: pa.ListArray, separator: str, place: str, remedy: str) -> pa.Array:
+    """Text of lists of class names; a list without one is the separator alone.
+
+    Raises ManifestError with a remedy where a name contains the separator.
+    """
     names = pc.unique(lists.flatten())
     has_separator = pc.match_substring(names, separator)
     if pc.any(has_separator).as_py():
         name = names.filter(has_separator)[0].as_py()
         raise ManifestError(
-            f"output {target}: the class name {name!r} contains the separator {separator!r}; pass "
-            "another --csv-separator"
+            f"{place}: the class name {name!r} contains the separator {separator!r}; {remedy}"
         )
     text = pc.binary_join(lists, separator)
     return pc.if_else(pc.equal(pc.list_value_length(lists), 0), separator, text)

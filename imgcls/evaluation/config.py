@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, FiniteFloat, PositiveInt, model_validator
 
 from imgcls.config import Names, Section, UnitFloat
+from imgcls.data.annotations.tasks import ToolFormat
 from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.data.storage.storage_settings import StorageConfig
@@ -263,6 +264,13 @@ class SelectConfig(Section):
     """Manifest of images that are not selected, such as those that are being labeled."""
     include_labeled: bool = False
     """Also select rows that have a label."""
+    format: ToolFormat | None = None
+    """Labeling tool to write tasks for as well, with the predictions: label-studio, cvat, fiftyone,
+    or csv for a spreadsheet."""
+    image_root: str | None = None
+    """Folder or prefix where the tool's names of images start. label-studio: the folder that is its
+    LOCAL_FILES_DOCUMENT_ROOT (default: /). cvat: the root of its share or cloud storage (default:
+    the bucket; of local images the file name alone, as uploaded)."""
     overwrite: bool = False
     """Replace an existing selection."""
     storage: StorageConfig = StorageConfig()
@@ -271,6 +279,10 @@ class SelectConfig(Section):
     def _check_candidates(self) -> Self:
         if self.candidates is not None and self.candidates < self.count:
             raise ValueError(f"candidates {self.candidates}: is smaller than count {self.count}")
+        if self.image_root is not None and self.format not in ("label-studio", "cvat"):
+            raise ValueError(
+                "image_root: has no effect without --format label-studio or cvat; remove it"
+            )
         return self
 
 

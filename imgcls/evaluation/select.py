@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from imgcls import log
 from imgcls.config import requested
 from imgcls.data import image_files
+from imgcls.data.annotations.exports import write_tasks
 from imgcls.data.decoding import open_image
 from imgcls.data.decoding.image_features import HASH_BITS, compute_features
 from imgcls.data.manifests.label_columns import UNKNOWN
@@ -30,6 +31,7 @@ from imgcls.errors import OK, BundleError, ImageError, OutputError, RequestError
 from imgcls.evaluation.aggregate import TopRows, read_piece
 from imgcls.evaluation.config import SelectConfig
 from imgcls.evaluation.diversity import ClassCap, choose_centers, choose_first
+from imgcls.evaluation.labeling_tasks import build_tasks
 from imgcls.evaluation.row_lookup import read_rows
 from imgcls.evaluation.row_pairs import check_pairing, iter_row_pairs
 from imgcls.evaluation.uncertainty import MEASURES, compute_disagreement
@@ -61,7 +63,7 @@ class Selection:
     output : str
         Folder with `manifest.parquet` (the manifest columns of the rows, paths absolute),
         `selection.parquet` (also their predictions, `selection_rank` from 1 and
-        `selection_value`) and `summary.json`.
+        `selection_value`) and `summary.json`; with `format`, also the tasks for that tool.
     rows : pyarrow.Table
         The rows of `selection.parquet`, in their order.
     candidates : int
@@ -132,9 +134,14 @@ def _select(config: SelectConfig) -> Selection:
             f"{format_count(len(chosen), 'row')} selected, not {config.count:,}: the others are "
             "labeled already, near-duplicates, or beyond --per-class-cap",
         )
+    files = []
+    if config.format is not None:
+        files = write_tasks(config.format, output, build_tasks(run, rows, config.image_root))
     _write(config, run, output, rows, len(top.value))
     log.show(f"selected  {format_count(len(chosen), 'row')} of {run.rows:,} by {config.by}")
     log.show(f"manifest  {filesystem.join(output, MANIFEST_FILE)}")
+    for file in files:
+        log.show(f"tasks     {file}")
     return Selection(output, rows, len(top.value))
 
 

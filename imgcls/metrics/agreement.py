@@ -1,6 +1,8 @@
-"""Agreement of labels and predictions: Matthews correlation, Cohen's kappa, McNemar's test.
+"""Agreement of labels and predictions, and of annotators.
 
-Works on per-class row counts, so the cost grows with the number of classes C, not with C * C.
+Matthews correlation, Cohen's kappa and McNemar's test work on per-class row counts, so that the
+cost grows with the number of classes C, not with C * C. Krippendorff's alpha compares any number of
+annotators.
 """
 
 from __future__ import annotations
@@ -87,6 +89,56 @@ def cohens_kappa(support: NDArray[Any], predicted: NDArray[Any], correct: float)
     rows = support.sum()
     chance = (support * predicted).sum() / rows**2
     return float((correct / rows - chance) / (1 - chance)) if chance < 1 else None
+
+
+def krippendorffs_alpha(
+    units: NDArray[Any], values: NDArray[Any], distances: NDArray[Any] | None = None
+) -> float | None:
+    """Krippendorff's alpha: agreement of any number of annotators beyond chance.
+
+    Parameters
+    ----------
+    units : ndarray of int, shape (N,)
+        The image of each of N decisions. Images with one decision are left out.
+    values : ndarray of int, shape (N,)
+        What was decided, from 0 to V - 1.
+    distances : ndarray, shape (V, V), optional
+        Difference of two values, 0 to 1. Default: 1 of different ones (nominal values).
+
+    Returns
+    -------
+    float or None
+        1 where all agree, 0 for agreement by chance, negative below it. None if no image has two
+        decisions, or all decisions are the same: the disagreement by chance is then 0.
+
+    Notes
+    -----
+    Krippendorff, Computing Krippendorff's Alpha-Reliability (2011).
+
+    Examples
+    --------
+    >>> krippendorffs_alpha(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]))
+    1.0
+    >>> round(krippendorffs_alpha(np.array([0, 0, 1, 1, 2, 2]), np.array([0, 0, 1, 1, 0, 1])), 3)
+    0.444
+    """
+    _, units, sizes = np.unique(units, return_inverse=True, return_counts=True)
+    is_paired = sizes[units] > 1
+    if not is_paired.any():
+        return None
+    _, units, sizes = np.unique(units[is_paired], return_inverse=True, return_counts=True)
+    kinds, values = np.unique(values[is_paired], return_inverse=True)
+    apart = 1.0 - np.eye(len(kinds)) if distances is None else distances[np.ix_(kinds, kinds)]
+    total = len(values)
+    counts = np.bincount(values, minlength=len(kinds)).astype(np.float64)
+    expected = float(counts @ apart @ counts) / (total * (total - 1))
+    if expected == 0:
+        return None
+    observed = 0.0
+    order = np.argsort(units, kind="stable")
+    for group in np.split(values[order], np.cumsum(sizes)[:-1]):
+        observed += float(apart[np.ix_(group, group)].sum()) / (len(group) - 1)
+    return 1.0 - observed / total / expected
 
 
 @dataclass(frozen=True)

@@ -227,3 +227,41 @@ def test_the_first_rows_are_taken_but_for_those_equal_to_earlier_ones() -> None:
     assert capped.tolist() == [0, 3]
     blank = np.zeros((3, 4), np.float32)  # images that cannot be read are equal to none
     assert choose_first(blank, 3, 0.9, ClassCap([""] * 3, None)).tolist() == [0, 1, 2]
+
+
+def test_tasks_have_the_prediction_of_the_bundle_that_made_the_run(tmp_path: Path) -> None:
+    folder = run(tmp_path, with_embeddings(drawn(ROWS), unit(ROWS)), model="models/first")
+    found = choose(tmp_path, folder, count=5, format="label-studio")
+    tasks = json.loads((tmp_path / "next" / "label_studio.json").read_text())
+    assert [task["data"]["path"] for task in tasks] == found.rows["path"].to_pylist()
+    for task, row in zip(tasks, found.rows.to_pylist(), strict=True):
+        (prediction,) = task["predictions"]
+        assert prediction["model_version"] == f"first@{'b' * 12}"
+        assert prediction["score"] == pytest.approx(row["confidence"], abs=1e-6)
+        assert prediction["result"][0]["value"]["choices"] == [row["predicted_label"]]
+
+
+def test_tasks_of_a_multilabel_run_have_all_predicted_labels(tmp_path: Path) -> None:
+    targets = draw_targets(ROWS)
+    table = with_embeddings(build_run_table(targets, draw_scores(targets), labels=None), unit(ROWS))
+    folder = commit_multilabel(tmp_path / "run", table, labels=None)
+    found = choose(tmp_path, folder, count=40, format="label-studio", max_similarity=1.0)
+    tasks = json.loads((tmp_path / "next" / "label_studio.json").read_text())
+    for task, row in zip(tasks, found.rows.to_pylist(), strict=True):
+        names = row["predicted_labels"]
+        assert bool(names) == ("predictions" in task)
+        if names:
+            assert task["predictions"][0]["result"][0]["value"]["choices"] == names
+    assert any(len(row["predicted_labels"]) > 1 for row in found.rows.to_pylist())
+
+
+def test_nothing_is_written_where_the_tool_cannot_take_an_image(tmp_path: Path) -> None:
+    table = with_embeddings(drawn(ROWS), unit(ROWS))
+    places = table.schema.get_field_index("path")
+    paths = pa.array([f"tar:///a.tar#{number}.jpg" for number in range(ROWS)])
+    folder = run(tmp_path, table.set_column(places, "path", paths))
+    with pytest.raises(RequestError, match="image within a file"):
+        choose(tmp_path, folder, count=5, format="cvat")
+    assert not (tmp_path / "next").exists()
+    with pytest.raises(ConfigError, match="image_root: has no effect"):
+        choose(tmp_path, folder, count=5, image_root="/photos")

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score, matthews_corrcoef
 
-from imgcls.metrics.agreement import cohens_kappa, matthews_correlation, mcnemar_test
+from imgcls.metrics.agreement import (
+    cohens_kappa,
+    krippendorffs_alpha,
+    matthews_correlation,
+    mcnemar_test,
+)
 
 
 @given(
@@ -74,3 +79,30 @@ def test_the_interval_holds_the_true_difference_about_95_times_of_100() -> None:
 def test_nothing_to_compare_is_refused() -> None:
     with pytest.raises(ValueError, match="no row"):
         mcnemar_test(0, 0, 0)
+
+
+# Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section C: 4 observers, 12 units
+OBSERVED = [
+    [1, 2, 3, 3, 2, 1, 4, 1, 2, 0, 0, 0],
+    [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, 0, 3],
+    [0, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, 0],
+    [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, 0],
+]
+
+
+def test_krippendorffs_alpha_is_that_of_the_published_example() -> None:
+    values = np.array(OBSERVED)
+    units = np.broadcast_to(np.arange(12), values.shape)
+    known = values > 0
+    nominal = krippendorffs_alpha(units[known], values[known])
+    assert nominal == pytest.approx(0.743, abs=5e-4)
+    scale = np.arange(6)
+    interval = krippendorffs_alpha(
+        units[known], values[known], (scale[:, None] - scale[None, :]).astype(float) ** 2
+    )
+    assert interval == pytest.approx(0.849, abs=5e-4)
+
+
+def test_krippendorffs_alpha_is_undefined_without_two_decisions_that_differ() -> None:
+    assert krippendorffs_alpha(np.array([0, 1]), np.array([0, 1])) is None
+    assert krippendorffs_alpha(np.array([0, 0]), np.array([3, 3])) is None
