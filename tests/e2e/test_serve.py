@@ -109,8 +109,8 @@ def test_real_photographs_get_the_rows_of_the_batch_job(
 
 def test_the_page_is_served_with_its_policy(service: Served) -> None:
     response = requests.get(service.url, timeout=30)
-    assert response.text == page.HTML
-    assert response.headers["Content-Security-Policy"] == page.CONTENT_SECURITY_POLICY
+    assert response.text == page.DEMO_PAGE.html
+    assert response.headers["Content-Security-Policy"] == page.DEMO_PAGE.policy
 
 
 def test_concurrent_requests_are_answered_and_counted(service: Served) -> None:
