@@ -103,7 +103,7 @@ def encode_record(record: AnnotatorRecord, *, several: bool) -> bytes:
     several: images may have several labels
     """
     rows = record.decisions
-    columns = [
+    columns: list[list[Any]] = [
         [each.path for each in rows],
         [each.labels for each in rows],
         [each.labeled_at for each in rows],
@@ -147,7 +147,7 @@ def decode_record(data: bytes, version: int) -> tuple[AnnotatorRecord, bool]:
 def encode_labels_table(record: AnnotatorRecord, *, several: bool) -> bytes:
     """The labels table of an annotator: one row per image, the newest decision, oldest first."""
     rows = sorted(record.current.values(), key=lambda each: each.labeled_at)
-    columns = [
+    columns: list[list[Any]] = [
         [each.path for each in rows],
         [each.labels if several or each.labels is None else each.labels[0] for each in rows],
         [record.annotator] * len(rows),

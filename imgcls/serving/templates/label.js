@@ -1,5 +1,5 @@
 const MAX_KEYED = 30;
-const KEYS = [..."123456789abcdefghijklmnopqrtuvwxy"].slice(0, MAX_KEYED);
+const KEYS = [..."123456789abcdefghijklmnopqrtuvwxy0"];
 const MAX_MATCHES = 12;
 const SMALL_IMAGE = 200;
 const KEY_RIGHTS = "The key needs the scope label.";
@@ -194,6 +194,17 @@ function listShownClasses() {
   return [...new Set([...top, ...current.chosen, ...findMatches()])].slice(0, MAX_KEYED);
 }
 
+/** The key of each class: its name if that is one key, such as a digit, else the next free one. */
+function assignKeys(names) {
+  const own = new Map();
+  for (const name of names) {
+    const key = name.toLowerCase();
+    if (KEYS.includes(key) && !own.has(key)) own.set(key, name);
+  }
+  const free = KEYS.filter((key) => !own.has(key));
+  return names.map((name) => (own.get(name.toLowerCase()) === name ? name.toLowerCase() : free.shift()));
+}
+
 function findMatches() {
   const text = byId("search").value.trim().toLowerCase();
   if (!text) return [];
@@ -208,6 +219,7 @@ function renderPanel() {
   const scores = new Map((current?.suggestion?.topk_labels || []).map((name, i) => [name, current.suggestion.topk_scores[i]]));
   const text = byId("search").value.trim();
   const shown = !current ? [] : text && queue.classes.length > MAX_KEYED ? findMatches() : listShownClasses();
+  const keys = assignKeys(shown);
   const focused = document.activeElement?.dataset?.name;
   byId("classes").replaceChildren(...shown.map((name, i) => {
     const button = create("button", suggested.includes(name) ? "suggested" : "");
@@ -215,9 +227,9 @@ function renderPanel() {
     button.dataset.name = name;
     button.disabled = isBlocked;
     if (!text) {
-      button.append(create("kbd", "", KEYS[i]));
-      button.setAttribute("aria-keyshortcuts", KEYS[i]);
-    }
+      button.append(create("kbd", "", keys[i]));
+      button.setAttribute("aria-keyshortcuts", keys[i]);
+    } else if (i === 0) button.append(create("kbd", "", "Enter"));
     button.append(name);
     if (scores.has(name)) button.append(create("span", "score", percent(scores.get(name))));
     if (isMultilabel()) button.setAttribute("aria-pressed", String(current.chosen.has(name)));
@@ -390,7 +402,7 @@ addEventListener("keydown", (event) => {
   const element = event.target.closest("input, button, summary");
   if (element?.tagName === "INPUT" || (element && (event.key === "Enter" || event.key === " "))) return;
   const shown = queue.classes.length <= MAX_KEYED || !byId("search").value ? listKeyed() : [];
-  const place = KEYS.indexOf(event.key.toLowerCase());
+  const place = assignKeys(shown).indexOf(event.key.toLowerCase());
   if (event.key === "/" && !byId("search_field").hidden) {
     event.preventDefault();
     return byId("search").focus();

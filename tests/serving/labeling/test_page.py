@@ -283,7 +283,7 @@ def test_names_of_classes_are_text_and_not_html(
     browser: Any, color_bundle: Path, tmp_path: Path
 ) -> None:
     loaded = load_bundle(str(color_bundle))
-    spec = loaded.spec.model_copy(update={"classes": ["<img src=x>", "a&b", "<b>c</b>"]})
+    spec = loaded.spec.model_copy(update={"classes": ["<img src=x>", "a&b", "1"]})
     save_bundle(str(tmp_path / "bundle"), spec, load_bundle_weights(loaded))
     with (
         serving(
@@ -296,5 +296,7 @@ def test_names_of_classes_are_text_and_not_html(
         enter(watched.page, "name", "ana")
         texts = watched.page.locator("#classes button").all_inner_texts()
         assert any("<img src=x>" in text for text in texts)
+        keys = watched.page.locator("#classes kbd").all_inner_texts()
+        assert keys == ["2", "3", "1"]  # the key of a class that is one character is its name
         assert watched.page.locator("#panel img").count() == 0
         assert watched.errors == []
