@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -196,6 +198,18 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"labeling\.output"):
         open_labeling(tmp_path / "file" / "labels")
+
+
+def test_a_disk_without_hard_links_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(OutputError, match="the file system has no hard links"):
+        open_labeling(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_replicas_that_write_at_once_lose_and_double_nothing(place: Path) -> None:
