@@ -80,7 +80,7 @@ class Lease:
             lease = cls(output, number + 1, term)
             record = _get_record_url(folder, number + 1)
             if filesystem.create(record, lease._build_record()):
-                _check_create_is_exclusive(record)
+                check_create_is_exclusive(record)
                 lease._thread.start()
                 return lease
 
@@ -167,7 +167,7 @@ def find_holder(output: str) -> LeaseHolder | None:
     return LeaseHolder(first["host"], first["pid"], not dead)
 
 
-def _check_create_is_exclusive(record: str) -> None:
+def check_create_is_exclusive(record: str) -> None:
     """Raise OutputError for a store that overwrites instead of creating exclusively."""
     if not filesystem.is_local(record) and filesystem.create(record, b"{}"):
         filesystem.remove(record)

@@ -5,13 +5,11 @@ An ASGI application around a `Service`; does not import Ray.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Protocol
 
-from fastapi import Depends, FastAPI, Query, Request, Security
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -19,13 +17,21 @@ from starlette.types import ASGIApp
 from imgcls import __version__
 from imgcls.data.formats import MIME_TYPES
 from imgcls.errors import OK
-from imgcls.models.bundle import TaskName
 from imgcls.serving import page
+from imgcls.serving.api_schemas import (
+    AUTH_ERRORS,
+    ModelDescription,
+    PredictResponse,
+    ReloadResponse,
+    Secret,
+    describe_problems,
+)
 from imgcls.serving.app_middleware import AppMiddleware
 from imgcls.serving.auth import AccessControl
 from imgcls.serving.config import ServeConfig
+from imgcls.serving.labeling.labeling import Labeling
+from imgcls.serving.labeling.routes import add_labeling_routes
 from imgcls.serving.problems import (
-    MEDIA_TYPE,
     Problem,
     build_image_problem,
     build_internal_error,
@@ -33,19 +39,6 @@ from imgcls.serving.problems import (
 )
 from imgcls.serving.service import PredictOptions, Service
 from imgcls.serving.uploads import BodyBudget, receive_uploads
-
-_bearer_scheme = HTTPBearer(auto_error=False, description="API key.")
-_header_scheme = APIKeyHeader(name="X-API-Key", auto_error=False, description="API key.")
-BearerKey = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer_scheme)]
-HeaderKey = Annotated[str | None, Security(_header_scheme)]
-
-
-async def _get_secret(bearer: BearerKey, header: HeaderKey) -> str | None:
-    return bearer.credentials if bearer is not None else header
-
-
-Secret = Annotated[str | None, Depends(_get_secret)]
-"""The API key that a request carries, in either header."""
 
 
 class ServiceControl(Protocol):
@@ -58,119 +51,10 @@ class ServiceControl(Protocol):
         """The summed metrics of all replicas, in Prometheus' text format."""
 
 
-class PredictionRow(BaseModel):
-    """Prediction of one image, in the columns of the batch job."""
-
-    row: int = Field(description="Index of the image in the request.")
-    name: str | None = Field(description="File name that the client sent.")
-    predicted_label: str | None = Field(
-        default=None, description="Class with the highest score; absent with task multilabel."
-    )
-    confidence: float | None = Field(
-        default=None, description="Score of predicted_label; absent with task multilabel."
-    )
-    predicted_labels: list[str] | None = Field(
-        default=None,
-        description="All classes whose score reaches their threshold, best first, possibly none; "
-        "only with task multilabel. Null for an image without a prediction.",
-    )
-    accepted: bool = Field(
-        description="Whether the confidence reaches its threshold, or with task multilabel any "
-        "score does, and the image is not out of distribution."
-    )
-    topk_labels: list[str] | None = Field(description="The top_k best classes, best first.")
-    topk_scores: list[float] | None = Field(description="Their scores.")
-    scores: dict[str, float] | None = Field(
-        default=None, description="Score of each class, on request: scores=true."
-    )
-    label_set: list[str] | None = Field(
-        default=None, description="Conformal label set, of a model that has them."
-    )
-    ood_score: float | None = Field(
-        default=None,
-        description="How unlike the training data the image is, if the model has a detector.",
-    )
-    is_ood: bool | None = Field(
-        default=None, description="Whether the image is out of distribution: never accepted."
-    )
-    width: int | None
-    height: int | None
-    status: str
-    error: str | None
-    embedding: list[float] | None = None
-
-
-class PredictResponse(BaseModel):
-    """Response to `POST /v1/predict`."""
-
-    model: str = Field(description="SHA-256 of the bundle that was used.")
-    predictions: list[PredictionRow]
-
-
-class ModelDescription(BaseModel):
-    """Response to `GET /v1/model`."""
-
-    sha256: str
-    task: TaskName = Field(
-        description="single_label: one class per image. multilabel: any number of classes."
-    )
-    architecture: dict[str, Any]
-    classes: list[str]
-    preprocess: dict[str, Any]
-    temperature: float
-    threshold: float = Field(
-        description="Minimum confidence of an accepted prediction; with task multilabel, minimum "
-        "score of a predicted label."
-    )
-    thresholds: dict[str, float] = Field(
-        description="Thresholds of single classes, instead of threshold."
-    )
-    label_set_coverage: float | None = Field(
-        default=None, description="Probability that a label set includes the label."
-    )
-    ood_rate: float | None = Field(
-        default=None, description="Share of images like the held-out ones with is_ood."
-    )
-    precision: str
-    engine: str = Field(description="Library that runs the network, and its version.")
-    embedding_width: int
-    metrics: dict[str, float]
-
-
-class ProblemDetails(BaseModel):
-    """Problem details (RFC 9457)."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-
-
-class ReloadResponse(BaseModel):
-    """Response to `POST /v1/model/reload`."""
-
-    reload: int = Field(description="Number of reloads requested since the service started.")
-
-
-def _describe_problems(texts: dict[int, str]) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI description of the problems of a route, by HTTP status."""
-    return {
-        status: {"model": ProblemDetails, "content": {MEDIA_TYPE: {}}, "description": text}
-        for status, text in texts.items()
-    }
-
-
-_AUTH_ERRORS = _describe_problems(
-    {
-        400: "Malformed request.",
-        401: "Missing or unknown API key.",
-        403: "The API key does not have the required scope.",
-    }
-)
-_COORDINATOR_ERRORS = _AUTH_ERRORS | _describe_problems(
+_COORDINATOR_ERRORS = AUTH_ERRORS | describe_problems(
     {503: "A part of the service is restarting; see Retry-After."}
 )
-_PREDICT_ERRORS = _AUTH_ERRORS | _describe_problems(
+_PREDICT_ERRORS = AUTH_ERRORS | describe_problems(
     {
         408: "The request body did not arrive in time.",
         413: "Too many bytes, pixels or images.",
@@ -211,11 +95,16 @@ _PREDICT_BODY = {
 
 
 def build_app(
-    service: Service, access: AccessControl, control: ServiceControl, config: ServeConfig
+    service: Service,
+    access: AccessControl,
+    control: ServiceControl,
+    config: ServeConfig,
+    labeling: Labeling | None = None,
 ) -> ASGIApp:
     """Build the ASGI application.
 
-    config: settings that do not change while the application runs
+    config:   settings that do not change while the application runs
+    labeling: adds the labeling page
     """
     app = FastAPI(
         title="imgcls",
@@ -224,9 +113,12 @@ def build_app(
         docs_url=None,  # these pages load scripts from other hosts
         redoc_url=None,
     )
-    _add_predict_route(app, service, access, config)
+    budget = BodyBudget(config.limits.spool_bytes)
+    _add_predict_route(app, service, access, budget)
     _add_model_routes(app, service, access, control)
     _add_public_routes(app, service)
+    if labeling is not None:
+        add_labeling_routes(app, service, access, labeling, budget)
     _add_error_handlers(app)
     wrapped: ASGIApp = AppMiddleware(app, service.metrics, config)
     if config.http.cors_origins:
@@ -241,10 +133,8 @@ def build_app(
 
 
 def _add_predict_route(
-    app: FastAPI, service: Service, access: AccessControl, config: ServeConfig
+    app: FastAPI, service: Service, access: AccessControl, budget: BodyBudget
 ) -> None:
-    budget = BodyBudget(config.limits.spool_bytes)
-
     @app.post(
         "/v1/predict",
         response_model=PredictResponse,
@@ -289,7 +179,7 @@ def _add_model_routes(
     @app.get(
         "/v1/model",
         response_model=ModelDescription,
-        responses=_AUTH_ERRORS,
+        responses=AUTH_ERRORS,
         summary="Describe the model",
     )
     async def model(request: Request, secret: Secret) -> Response:
@@ -329,7 +219,7 @@ def _add_public_routes(app: FastAPI, service: Service) -> None:
     @app.get(
         "/readyz",
         response_class=PlainTextResponse,
-        responses=_describe_problems({503: "The service is about to shut down."}),
+        responses=describe_problems({503: "The service is about to shut down."}),
         summary="Readiness check",
     )
     async def readyz() -> str:
@@ -339,8 +229,7 @@ def _add_public_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> HTMLResponse:
-        policy = {"Content-Security-Policy": page.CONTENT_SECURITY_POLICY}
-        return HTMLResponse(page.HTML, headers=policy)
+        return page.DEMO_PAGE.build_response()
 
 
 def _add_error_handlers(app: FastAPI) -> None:

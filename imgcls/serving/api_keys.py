@@ -24,7 +24,7 @@ from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import RequestError, StorageMissing
 
-KeyScope = Literal["predict", "admin"]
+KeyScope = Literal["predict", "admin", "label"]
 KeyScopes = Annotated[list[KeyScope], BeforeValidator(names)]
 
 _KEY_PREFIX = "imgcls_"
@@ -39,7 +39,8 @@ class ApiKey(Section):
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     """SHA-256 of the key, as hexadecimal digits."""
     scopes: KeyScopes = ["predict"]
-    """predict: classify images, describe the model. admin: read metrics, reload the model."""
+    """predict: classify images, describe the model. admin: read metrics, reload the model. label:
+    label images on the labeling page."""
     images_per_minute: PositiveFloat | None = None
     """Rate limit in images per minute; unlimited if not set."""
     expires: datetime.date | None = None
@@ -161,7 +162,8 @@ class NewKeyConfig(Section):
     name: str
     """Name of the key's owner, shown in metrics and logs."""
     scopes: KeyScopes = ["predict"]
-    """predict: classify images. admin: read metrics, reload the model. Both: predict,admin."""
+    """predict: classify images. admin: read metrics, reload the model. label: label images on the
+    labeling page. Several: predict,admin."""
     images_per_minute: PositiveFloat | None = None
     """Rate limit in images per minute; unlimited if not set."""
     days: Annotated[int, Field(gt=0)] | None = None

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from imgcls.config import Names, Section, UnitFloat
 from imgcls.data.decoding.preprocess import DecodeMode
+from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.log import LogFormat
 from imgcls.models.bundle import EngineName, Precision
@@ -117,6 +118,27 @@ class ReplicaConfig(Section):
         return self
 
 
+class LabelingConfig(Section):
+    """Page at /label where people label images in the browser; off unless manifest is set."""
+
+    manifest: ManifestConfig | None = None
+    """Images to label, in this order, such as the manifest.parquet that `imgcls select` writes."""
+    output: str | None = None
+    """Folder (path or URL) for the labels table, one Parquet file per annotator."""
+    classes: Names = []
+    """Classes to offer in addition to those of the model, separated by commas."""
+    annotations_per_image: Annotated[int, Field(ge=1, le=10)] = 1
+    """Number of annotators who label each image. With 2 or more the page shows their agreement."""
+
+    @model_validator(mode="after")
+    def _check_complete(self) -> Self:
+        if (self.manifest is None) != (self.output is None):
+            raise ValueError("manifest and output must be set together")
+        if self.manifest is None and (self.classes or self.annotations_per_image > 1):
+            raise ValueError("classes and annotations_per_image need manifest and output")
+        return self
+
+
 class ServeConfig(Section):
     """Settings of `imgcls serve`."""
 
@@ -128,6 +150,7 @@ class ServeConfig(Section):
     keys: KeysConfig = KeysConfig()
     limits: LimitsConfig = LimitsConfig()
     replicas: ReplicaConfig = ReplicaConfig()
+    labeling: LabelingConfig = LabelingConfig()
     batch_size: PositiveInt = 16
     """Maximum number of images in one forward pass."""
     decode: DecodeMode | None = None

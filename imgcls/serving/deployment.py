@@ -32,6 +32,7 @@ from imgcls.serving.api_keys import ApiKey, Keyring
 from imgcls.serving.auth import AccessControl
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.coordinator import Coordinator, CoordinatorClient, ReplicaReport
+from imgcls.serving.labeling.labeling import Labeling
 from imgcls.serving.metrics import ReplicaMetrics
 from imgcls.serving.problems import Problem
 from imgcls.serving.rate_limit import LocalAllowance
@@ -102,7 +103,9 @@ class Endpoint:
         keyring = Keyring(config.keys.file, fixed_keys) if config.keys.is_configured() else None
         allowance = LocalAllowance(self._coordinator.take_tokens)
         self._access = AccessControl(keyring, allowance, config.http.cors_origins)
-        self._app = build_app(self._service, self._access, self._coordinator, config)
+        is_multilabel = self._service.model.classifier.bundle.spec.task == "multilabel"
+        labeling = await asyncio.to_thread(Labeling.open, config.labeling, several=is_multilabel)
+        self._app = build_app(self._service, self._access, self._coordinator, config, labeling)
 
     def _load_model(self, config: ServeConfig) -> ServedModel:
         import torch
@@ -251,9 +254,9 @@ def build_from_args(args: dict[str, Any]) -> serve.Application:
 
 
 def run_preflight_checks(config: ServeConfig) -> list[ApiKey]:
-    """Check the API keys, the bundle and the engine before anything starts.
+    """Check the API keys, the bundle, the engine and the labeling queue before anything starts.
 
-    Returns the keys that are not in the key file. Raises RequestError or BundleError.
+    Returns the keys that are not in the key file. Raises RequestError or one of its subclasses.
     """
     env = config.keys.env
     fixed_keys = api_keys.load_keys_from_env(env) if env is not None else []
@@ -262,6 +265,7 @@ def run_preflight_checks(config: ServeConfig) -> list[ApiKey]:
             f"keys.file {config.keys.file}: contains no key. Run `imgcls key new --file "
             f"{config.keys.file} --name NAME` to create one"
         )
-    load_bundle(config.model)
+    bundle = load_bundle(config.model)
     check_engine(config.engine)
+    Labeling.open(config.labeling, several=bundle.spec.task == "multilabel")
     return fixed_keys

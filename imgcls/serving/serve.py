@@ -24,6 +24,7 @@ from imgcls import log
 from imgcls.cluster import autoscaler, ray_internals, session
 from imgcls.cluster.interrupts import Interruption
 from imgcls.config import Section
+from imgcls.data.manifests.discovery import resolve_source
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import (
@@ -36,7 +37,7 @@ from imgcls.errors import (
 )
 from imgcls.models.bundle import load_bundle
 from imgcls.serving import proxy_middleware
-from imgcls.serving.config import HttpConfig, ServeConfig
+from imgcls.serving.config import HttpConfig, LabelingConfig, ServeConfig
 from imgcls.serving.coordinator import COORDINATOR
 from imgcls.serving.deployment import APPLICATION, build_application, run_preflight_checks
 from imgcls.serving.scaling import plan_replicas
@@ -128,6 +129,8 @@ def _run_until_stopped(config: ServeConfig, was_running: bool, interruption: Int
     url = f"{scheme}://{config.http.host}:{config.http.port}/"
     try:
         log.emit("ready", f"{url} serves {config.model}", url=url)
+        if config.labeling.output is not None:
+            log.emit("label", f"{url}label writes labels to {config.labeling.output}")
         monitor = _ReplicaMonitor(config.model)
         while not config.detach:
             interruption.check()
@@ -208,8 +211,23 @@ def _resolve_paths(config: ServeConfig) -> ServeConfig:
     files = {
         "keys": config.keys.model_copy(update=resolve(config.keys, "file")),
         "http": config.http.model_copy(update=resolve(config.http, "certificate", "private_key")),
+        "labeling": _resolve_labeling(config.labeling),
     }
     return config.model_copy(update={**resolve(config, "model"), **files})
+
+
+def _resolve_labeling(labeling: LabelingConfig) -> LabelingConfig:
+    manifest, output = labeling.manifest, labeling.output
+    if manifest is None or output is None:
+        return labeling
+    root = None if manifest.root is None else filesystem.absolute(manifest.root)
+    changes = {"path": resolve_source(manifest.path), "root": root}
+    return labeling.model_copy(
+        update={
+            "manifest": manifest.model_copy(update=changes),
+            "output": filesystem.absolute(output),
+        }
+    )
 
 
 def _check_http(config: ServeConfig) -> None:

@@ -23,6 +23,8 @@ from imgcls.serving.problems import Problem, build_busy_problem, build_too_large
 
 MAX_FORM_FIELDS = 16
 """Maximum number of form fields other than images; none is used, but some forms send a few."""
+MAX_JSON_BYTES = 1 << 20
+"""Maximum size of a JSON body, in bytes."""
 
 
 @dataclass
@@ -89,6 +91,24 @@ async def receive_uploads(
     finally:
         for upload in uploads:
             upload.file.close()
+        budget.release(body.num_bytes)
+
+
+async def receive_json(
+    request: Request, limits: LimitsConfig, budget: BodyBudget, max_bytes: int = MAX_JSON_BYTES
+) -> bytes:
+    """Receive a JSON body of at most `max_bytes`, not parsed. Raises a Problem."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise Problem(
+            415,
+            "unsupported_body",
+            f"unsupported content type {content_type[:80]!r}. Send application/json",
+        )
+    body = _BoundedBody(request, max_bytes, limits, budget)
+    try:
+        return b"".join([chunk async for chunk in body.iter_chunks()])
+    finally:
         budget.release(body.num_bytes)
 
 

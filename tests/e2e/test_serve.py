@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.conftest import draw, write_manifest
 from tests.e2e.served import Served, Traffic, served
 from tests.processes import ALONE, family, run_here, wait_for
 from tests.serving.app import announce_body, jpeg, recalibrate, rewrite_bundle
+from tests.serving.labeling.queues import draw_queue, read_table
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -40,7 +42,11 @@ COLUMNS = [
 def service(tmp_path_factory: pytest.TempPathFactory, color_bundle: Path) -> Iterator[Served]:
     """A service with two replicas, shared by the tests of this module; the last one stops it."""
     folder = tmp_path_factory.mktemp("serve")
-    options = ("--limits.body-bytes", 16 << 20, "--replicas.drain-period-s", 3)
+    options = (
+        *("--limits.body-bytes", 16 << 20, "--replicas.drain-period-s", 3),
+        *("--labeling.manifest", draw_queue(folder / "queue", 20)),
+        *("--labeling.output", folder / "labels"),
+    )
     with served(folder, color_bundle, *options, replicas=2) as running:
         yield running
 
@@ -109,8 +115,30 @@ def test_real_photographs_get_the_rows_of_the_batch_job(
 
 def test_the_page_is_served_with_its_policy(service: Served) -> None:
     response = requests.get(service.url, timeout=30)
-    assert response.text == page.HTML
-    assert response.headers["Content-Security-Policy"] == page.CONTENT_SECURITY_POLICY
+    assert response.text == page.DEMO_PAGE.html
+    assert response.headers["Content-Security-Policy"] == page.DEMO_PAGE.policy
+
+
+def test_replicas_store_each_decision_once(service: Served) -> None:
+    """Requests of one annotator reach both replicas, each request twice."""
+    key = create_key(
+        build(NewKeyConfig, {"file": str(service.keys), "name": "ana", "scopes": ["label"]})
+    )
+    headers, url = {"X-API-Key": key}, f"{service.url}/v1/labeling"
+    wait_for(lambda: requests.get(f"{url}/queue", headers=headers, timeout=30).ok, 30)
+    queue = requests.get(f"{url}/queue", headers=headers, timeout=30).json()["queue"]
+
+    def decide(row: int) -> int:
+        body = {"queue": queue, "row": row, "labels": ["red"], "submission": f"{row:032x}"}
+        return requests.post(f"{url}/decisions", json=body, headers=headers, timeout=60).status_code
+
+    with ThreadPoolExecutor(4) as pool:
+        # a replica may not have read the new key yet
+        assert set(pool.map(decide, [*range(20), *range(20)])) <= {200, 401}
+    wait_for(lambda: [decide(row) for row in range(20)] == [200] * 20, 30)
+    labels = read_table(service.bundle.parent / "labels").to_pylist()
+    assert [row["label"] for row in labels] == ["red"] * 20
+    assert {row["path"] for row in labels} == {f"{i}.jpg" for i in range(20)}
 
 
 def test_concurrent_requests_are_answered_and_counted(service: Served) -> None:

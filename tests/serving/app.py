@@ -25,6 +25,7 @@ from imgcls.serving.api import build_app
 from imgcls.serving.api_keys import Keyring
 from imgcls.serving.auth import AccessControl
 from imgcls.serving.config import ServeConfig
+from imgcls.serving.labeling.labeling import Labeling
 from imgcls.serving.metrics import MetricTotals, ReplicaMetrics
 from imgcls.serving.rate_limit import LocalAllowance, TokenBuckets
 from imgcls.serving.service import ServedModel, Service
@@ -68,6 +69,8 @@ def serving(bundle: Path, device: DeviceType = "cpu", **settings: Any) -> Iterat
         return buckets.take(name, per_second, needed, prefetch)
 
     keyring = Keyring(config.keys.file) if config.keys.is_configured() else None
+    is_multilabel = load_bundle(str(bundle)).spec.task == "multilabel"
+    labeling = Labeling.open(config.labeling, several=is_multilabel)
     port = free_port()
     is_created = threading.Event()
     running: list[Running] = []
@@ -81,7 +84,7 @@ def serving(bundle: Path, device: DeviceType = "cpu", **settings: Any) -> Iterat
         this = Running(f"http://127.0.0.1:{port}", port, service, asyncio.get_running_loop())
         server = uvicorn.Server(
             uvicorn.Config(
-                build_app(service, access, this, config),
+                build_app(service, access, this, config, labeling),
                 port=port,
                 lifespan="off",
                 log_level="warning",

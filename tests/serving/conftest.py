@@ -29,6 +29,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "ops": {"scopes": ["admin"]},
         "both": {"scopes": ["predict", "admin"]},
         "slow": {"images_per_minute": 30},
+        "ana": {"scopes": ["label"]},
+        "ben": {"scopes": ["label"], "images_per_minute": 30},
     }
     for name, more in settings.items():
         keys[name] = create_key(build(NewKeyConfig, {"file": str(file), "name": name, **more}))

@@ -98,6 +98,23 @@ def _create_exclusively(path: str, finished: str) -> bool:
     return True
 
 
+def has_hard_links(folder: str) -> bool:
+    """Whether files in a folder can have a second name; creates and removes a probe file."""
+    probe, other = (temporary_name(os.path.join(folder, "probe")) for _ in range(2))
+    try:
+        write_durably(probe, b"")
+        os.link(probe, other)
+    except OSError as error:
+        if error.errno in _NO_LINK_ERRNOS:
+            return False
+        raise
+    finally:
+        for path in (probe, other):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+    return True
+
+
 def write_durably(path: str, data: bytes) -> None:
     """Write a file, and return when it is on the disk (fsync), not only in memory."""
     with open(path, "wb") as stream:

@@ -1,0 +1,52 @@
+"""Images of a queue as a browser shows them: the file itself, or a JPEG of a format it lacks."""
+
+from __future__ import annotations
+
+import io
+
+from imgcls.data import image_files
+from imgcls.data.decoding import open_image
+from imgcls.data.formats import identify_format
+from imgcls.errors import ImageError, StorageError
+from imgcls.serving.config import LimitsConfig
+from imgcls.serving.problems import Problem, build_image_problem
+
+BROWSER_FORMATS = frozenset(("JPEG", "PNG", "WebP", "GIF", "BMP", "AVIF", "ICO"))
+"""Formats that all current browsers show; images of other formats are converted."""
+CONVERTED_SIDE = 2_048
+"""Maximum width and height of a converted image, in pixels."""
+_QUALITY = 90
+_RETRY_AFTER_S = 5
+
+
+def read_queue_image(url: str, limits: LimitsConfig) -> bytes:
+    """The bytes of an image file.
+
+    Raises a Problem with the image's status: 503 if a retry may help, otherwise 413, 415 or 422.
+    """
+    try:
+        return image_files.read_image(url, limits.image_bytes)
+    except StorageError as error:
+        if error.is_temporary:
+            raise Problem(503, error.status, str(error), retry_after=_RETRY_AFTER_S) from error
+        raise build_image_problem(error.status, str(error)) from error
+    except ImageError as error:
+        raise build_image_problem(error.status, str(error)) from error
+
+
+def convert_for_browser(data: bytes, limits: LimitsConfig) -> tuple[bytes, str]:
+    """The bytes to show for an image file, and their media type.
+
+    Raises a Problem for bytes that are not an image, and for more pixels than allowed.
+    """
+    try:
+        open_image.read_header(data, limits.pixels)
+        format_ = identify_format(data)
+        if format_ is not None and format_.name in BROWSER_FORMATS:
+            return data, format_.mime_types[0]
+        preview = open_image.decode_preview(data, CONVERTED_SIDE, max_pixels=limits.pixels)
+    except ImageError as error:
+        raise build_image_problem(error.status, str(error)) from error
+    sink = io.BytesIO()
+    preview.image.save(sink, "JPEG", quality=_QUALITY)
+    return sink.getvalue(), "image/jpeg"

@@ -1,0 +1,175 @@
+"""Labeling of a queue by several annotators: next images, decisions, undo and progress."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from imgcls.errors import RequestError
+from imgcls.serving.config import LabelingConfig
+from imgcls.serving.labeling.agreement import (
+    AnnotatorAgreement,
+    Labels,
+    compute_agreements,
+    iter_disagreements,
+)
+from imgcls.serving.labeling.assignment import (
+    ASSIGNMENT_S,
+    choose_images,
+    count_remaining,
+)
+from imgcls.serving.labeling.decisions import AnnotatorRecord, Decision
+from imgcls.serving.labeling.queue import LabelingQueue, read_queue
+from imgcls.serving.labeling.store import Change, DecisionStore
+from imgcls.serving.problems import Problem
+
+MAX_DISAGREEMENTS = 200
+"""Maximum number of images in the list of disagreements."""
+
+
+@dataclass(frozen=True)
+class AnnotatorWork:
+    """State of one annotator: the record, and the number of images that are left to decide."""
+
+    record: AnnotatorRecord
+    remaining: int
+
+
+@dataclass(frozen=True)
+class LabelingProgress:
+    """Progress of all annotators.
+
+    complete:      images with as many labels as wanted
+    disagreements: path and labels by annotator, at most MAX_DISAGREEMENTS
+    """
+
+    records: Mapping[str, AnnotatorRecord]
+    complete: int
+    agreements: list[AnnotatorAgreement]
+    disagreements: list[tuple[str, dict[str, Labels]]]
+
+
+class Labeling:
+    """The queue and the decisions about it. Its methods block and are called in threads.
+
+    several: images may have several labels
+    """
+
+    def __init__(
+        self, config: LabelingConfig, queue: LabelingQueue, store: DecisionStore, *, several: bool
+    ) -> None:
+        self.queue = queue
+        self.several = several
+        self.added_classes = config.classes
+        self.annotations_per_image = config.annotations_per_image
+        self._store = store
+
+    @classmethod
+    def open(cls, config: LabelingConfig, *, several: bool) -> Labeling | None:
+        """Read the queue and open the folder of the labels; None if labeling is off.
+
+        Raises RequestError, ManifestError or OutputError.
+        """
+        if config.manifest is None or config.output is None:
+            return None
+        if "" in config.classes or len(set(config.classes)) < len(config.classes):
+            raise RequestError("labeling.classes: has an empty name, or a name twice; remove it")
+        queue = read_queue(config.manifest)
+        store = DecisionStore.open(config.output, several=several)
+        return cls(config, queue, store, several=several)
+
+    def assign(self, annotator: str) -> AnnotatorWork:
+        """Assign the next images to an annotator."""
+
+        def change(
+            own: AnnotatorRecord, records: Mapping[str, AnnotatorRecord]
+        ) -> AnnotatorRecord | None:
+            now = datetime.datetime.now(datetime.UTC)
+            changed = self._with_assignment(own, records, now)
+            is_recent = own.assigned_at is not None and (
+                (now - own.assigned_at).total_seconds() < ASSIGNMENT_S / 2
+            )
+            return None if changed.assigned == own.assigned and is_recent else changed
+
+        return self._update(annotator, change, publish=False)
+
+    def submit(
+        self, annotator: str, row: int, labels: Sequence[str] | None, submission: str
+    ) -> AnnotatorWork:
+        """Store a decision; repeated with the same submission, it is stored once.
+
+        labels: None to skip the image
+        Raises a Problem (409) for a submission that was used for another decision.
+        """
+        path = self.queue.paths[row]
+        chosen = None if labels is None else tuple(labels)
+
+        def change(
+            own: AnnotatorRecord, records: Mapping[str, AnnotatorRecord]
+        ) -> AnnotatorRecord | None:
+            earlier = own.find(submission)
+            if earlier is not None:
+                if (earlier.path, earlier.labels) != (path, chosen):
+                    raise Problem(
+                        409,
+                        "submission_reused",
+                        "this submission was used for another decision; send a new ID with each",
+                    )
+                return None
+            now = datetime.datetime.now(datetime.UTC)
+            added = own.add(Decision(path, chosen, now, submission))
+            return self._with_assignment(added, records, now)
+
+        return self._update(annotator, change, publish=True)
+
+    def undo(self, annotator: str, submission: str) -> AnnotatorWork:
+        """Undo a decision; repeated, it has no further effect.
+
+        Raises a Problem (404) for an unknown submission.
+        """
+
+        def change(
+            own: AnnotatorRecord, records: Mapping[str, AnnotatorRecord]
+        ) -> AnnotatorRecord | None:
+            decision = own.find(submission)
+            if decision is None:
+                raise Problem(404, "submission_unknown", "there is no such decision to undo")
+            if decision.is_undone:
+                return None
+            undone = own.undo(submission)
+            first = (decision.path, *(p for p in own.assigned if p != decision.path))
+            now = datetime.datetime.now(datetime.UTC)
+            return self._with_assignment(replace(undone, assigned=first), records, now)
+
+        return self._update(annotator, change, publish=True)
+
+    def measure_progress(self, classes: Sequence[str]) -> LabelingProgress:
+        """Count the labels of all annotators and compare them."""
+        records = self._store.read_all()
+        counts = Counter(path for each in records.values() for path in each.labeled)
+        needed, paths = self.annotations_per_image, self.queue.paths
+        shared = [path for path in paths if counts[path] > 1]
+        disagreements = iter_disagreements(records, shared)
+        return LabelingProgress(
+            records,
+            sum(counts[path] >= needed for path in paths),
+            compute_agreements(records, classes, several=self.several),
+            list(itertools.islice(disagreements, MAX_DISAGREEMENTS)),
+        )
+
+    def _with_assignment(
+        self,
+        own: AnnotatorRecord,
+        records: Mapping[str, AnnotatorRecord],
+        now: datetime.datetime,
+    ) -> AnnotatorRecord:
+        chosen = choose_images(self.queue, own, records, self.annotations_per_image, now)
+        return replace(own, assigned=chosen, assigned_at=now)
+
+    def _update(self, annotator: str, change: Change, *, publish: bool) -> AnnotatorWork:
+        record, records = self._store.update(annotator, change, publish=publish)
+        remaining = count_remaining(self.queue, record, records, self.annotations_per_image)
+        return AnnotatorWork(record, remaining)

@@ -1,0 +1,302 @@
+"""The labeling page in a real browser, against the HTTP application in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imgcls.models.bundle import load_bundle, load_bundle_weights, save_bundle
+from tests.browser import Watched, launched, opened
+from tests.serving.app import serving
+from tests.serving.labeling.queues import draw_mixed_queue, draw_queue, read_table
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as running:
+        yield running
+
+
+def enter(page: Any, field: str, value: str) -> None:
+    """Fill in the name or the key, and start."""
+    page.fill(f"#{field}", value)
+    page.keyboard.press("Enter")
+    wait_for_image(page)
+
+
+def wait_for_image(page: Any, path: str = "") -> None:
+    page.wait_for_function(
+        """(path) => document.querySelector('#caption').textContent.endsWith(path) &&
+            !document.querySelector('#image').hidden && !document.querySelector('#accept').disabled
+        """,
+        arg=path,
+    )
+
+
+def wait_for_counts(page: Any, text: str) -> None:
+    page.wait_for_function(
+        "(text) => document.querySelector('#counts').textContent.startsWith(text)", arg=text
+    )
+
+
+def press(page: Any, *keys: str) -> None:
+    """Press keys, each when its image is shown."""
+    for key in keys:
+        wait_for_image(page)
+        page.keyboard.press(key)
+
+
+def get_rows(output: Path, annotator: str) -> list[tuple[str, Any]]:
+    rows = read_table(output).to_pylist()
+    return [(row["path"], row["label"]) for row in rows if row["annotator"] == annotator]
+
+
+def test_two_annotators_label_by_keyboard_and_undo(
+    browser: Any, color_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "labels"
+    with serving(
+        color_bundle,
+        labeling__manifest=str(draw_queue(tmp_path, 6)),
+        labeling__output=str(output),
+        labeling__annotations_per_image=2,
+    ) as running:
+        with opened(f"{running.url}/label", browser=browser) as watched:
+            page = watched.page
+            enter(page, "name", "ana")
+            watched.screenshot("label")
+            suggested = page.locator("#suggestion").inner_text().split(": ")[1].split(",")[0]
+            press(page, "Enter", "2", "3")  # accepts the suggestion of 0.jpg
+            wait_for_counts(page, "3 labeled")
+            press(page, "z")
+            wait_for_image(page, "2.jpg")
+            assert "Undone: 2.jpg was blue" in page.locator("#message").inner_text()
+            press(page, "Backspace")
+            wait_for_image(page, "1.jpg")
+            press(page, "1", "1", "s", "2")
+            wait_for_image(page, "5.jpg")
+            page.locator("#classes button", has_text="green").click()
+            wait_for_counts(page, "5 labeled, 1 skipped, 0 left")
+            page.get_by_text("All images are done.").wait_for()
+            assert get_rows(output, "ana") == [
+                ("0.jpg", suggested), ("1.jpg", "red"), ("2.jpg", "red"), ("3.jpg", None),
+                ("4.jpg", "green"), ("5.jpg", "green"),
+            ]  # fmt: skip
+            page.reload()
+            page.get_by_text("All images are done.").wait_for()  # the name is kept
+            assert_private(watched, running.url)
+            assert watched.errors == []
+        with opened(f"{running.url}/label", browser=browser) as watched:
+            page = watched.page
+            enter(page, "name", "ben")
+            press(page, "1", "1", "1", "1", "1", "1")
+            wait_for_counts(page, "6 labeled")
+            page.click("summary")
+            page.get_by_text("Cohen’s kappa").wait_for()
+            disagreements = page.locator("#report li button")
+            assert "5.jpg" in disagreements.last.inner_text()
+            assert "ana: green; ben: red" in disagreements.last.inner_text()
+            watched.screenshot("label-agreement")
+            disagreements.last.click()
+            wait_for_image(page, "5.jpg")
+            press(page, "2")
+            page.wait_for_function(
+                "() => !document.querySelector('#report').textContent.includes('5.jpg')"
+            )
+        assert dict(get_rows(output, "ben"))["5.jpg"] == "green"
+
+
+def assert_private(watched: Watched, url: str) -> None:
+    """Nothing is stored but the name, and nothing is loaded from elsewhere."""
+    assert watched.page.evaluate("() => Object.keys(localStorage)") == ["annotator"]
+    assert watched.page.evaluate("() => document.cookie") == ""
+    for each in watched.requests:
+        if not each.startswith(("blob:", "data:")):
+            assert each == f"{url}/label" or each.startswith(f"{url}/v1/labeling/")
+
+
+def test_multilabel_keys_toggle_and_enter_saves(
+    browser: Any, multilabel_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "labels"
+    with (
+        serving(
+            multilabel_bundle,
+            labeling__manifest=str(draw_queue(tmp_path, 3)),
+            labeling__output=str(output),
+        ) as running,
+        opened(f"{running.url}/label", browser=browser) as watched,
+    ):
+        page = watched.page
+        enter(page, "name", "ana")
+        page.get_by_text("Save: red, blue").wait_for()  # as suggested
+        press(page, "1", "2")
+        assert page.locator("#accept").inner_text().endswith("Save: green, blue")
+        watched.screenshot("label-multilabel")
+        press(page, "Enter")
+        wait_for_image(page, "1.jpg")
+        page.get_by_text("Save: red, blue").wait_for()
+        press(page, "1", "3", "Enter")
+        wait_for_counts(page, "2 labeled")
+        assert get_rows(output, "ana") == [("0.jpg", ["green", "blue"]), ("1.jpg", [])]
+
+
+def test_images_that_cannot_be_shown_are_skipped(
+    browser: Any, color_bundle: Path, keys: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "labels"
+    with (
+        serving(
+            color_bundle,
+            keys__file=keys["file"],
+            labeling__manifest=str(draw_mixed_queue(tmp_path)),
+            labeling__output=str(output),
+        ) as running,
+        opened(f"{running.url}/label", browser=browser) as watched,
+    ):
+        page = watched.page
+        page.locator("#key").wait_for()
+        page.fill("#key", "wrong")
+        page.keyboard.press("Enter")
+        page.get_by_text("the API key is unknown").wait_for()
+        enter(page, "key", keys["ana"])
+        assert "Labeling as ana" in page.locator("#who").inner_text()
+        press(page, "1", "1", "1")  # JPEG, PNG, TIFF
+        page.get_by_text("No suggestion: ").wait_for()
+        page.keyboard.press("s")  # truncated
+        for name in ("text.jpg", "gone.jpg"):
+            page.wait_for_function(
+                """(name) => document.querySelector('#caption').textContent === name
+                    && document.querySelector('#status').className === 'broken'""",
+                arg=name,
+            )
+            assert page.locator("#classes button").first.is_disabled()
+            if name == "text.jpg":
+                watched.screenshot("label-broken")
+            page.keyboard.press("1")  # has no effect
+            page.keyboard.press("s")
+        wait_for_counts(page, "3 labeled, 3 skipped, 0 left")
+        assert [label for _, label in get_rows(output, "ana")] == ["red"] * 3 + [None] * 3
+
+
+def test_many_classes_are_found_by_typing(browser: Any, color_bundle: Path, tmp_path: Path) -> None:
+    names = ",".join(f"class {i:03d}" for i in range(60))
+    with (
+        serving(
+            color_bundle,
+            labeling__manifest=str(draw_queue(tmp_path, 3)),
+            labeling__output=str(tmp_path / "labels"),
+            labeling__classes=names,
+        ) as running,
+        opened(f"{running.url}/label", browser=browser) as watched,
+    ):
+        page = watched.page
+        enter(page, "name", "ana")
+        assert page.locator("#classes button").count() == 3  # the likely ones
+        page.keyboard.press("/")
+        page.keyboard.type("CLASS 04")
+        assert page.locator("#classes button").count() == 10
+        watched.screenshot("label-search")
+        page.keyboard.type("2")
+        page.keyboard.press("Enter")
+        wait_for_image(page, "1.jpg")
+        page.keyboard.press("Enter")  # still in the field, which is empty: accepts
+        wait_for_counts(page, "2 labeled")
+        rows = get_rows(tmp_path / "labels", "ana")
+        assert rows[0] == ("0.jpg", "class 042")
+        assert rows[1][1] in ("red", "green", "blue")
+
+
+def test_unsaved_decisions_are_sent_again_once_the_server_answers(
+    browser: Any, color_bundle: Path, tmp_path: Path
+) -> None:
+    """The reply to a stored decision is lost, too: it is stored once."""
+    output = tmp_path / "labels"
+    with (
+        serving(
+            color_bundle,
+            labeling__manifest=str(draw_queue(tmp_path, 3)),
+            labeling__output=str(output),
+        ) as running,
+        opened(f"{running.url}/label", browser=browser) as watched,
+    ):
+        page, attempts = watched.page, []
+
+        def lose_reply(route: Any) -> None:
+            attempts.append(route.request.post_data_json["submission"])
+            if len(attempts) == 1:
+                route.fetch()
+            if len(attempts) < 3:
+                route.abort()
+            else:
+                route.continue_()
+
+        enter(page, "name", "ana")
+        page.route("**/decisions", lose_reply)
+        press(page, "1")
+        page.get_by_text("1 decision not saved yet").wait_for()
+        wait_for_image(page, "1.jpg")  # the next image is shown meanwhile
+        page.get_by_text("Saved.").wait_for()
+        wait_for_counts(page, "1 labeled")
+        assert len(attempts) == 3
+        assert len(set(attempts)) == 1
+        assert get_rows(output, "ana") == [("0.jpg", "red")]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_phone_and_can_be_used_by_touch(
+    browser: Any, color_bundle: Path, tmp_path: Path, scheme: str
+) -> None:
+    with (
+        serving(
+            color_bundle,
+            labeling__manifest=str(draw_queue(tmp_path, 3)),
+            labeling__output=str(tmp_path / "labels"),
+        ) as running,
+        opened(
+            f"{running.url}/label", width=390, height=844, scheme=scheme, browser=browser
+        ) as watched,
+    ):
+        page = watched.page
+        enter(page, "name", "ana")
+        watched.screenshot(f"label-390-{scheme}")
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+        for button in page.locator("#panel button").all():
+            box = button.bounding_box()
+            assert box["height"] >= 44
+        accept = page.locator("#accept").bounding_box()
+        assert accept["y"] + accept["height"] <= 844  # without scrolling
+        page.locator("#classes button").nth(1).click()
+        wait_for_counts(page, "1 labeled")
+        assert page.evaluate("() => document.activeElement.id") == "figure"
+        assert page.locator("#counts").get_attribute("aria-live") == "polite"
+        assert "1.jpg" in str(page.locator("#image").get_attribute("alt"))
+        page.keyboard.press("Tab")
+        reached = page.evaluate("() => document.activeElement.textContent")
+        assert reached.startswith("1")
+
+
+def test_names_of_classes_are_text_and_not_html(
+    browser: Any, color_bundle: Path, tmp_path: Path
+) -> None:
+    loaded = load_bundle(str(color_bundle))
+    spec = loaded.spec.model_copy(update={"classes": ["<img src=x>", "a&b", "1"]})
+    save_bundle(str(tmp_path / "bundle"), spec, load_bundle_weights(loaded))
+    with (
+        serving(
+            tmp_path / "bundle",
+            labeling__manifest=str(draw_queue(tmp_path, 1)),
+            labeling__output=str(tmp_path / "labels"),
+        ) as running,
+        opened(f"{running.url}/label", browser=browser) as watched,
+    ):
+        enter(watched.page, "name", "ana")
+        texts = watched.page.locator("#classes button").all_inner_texts()
+        assert any("<img src=x>" in text for text in texts)
+        keys = watched.page.locator("#classes kbd").all_inner_texts()
+        assert keys == ["2", "3", "1"]  # the key of a class that is one character is its name
+        assert watched.page.locator("#panel img").count() == 0
+        assert watched.errors == []
