@@ -1,0 +1,105 @@
+"""Lineage of one image: its newest prediction and label, and what made them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imgcls.data.storage import filesystem
+from imgcls.errors import OutputError, RequestError
+from imgcls.evaluation.overview.entry import RunEntry
+from imgcls.evaluation.overview.label_provenance import Facts, describe_label_row, match_image
+from imgcls.evaluation.overview.lineage import LineageBuilder, LineageNode, sort_newest_first
+from imgcls.evaluation.overview.overview import RunList
+from imgcls.formatting import format_count
+from imgcls.metrics.formatting import format_percent
+from imgcls.runs.committed import CommittedRun, iter_tables, open_run
+from imgcls.runs.embeddings import normalize_urls
+
+_LABEL_SCORES = ("confidence", "label_score")
+
+
+def build_image_lineage(runs: RunList, image: str) -> LineageNode:
+    """The newest prediction of an image, and the tree of the run that made it.
+
+    Reads the paths of the committed runs, the newest first, until the image is found.
+    Raises RequestError if no run has it.
+    """
+    url = normalize_urls(pa.chunked_array([[filesystem.absolute(image)]]))[0].as_py()
+    builder = LineageBuilder(runs, url)
+    candidates = sort_newest_first(runs.entries)
+    unreadable = []
+    for entry in candidates:
+        try:
+            run = open_run(entry.url)
+        except OutputError as error:
+            unreadable.append(str(error))
+            continue
+        row = _find_row(run, url)
+        if row is not None:
+            facts = _describe_row(run, row)
+            return LineageNode("", f"image {url}", tuple(facts), (builder.build(entry, "run"),))
+    damaged = f" ({unreadable[0]})" if unreadable else ""
+    raise RequestError(
+        f"lineage {image}: is no output in {runs.folder}, and none of "
+        f"{format_count(len(candidates), 'committed run')} there has an image of this path{damaged}"
+        ". Pass the path of an output, or the path of an image as in a manifest"
+    )
+
+
+def _find_row(run: CommittedRun, image: str) -> dict[str, Any] | None:
+    """The row of an image; None if the run does not have it."""
+    start = 0
+    for table in iter_tables(run, [run.path_column]):
+        hits = match_image(table[run.path_column], run.root, image)
+        place = pc.index(hits, True).as_py()
+        if place >= 0:
+            return _read_row(run, start + place)
+        start += table.num_rows
+    return None
+
+
+def _read_row(run: CommittedRun, place: int) -> dict[str, Any]:
+    """One row of a run, without its embedding and its scores."""
+    names = [name for name in run.schema.names if name not in ("embedding", "scores")]
+    start = 0
+    for table in iter_tables(run, names):
+        if place < start + table.num_rows:
+            row: dict[str, Any] = table.slice(place - start, 1).to_pylist()[0]
+            return row
+        start += table.num_rows
+    raise OutputError(f"{run.url}: has fewer rows than when it was committed; restore it")
+
+
+def _describe_row(run: CommittedRun, row: dict[str, Any]) -> Facts:
+    """Prediction, label and label provenance of a row."""
+    labels = () if run.label_columns is None else run.label_columns.names
+    names = [run.label_column or "", *labels, "predicted_label", "predicted_labels", "confidence"]
+    names += ["label_score", "accepted", "is_ood", "status", "error"]
+    facts = []
+    for name in dict.fromkeys(names):
+        value = row.get(name)
+        if value is None or (name == "status" and value == "ok"):
+            continue
+        shown = format_percent(value) if name in _LABEL_SCORES else _format_value(value)
+        facts.append((name.replace("_", " "), shown))
+    if run.merged_runs:
+        facts += [(name, str(row[name])) for name in ("run", "bundle_sha256") if row.get(name)]
+    return facts + describe_label_row(row)
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def find_entry(runs: RunList, lineage: str) -> RunEntry | None:
+    """The output that `--lineage` names: by its path, or by 8 or more digits of a bundle's hash."""
+    entry = runs.find(lineage)
+    if entry is None and len(lineage) >= 8:
+        bundles = (each for each in runs.entries if each.kind == "bundle")
+        entry = next((e for e in bundles if (e.bundle_sha256 or "").startswith(lineage)), None)
+    return entry
