@@ -135,12 +135,13 @@ def _explain_failure(
 ) -> BundleError | StorageUnavailable:
     """The error for a version that was not found, or a registry that does not answer."""
     registry = hide_credentials(package.get_registry_uri())
-    if getattr(error, "error_code", None) not in _UNKNOWN_CODES:
+    code = getattr(error, "error_code", "")
+    if code not in _UNKNOWN_CODES:
         return StorageUnavailable(
             f"model {uri}: the registry {registry} does not answer correctly "
             f"({one_line(error)}); check MLFLOW_TRACKING_URI"
         )
-    known = "it has no versions"
+    reason, known = one_line(error).removeprefix(f"{code}: ").rstrip("."), "it has no versions"
     with contextlib.suppress(Exception):
         versions = sorted(int(each.version) for each in _list_versions(client, name))
         aliases = sorted(client.get_registered_model(name).aliases)
@@ -148,9 +149,9 @@ def _explain_failure(
             known = f"versions: {', '.join(map(str, versions[-_MAX_LISTED:]))}"
         if aliases:
             known += f"; aliases: {', '.join(aliases[:_MAX_LISTED])}"
-        return BundleError(f"model {uri}: {one_line(error)} in {registry} ({known})")
+        return BundleError(f"model {uri}: {reason} in {registry} ({known})")
     return BundleError(
-        f"model {uri}: {one_line(error)} in {registry}; register one with `imgcls train "
+        f"model {uri}: {reason} in {registry}; register one with `imgcls train "
         "--track.register-as NAME`"
     )
 
@@ -221,7 +222,10 @@ def _download(package: ModuleType, place: str, version: Any, source: str) -> str
         temporary = tempfile.mkdtemp(dir=os.path.dirname(folder), prefix=".download-")
     try:
         try:
-            files = package.artifacts.download_artifacts(artifact_uri=source, dst_path=temporary)
+            with set_env_defaults({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
+                files = package.artifacts.download_artifacts(
+                    artifact_uri=source, dst_path=temporary
+                )
         except Exception as error:
             raise StorageUnavailable(
                 f"model {place} cannot be downloaded from {source} ({one_line(error)})"

@@ -244,7 +244,7 @@ def build_from_args(args: dict[str, Any]) -> serve.Application:
     """
     config = configuration.build(ServeConfig, args)
     storage_settings.set_process_settings(config.storage)
-    config = resolve_model(config)
+    config = locate_model(config)
     fixed_keys = run_preflight_checks(config)
     replicas = plan_replicas(
         session.list_nodes(), config.replicas, may_grow=autoscaler.find_max_nodes() is not None
@@ -252,7 +252,7 @@ def build_from_args(args: dict[str, Any]) -> serve.Application:
     return build_application(config, fixed_keys, replicas, read_description(config.model).sha256)
 
 
-def resolve_model(config: ServeConfig) -> ServeConfig:
+def locate_model(config: ServeConfig) -> ServeConfig:
     """The settings with the folder of a bundle of the MLflow model registry, for all replicas.
 
     Raises BundleError, or StorageUnavailable if the registry does not answer.

@@ -41,7 +41,7 @@ from imgcls.serving.coordinator import COORDINATOR
 from imgcls.serving.deployment import (
     APPLICATION,
     build_application,
-    resolve_model,
+    locate_model,
     run_preflight_checks,
 )
 from imgcls.serving.scaling import plan_replicas
@@ -70,7 +70,7 @@ def serve(config: ServeConfig) -> None:
     RunFailed
         If the replicas do not start, or running replicas cannot load a changed bundle.
     """
-    config = _resolve_paths(resolve_model(config))
+    config = _resolve_paths(locate_model(config))
     _check_http(config)
     fixed_keys = run_preflight_checks(config)
     with Interruption().handle_signals() as interruption:

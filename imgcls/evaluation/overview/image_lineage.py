@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -11,8 +12,8 @@ from imgcls.data.storage import filesystem
 from imgcls.errors import OutputError, RequestError
 from imgcls.evaluation.overview.entry import RunEntry
 from imgcls.evaluation.overview.label_provenance import Facts, describe_label_row, match_image
-from imgcls.evaluation.overview.lineage import LineageBuilder, LineageNode, sort_newest_first
-from imgcls.evaluation.overview.overview import RunList
+from imgcls.evaluation.overview.lineage import LineageBuilder, LineageNode
+from imgcls.evaluation.overview.overview import RunList, compute_entry_order
 from imgcls.formatting import format_count
 from imgcls.metrics.formatting import format_percent
 from imgcls.runs.committed import CommittedRun, iter_tables, open_run
@@ -24,29 +25,46 @@ _LABEL_SCORES = ("confidence", "label_score")
 def build_image_lineage(runs: RunList, image: str) -> LineageNode:
     """The newest prediction of an image, and the tree of the run that made it.
 
-    Reads the paths of the committed runs, the newest first, until the image is found.
+    Reads the paths of the committed runs of each folder of runs, the newest first, until one has
+    the image. Of several folders, whose order is their own, the last commit counts.
     Raises RequestError if no run has it.
     """
     url = normalize_urls(pa.chunked_array([[filesystem.absolute(image)]]))[0].as_py()
     builder = LineageBuilder(runs, url)
-    candidates = sort_newest_first(runs.entries)
-    unreadable = []
-    for entry in candidates:
-        try:
-            run = open_run(entry.url)
-        except OutputError as error:
-            unreadable.append(str(error))
-            continue
-        row = _find_row(run, url)
-        if row is not None:
-            facts = _describe_row(run, row)
+    problems: list[str] = []
+    for kind in ("predictions", "history"):
+        hits = list(_find_hits(runs, kind, url, problems))
+        if hits:
+            entry, facts = max(hits, key=lambda hit: hit[0].date or "")
             return LineageNode("", f"image {url}", tuple(facts), (builder.build(entry, "run"),))
-    damaged = f" ({unreadable[0]})" if unreadable else ""
+    count = sum(each.state == "committed" for each in runs.entries)
+    damaged = f" ({problems[0]})" if problems else ""
     raise RequestError(
         f"lineage {image}: is no output in {runs.folder}, and none of "
-        f"{format_count(len(candidates), 'committed run')} there has an image of this path{damaged}"
-        ". Pass the path of an output, or the path of an image as in a manifest"
+        f"{format_count(count, 'committed run')} there has an image of this path{damaged}. Pass "
+        "the path of an output, or the path of an image as in a manifest"
     )
+
+
+def _find_hits(
+    runs: RunList, kind: str, image: str, problems: list[str]
+) -> Iterator[tuple[RunEntry, Facts]]:
+    """The newest run of each folder that has the image, and the facts of its row."""
+    series: dict[str, list[RunEntry]] = {}
+    for entry in runs.entries:
+        if entry.state == "committed" and entry.kind == kind:
+            series.setdefault(filesystem.parent(entry.url), []).append(entry)
+    for entries in series.values():
+        for entry in sorted(entries, key=compute_entry_order, reverse=True):
+            try:
+                run = open_run(entry.url)
+            except OutputError as error:
+                problems.append(str(error))
+                continue
+            row = _find_row(run, image)
+            if row is not None:
+                yield entry, _describe_row(run, row)
+                break
 
 
 def _find_row(run: CommittedRun, image: str) -> dict[str, Any] | None:

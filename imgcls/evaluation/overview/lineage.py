@@ -13,7 +13,7 @@ from typing import Any
 from imgcls.data.storage import filesystem
 from imgcls.evaluation.overview.entry import Kind, RunEntry
 from imgcls.evaluation.overview.label_provenance import describe_manifest
-from imgcls.evaluation.overview.overview import RunList, compute_entry_order, format_headline
+from imgcls.evaluation.overview.overview import RunList, format_headline
 from imgcls.evaluation.overview.readers import get_text, read_bundle_entry
 from imgcls.formatting import format_count, format_duration, format_share
 from imgcls.models.bundle import is_registry_uri
@@ -101,7 +101,9 @@ class LineageBuilder:
             yield self._build_manifest("labels", labels, None)
         else:
             yield self._find_model(entry, above)
-        yield self._build_manifest("manifest", config.get("manifest"), entry.fingerprint)
+        # of `--since`, the run's own fingerprint is that of the rows that were new
+        fingerprint = get_text(entry.record, "since", "listed") or entry.fingerprint
+        yield self._build_manifest("data", config.get("manifest"), fingerprint)
         yield from self._follow(get_text(config, "reference"), "predictions", "reference", above)
 
     def _iter_merged(self, entry: RunEntry, above: tuple[str, ...]) -> Iterator[LineageNode]:
@@ -267,14 +269,6 @@ def _get_section(tree: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
             return {}
         tree = below
     return tree
-
-
-def sort_newest_first(entries: tuple[RunEntry, ...]) -> list[RunEntry]:
-    """Committed runs of predictions, the newest first, then histories."""
-    runs = [e for e in entries if e.state == "committed" and e.kind in ("predictions", "history")]
-    return sorted(
-        runs, key=lambda e: (e.kind == "predictions", compute_entry_order(e)), reverse=True
-    )
 
 
 def format_tree(node: LineageNode, prefix: str = "", branch: str = "") -> str:

@@ -172,7 +172,7 @@ def describe_counts(entries: Sequence[RunEntry]) -> str:
     if not entries:
         return "no outputs"
     kinds = dict.fromkeys(entry.kind for entry in entries)
-    texts = [f"{sum(each.kind == kind for each in entries):,} {kind}" for kind in sorted(kinds)]
+    texts = [f"{kind} {sum(each.kind == kind for each in entries):,}" for kind in sorted(kinds)]
     open_states = [each.state for each in entries if each.state not in ("committed", "finished")]
     states = [f"{open_states.count(state):,} {state}" for state in sorted(set(open_states))]
     total = format_count(len(entries), "output")

@@ -206,6 +206,8 @@ def _read_run(folder: FoundFolder) -> RunEntry:
     except _UNREADABLE as error:
         problem = layout.damaged_success_message(folder.url, _explain(error))
         return _build_entry(folder, kind, "damaged", problem=problem, **known)
+    if kind == "history":  # its _SUCCESS has those of the last run that was merged
+        known |= {"seconds": None, "images_per_second": None}
     problems: list[str] = []
     if layout.METRICS_FOLDER in folder.folders:
         known["headline"] = _read_metric(folder, run.task, problems)

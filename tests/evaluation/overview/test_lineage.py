@@ -50,7 +50,7 @@ def test_a_run_leads_to_its_bundle_its_training_data_and_its_annotators(made: Ma
     assert facts["labeled from"] == "2026-01-01 to 2026-01-03"
     assert facts["label source"] == "imgcls 2, cvat 1"
     assert child(model, "starting weights").title == "w.pth"
-    assert "cannot be opened" in dict(child(tree, "manifest").facts)  # drawn.csv is no file
+    assert "cannot be opened" in dict(child(tree, "data").facts)  # drawn.csv is no file
 
 
 def test_a_manifest_that_was_changed_since_is_marked(tmp_path: Path, color_bundle: Path) -> None:
@@ -131,6 +131,20 @@ def test_an_image_of_the_training_data_is_shown_with_its_annotator(
     tree = build_image_lineage(list_runs(tmp_path), str(tmp_path / "images" / "000002.jpg"))
     facts = dict(child(child(child(tree, "run"), "model"), "training data").facts)
     assert "label bee, labeled_by bob" in facts["has the image"]
+
+
+def test_of_runs_in_several_folders_the_last_commit_has_the_newest_prediction(
+    tmp_path: Path,
+) -> None:
+    image = str(tmp_path / "images" / "000002.jpg")
+    for name, sequence, committed in (("a/1", 9, "2026-01-01"), ("b/1", 1, "2026-01-02")):
+        run = commit(tmp_path / name, drawn(10))
+        record = json.loads((run / layout.RUN_FILE).read_text())
+        record["identity"]["manifest"]["root"] = str(tmp_path)
+        (run / layout.RUN_FILE).write_text(json.dumps(record | {"sequence": sequence}))
+        change_json(run / layout.SUCCESS_FILE, committed=f"{committed}T00:00:00+00:00")
+    tree = build_image_lineage(list_runs(tmp_path), image)
+    assert child(tree, "run").title == "predictions b/1"
 
 
 def test_an_image_that_no_run_has_is_refused(made: Made, tmp_path: Path) -> None:

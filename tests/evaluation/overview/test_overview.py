@@ -72,6 +72,8 @@ def test_every_kind_of_output_is_listed_with_its_own_numbers(made: Made, place: 
     assert trained.headline.lower is None  # none is stored
     assert (trained.rows, trained.git_commit) == (3, "c0ffee")
     assert found["evaluated"].headline == night.headline
+    history = found["latest"]  # merging stores no duration and no throughput of its own
+    assert (history.rows, history.seconds, history.images_per_second) == (120, None, None)
 
 
 def test_the_model_of_the_newest_committed_night_is_current(made: Made) -> None:
@@ -252,7 +254,7 @@ def test_the_command_prints_a_table_or_a_json_line_per_output(
 ) -> None:
     assert main(["runs", str(made[0])]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("6 outputs (2 bundle, 1 evaluation, 1 history, 2 predictions)")
+    assert lines[0].endswith("6 outputs (bundle 2, evaluation 1, history 1, predictions 2)")
     (night,) = (line for line in lines if line.startswith("labels/date=2026-01-02"))
     assert "accuracy" in night
     assert f", n {count_ok(made[0])} " in night
