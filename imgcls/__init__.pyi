@@ -12,6 +12,7 @@ from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.evaluation.compute import Evaluation
 from imgcls.evaluation.config import EvaluateConfig, LabelTableConfig, SelectConfig, SimilarConfig
 from imgcls.evaluation.multilabel import MultiLabelEvaluation
+from imgcls.evaluation.overview.overview import list_runs as list_runs
 from imgcls.evaluation.select import Selection
 from imgcls.execution.config import ScaleConfig
 from imgcls.inference.config import EmbedConfig, PredictConfig, RelabelConfig, SinceConfig

@@ -95,6 +95,12 @@ COMMANDS = {
         "imgcls.evaluation.report.write_report",
         "imgcls report demo/bundle",
     ),
+    "runs": Command(
+        "list all runs, bundles and evaluations in a folder, or show the lineage of one",
+        "imgcls.evaluation.config.RunsConfig",
+        "imgcls.evaluation.overview.show.show_runs",
+        "imgcls runs demo --html demo/runs.html",
+    ),
     "select": Command(
         "select the rows of a run that are most useful to label next",
         "imgcls.evaluation.config.SelectConfig",

@@ -25,6 +25,7 @@ from upath import UPath
 
 from imgcls import log
 from imgcls.data.containers.archive_index import set_process_index_folder
+from tests.mlflow_store import ModelStore, open_store
 from tests.processes import RayCluster
 from tests.s3 import bucket, environment, serving, url
 
@@ -265,6 +266,22 @@ def joined(cluster: RayCluster) -> Iterator[None]:
     """This process is a driver of the test cluster."""
     with cluster.joined():
         yield
+
+
+@pytest.fixture(scope="session")
+def shared_model_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+    """One MLflow registry for all tests, each with names of its own."""
+    return open_store(tmp_path_factory.mktemp("mlflow"))
+
+
+@pytest.fixture
+def model_store(
+    shared_model_store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ModelStore:
+    """The MLflow registry that `models:/` means in this test."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared_model_store.uri)
+    monkeypatch.setenv("IMGCLS_CACHE", str(tmp_path / "cache"))
+    return shared_model_store
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ import grpc
 import ray
 
 from imgcls.cluster import ray_internals
+from imgcls.environment import set_env_defaults
 from imgcls.errors import ImgclsError, RequestError, RunFailed, first_line
 
 _CONNECT_TIMEOUT_S = 30
@@ -151,18 +152,6 @@ def build_malloc_env() -> dict[str, Any]:
     return {
         "env_vars": {name: os.environ.get(name, value) for name, value in _MALLOC_SETTINGS.items()}
     }
-
-
-@contextlib.contextmanager
-def set_env_defaults(values: Mapping[str, str]) -> Iterator[None]:
-    """Within the block, set environment variables that the user has not set."""
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 def _find_address() -> str | None:

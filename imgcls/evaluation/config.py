@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, FiniteFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 from imgcls.config import Names, Section, UnitFloat
 from imgcls.data.annotations.tasks import ToolFormat
@@ -229,6 +236,28 @@ class ReportConfig(Section):
     output: str | None = None
     """File to write (default: report.html in the source folder)."""
     evaluation: EvaluationOptions = EvaluationOptions()
+    storage: StorageConfig = StorageConfig()
+
+
+DEFAULT_DEPTH = 4
+
+
+class RunsConfig(Section):
+    """List the outputs in a folder, or show what one of them was made from."""
+
+    positional: ClassVar[tuple[str, ...]] = ("folder",)
+
+    folder: str
+    """Folder with outputs of imgcls, local or on an object store."""
+    lineage: str | None = None
+    """Output in the folder, or path of an image: show what it was made from, or its newest
+    prediction and label."""
+    html: str | None = None
+    """HTML file to write, one page without external parts."""
+    json_lines: bool = False
+    """Print one JSON object per output instead of a table."""
+    depth: NonNegativeInt = DEFAULT_DEPTH
+    """Maximum number of levels below the folder that are searched."""
     storage: StorageConfig = StorageConfig()
 
 

@@ -54,7 +54,8 @@ class RunConfig(Section):
     manifest: ManifestConfig
     """The images: a CSV or Parquet file, a glob, or a folder."""
     model: str
-    """Bundle folder, local or on an object store."""
+    """Bundle folder, local or on an object store; or models:/NAME@ALIAS or models:/NAME/VERSION in
+    the MLflow model registry, see docs/training.md."""
     output: str
     """Folder to write. An unfinished run in it is resumed."""
     max_error_rate: UnitFloat = 0.01

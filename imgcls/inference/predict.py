@@ -42,6 +42,7 @@ from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load
 from imgcls.inference.nights import OutputSeries, compute_next_sequence, format_date
 from imgcls.inference.publish_runs import publish_runs
 from imgcls.inference.ray_metrics import RayMetrics
+from imgcls.inference.registered_runs import describe_registered
 from imgcls.inference.requests import (
     check_request,
     check_resumable,
@@ -213,6 +214,7 @@ class _PredictRun:
         self.started_at = started_at
         self.classes = bundle.spec.classes if config.has_predictions else []
         self.task = find_task(bundle.spec)
+        self.model_entries = {**describe_task(self.task.name), **describe_registered(bundle)}
         self.reference = open_reference(config, bundle)
 
     def run(self) -> PredictResult:
@@ -315,7 +317,7 @@ class _PredictRun:
                 may_be_empty=config.since is not None,
                 # after a first night, a few new rows may all have labels of new classes
                 any_labels=comparison is not None and bool(comparison.past_runs.committed),
-                notes={**self.job.build_run_entries(), **describe_task(self.task.name)},
+                notes={**self.job.build_run_entries(), **self.model_entries},
             )
         except RequestError:
             filesystem.remove(filesystem.join(self.output, layout.STAGING_FOLDER))

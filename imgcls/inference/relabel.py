@@ -33,6 +33,7 @@ from imgcls.inference import commit, rollup
 from imgcls.inference.config import RelabelConfig
 from imgcls.inference.labelers import HeadLabeler, Labeler, NeighborLabeler
 from imgcls.inference.nights import compute_next_sequence
+from imgcls.inference.registered_runs import keep_relabel_version
 from imgcls.inference.result import PredictResult
 from imgcls.metrics.columns import encode_classes
 from imgcls.runs import layout
@@ -89,8 +90,9 @@ def relabel(config: RelabelConfig | None = None, /, **settings: Any) -> PredictR
     ):
         run = open_run(config.source)
         _check_source(run)
-        labeler = (HeadLabeler if config.labels is None else NeighborLabeler)(config, run)
         output = filesystem.absolute(config.output)
+        kept = keep_relabel_version(config, output)
+        labeler = (HeadLabeler if config.labels is None else NeighborLabeler)(kept, run)
         if output == run.url:
             raise RequestError("output: is the run to label again; pass another --output")
         layout.check_output_writable(output)
@@ -208,6 +210,7 @@ class _Relabeling:
             ),
             "sequence": compute_next_sequence(self._output, None),
             **describe_task(self._labeler.task.name),
+            **self._labeler.registered,
         }
         layout.write_run(self._output, record)
         return record

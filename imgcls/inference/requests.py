@@ -35,6 +35,7 @@ from imgcls.errors import (
 )
 from imgcls.execution.placement import MAX_STORAGE_WAITS
 from imgcls.execution.plan import DEFAULT_CHUNK_ROWS, MAX_CHUNK_ROWS, RunIdentity
+from imgcls.inference import registered_runs
 from imgcls.inference.config import PredictConfig
 from imgcls.inference.specs import find_embedding_type
 from imgcls.models.bundle import Bundle, load_bundle, require_int8, resolve_int8_engine
@@ -59,7 +60,9 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
     """Open manifest and bundle; raises RequestError for a request that cannot succeed."""
     manifest = open_manifest(config.manifest)
     manifest = replace(manifest, _compute_fingerprint=functools.cache(manifest.fingerprint))
-    bundle = load_bundle(config.model, needs_classes=config.has_predictions)
+    kept = registered_runs.keep_version(config)
+    bundle = load_bundle(kept.model, needs_classes=config.has_predictions)
+    config, bundle = registered_runs.pin_version(config, bundle)
     bundle = bundle.with_decode(config.decode)
     if bundle.spec.preprocess.decode == "exact":
         config = require_cpu_decoding(config)
@@ -82,7 +85,7 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
         manifest = _check_one_label(config, manifest, bundle)
     check_columns(manifest)
     check_publish_target(config, manifest, bundle)
-    check_timeouts(config, output, manifest)
+    check_timeouts(config.model_copy(update={"model": bundle.url}), output, manifest)
     check_first_image(manifest, config.max_bytes)
     return config, manifest, bundle
 

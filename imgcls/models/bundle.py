@@ -35,6 +35,8 @@ from imgcls.models.ood import OodDetector, OodSpec
 if TYPE_CHECKING:
     import torch
 
+    from imgcls.models.mlflow_registry import RegisteredModel
+
 TaskName = Literal["single_label", "multilabel"]
 FORMAT_VERSIONS: dict[TaskName, Literal[1, 2]] = {"single_label": 1, "multilabel": 2}
 """Format version of the bundles of each task; versions of imgcls without multilabel refuse 2."""
@@ -45,6 +47,8 @@ INT8_FILE = "int8.openvino.zip"
 OOD_FILE = "ood.safetensors"
 """Arrays of the out-of-distribution detector, if the bundle has one."""
 MODEL_CARD_FILE = "README.md"
+REGISTRY_PREFIX = "models:/"
+"""Start of the URI of a bundle in the MLflow model registry; see `mlflow_registry`."""
 
 NetworkSource = Literal["torchvision", "timm", "imgcls", "transformers", "open_clip"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
@@ -204,6 +208,8 @@ class Bundle:
     sha256: str
     storage: StorageConfig = field(default_factory=current_settings, compare=False, repr=False)
     """Storage settings that the bundle was loaded with; its weights are read with them."""
+    registered: RegisteredModel | None = field(default=None, compare=False, repr=False)
+    """Version in the model registry that the bundle was found by; `url` is its folder."""
     unsaved_int8: bytes | None = field(default=None, compare=False, repr=False)
     """Content of `INT8_FILE` of a bundle that is not written yet."""
 
@@ -213,6 +219,11 @@ class Bundle:
             return self
         preprocess = self.spec.preprocess.model_copy(update={"decode": decode})
         return replace(self, spec=self.spec.model_copy(update={"preprocess": preprocess}))
+
+
+def is_registry_uri(url: str) -> bool:
+    """Whether a bundle is named by its version or alias in the MLflow model registry."""
+    return url.startswith(REGISTRY_PREFIX)
 
 
 def check_bundle_output(url: str, *, overwrite: bool, source: str | None = None) -> None:
@@ -240,7 +251,8 @@ def load_bundle(
     Parameters
     ----------
     url
-        Path or URL of the bundle folder.
+        Path or URL of the bundle folder, or `models:/NAME/VERSION` or `models:/NAME@ALIAS` in the
+        MLflow model registry.
     storage
         Storage settings of the bundle, e.g. `{"endpoint_url": "http://localhost:9000"}`.
     needs_classes
@@ -388,6 +400,13 @@ def save_bundle(
 
 def read_description(url: str) -> Bundle:
     """Read the description alone, verified by its own digest."""
+    if is_registry_uri(url):
+        from imgcls.models import mlflow_registry
+
+        registered = mlflow_registry.resolve_registered(url)
+        bundle = read_description(registered.url)
+        mlflow_registry.check_registered(registered, bundle.sha256)
+        return replace(bundle, registered=registered)
     place = f"bundle {url}"
     try:
         raw = filesystem.read(filesystem.join(url, BUNDLE_FILE))

@@ -149,7 +149,8 @@ class Classifier:
         Parameters
         ----------
         url
-            Path or URL of the bundle folder.
+            Path or URL of the bundle folder, or `models:/NAME/VERSION` or `models:/NAME@ALIAS` in
+            the MLflow model registry.
         storage
             Storage settings of the bundle, e.g. `{"endpoint_url": "http://localhost:9000"}`.
         **options

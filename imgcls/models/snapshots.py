@@ -11,7 +11,12 @@ from typing import Any
 
 from imgcls.data.storage import filesystem
 from imgcls.errors import BundleError, StorageError, StorageForbidden, request_error
-from imgcls.models.bundle import BUNDLE_FILE, WEIGHTS_FILE, read_description
+from imgcls.models.bundle import (
+    BUNDLE_FILE,
+    WEIGHTS_FILE,
+    is_registry_uri,
+    read_description,
+)
 from imgcls.models.libraries.base import Snapshot
 from imgcls.models.libraries.registry import LIBRARIES, find_library
 from imgcls.models.libraries.timm_library import TIMM_PREFIX
@@ -25,8 +30,11 @@ _TIMM_HUB, _TIMM_FOLDER = f"{TIMM_PREFIX}hf-hub:", f"{TIMM_PREFIX}local-dir:"
 def find_folder(name: str) -> str | None:
     """The folder that a name of a network means; None for a name of a library.
 
-    `hf://OWNER/NAME` or `timm:hf-hub:OWNER/NAME`, or a path, which has a slash.
+    `hf://OWNER/NAME` or `timm:hf-hub:OWNER/NAME`, `models:/NAME@ALIAS` for a bundle of the MLflow
+    model registry, or a path, which has a slash.
     """
+    if is_registry_uri(name):
+        return read_description(name).url
     if name.startswith(_TIMM_HUB):
         return _HUB + name.removeprefix(_TIMM_HUB)
     if name.startswith(_TIMM_FOLDER):

@@ -37,6 +37,10 @@ METRICS_FOLDER = "metrics"
 PROGRESS_FILE = "_progress.json"
 SINCE_FOLDER = "_since"
 SUCCESS_FILE = "_SUCCESS"
+CHECKPOINT_FOLDER = "_train"
+"""Folder of an unfinished training in the folder of its bundle."""
+IDENTITY_FILE = "run.json"
+"""In it: settings, data and initial weights of the training."""
 
 
 def part_name(part: int) -> str:

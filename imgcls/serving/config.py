@@ -145,7 +145,8 @@ class ServeConfig(Section):
     positional: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str
-    """Model bundle (folder or URL)."""
+    """Model bundle: folder or URL, or models:/NAME@ALIAS or models:/NAME/VERSION in the MLflow
+    model registry."""
     http: HttpConfig = HttpConfig()
     keys: KeysConfig = KeysConfig()
     limits: LimitsConfig = LimitsConfig()

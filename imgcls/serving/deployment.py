@@ -19,11 +19,12 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from imgcls import config as configuration
+from imgcls import log
 from imgcls.cluster import autoscaler, session
 from imgcls.cluster.session import DeviceType
 from imgcls.data.storage import storage_settings
 from imgcls.errors import ImgclsError, RequestError
-from imgcls.models.bundle import load_bundle, read_description
+from imgcls.models.bundle import is_registry_uri, load_bundle, read_description
 from imgcls.models.device_support import check_device
 from imgcls.models.openvino_package import check_engine
 from imgcls.serving import api_keys
@@ -246,11 +247,29 @@ def build_from_args(args: dict[str, Any]) -> serve.Application:
     """
     config = configuration.build(ServeConfig, args)
     storage_settings.set_process_settings(config.storage)
+    config = locate_model(config)
     fixed_keys = run_preflight_checks(config)
     replicas = plan_replicas(
         session.list_nodes(), config.replicas, may_grow=autoscaler.find_max_nodes() is not None
     )
     return build_application(config, fixed_keys, replicas, read_description(config.model).sha256)
+
+
+def locate_model(config: ServeConfig) -> ServeConfig:
+    """The settings with the folder of a bundle of the MLflow model registry, for all replicas.
+
+    Raises BundleError, or StorageUnavailable if the registry does not answer.
+    """
+    if not is_registry_uri(config.model):
+        return config
+    bundle = read_description(config.model)
+    assert bundle.registered is not None
+    log.emit(
+        "model",
+        f"{config.model}: version {bundle.registered.version}, bundle {bundle.sha256[:12]} in "
+        f"{bundle.url}",
+    )
+    return config.model_copy(update={"model": bundle.url})
 
 
 def run_preflight_checks(config: ServeConfig) -> list[ApiKey]:

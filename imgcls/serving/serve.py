@@ -39,7 +39,12 @@ from imgcls.models.bundle import load_bundle
 from imgcls.serving import proxy_middleware
 from imgcls.serving.config import HttpConfig, LabelingConfig, ServeConfig
 from imgcls.serving.coordinator import COORDINATOR
-from imgcls.serving.deployment import APPLICATION, build_application, run_preflight_checks
+from imgcls.serving.deployment import (
+    APPLICATION,
+    build_application,
+    locate_model,
+    run_preflight_checks,
+)
 from imgcls.serving.scaling import plan_replicas
 
 UPDATE_TIMEOUT_S = 300.0
@@ -66,7 +71,7 @@ def serve(config: ServeConfig) -> None:
     RunFailed
         If the replicas do not start, or running replicas cannot load a changed bundle.
     """
-    config = _resolve_paths(config)
+    config = _resolve_paths(locate_model(config))
     _check_http(config)
     fixed_keys = run_preflight_checks(config)
     with Interruption().handle_signals() as interruption:

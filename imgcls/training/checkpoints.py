@@ -24,10 +24,9 @@ from safetensors.torch import load, save
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import create_thread_pool
 from imgcls.errors import BundleError, OutputError, StorageMissing
+from imgcls.runs.layout import CHECKPOINT_FOLDER, IDENTITY_FILE
 from imgcls.training.epoch_metrics import EpochMetrics
 
-CHECKPOINT_FOLDER = "_train"
-IDENTITY_FILE = "run.json"
 KEPT_STATES = 2
 """Number of states that are kept, so that a damaged one has a predecessor."""
 _MARKER = re.compile(r"state-(\d{6})\.json")

@@ -213,6 +213,9 @@ class TrackConfig(Section):
     """Project of Weights & Biases, as PROJECT or ENTITY/PROJECT."""
     experiment: str = "imgcls"
     """MLflow experiment of the run."""
+    register_as: str | None = None
+    """Name of a model in the MLflow model registry of track.mlflow: the bundle becomes its next
+    version."""
     run: str | None = None
     """Name of the run in MLflow and Weights & Biases (default: name of the output folder)."""
 
@@ -225,6 +228,19 @@ class TrackConfig(Section):
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
             )
         return uri
+
+    @field_validator("register_as")
+    @classmethod
+    def _check_register(cls, name: str | None) -> str | None:
+        if name is not None and (not name.strip() or set(name) & set("/:@")):
+            raise ValueError(f"{name!r} is no name of a model; it may not contain / : or @")
+        return name
+
+    @model_validator(mode="after")
+    def _check_registry(self) -> TrackConfig:
+        if self.register_as is not None and self.mlflow is None:
+            raise ValueError("register_as: needs the URI of the registry; set track.mlflow too")
+        return self
 
     @field_validator("wandb")
     @classmethod
@@ -356,6 +372,8 @@ def _remove_new_defaults(settings: dict[str, Any]) -> None:
     """
     if settings["task"] == "auto":
         del settings["task"]
+    if settings["track"]["register_as"] is None:
+        del settings["track"]["register_as"]
     for manifest in (settings["data"]["train"], settings["data"]["val"]):
         if manifest is not None:
             for name in ("label_delimiter", "label_columns"):

@@ -33,6 +33,7 @@ from imgcls.training.loggers import base
 from imgcls.training.optim import linear_probe
 from imgcls.training.optim.linear_probe import LinearHead, ProbeFeatures
 from imgcls.training.publish import find_finished, publish_bundle
+from imgcls.training.registration import register_bundle
 from imgcls.training.result import TrainResult
 from imgcls.training.setup import TrainSetup, check_enough_left, check_task, compute_weights
 
@@ -50,6 +51,7 @@ def train_head(config: TrainConfig) -> TrainResult:
     layout.check_output_writable(config.output)
     finished = find_finished(setup)
     if finished is not None:
+        register_bundle(config.track, config.output)
         return finished
     lease = Lease.acquire(config.output)
     try:
@@ -170,6 +172,7 @@ def _fit_and_publish(
             seconds=time.monotonic() - began,
         )
         loggers.finish({f"best_{k}": v for k, v in epoch.get_numbers().items()}, files)
+    register_bundle(config.track, config.output, loggers.state)
     log.show(
         f"{epoch.format_line(1)}\n"
         f"head fitted, l2 {head.l2:g}, val {epoch.format_quality()} -> {config.output}"

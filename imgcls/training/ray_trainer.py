@@ -29,12 +29,13 @@ from imgcls.cluster.autoscaler import WaitTimeout
 from imgcls.cluster.interrupts import Interruption, run_in_thread
 from imgcls.cluster.session import build_malloc_env
 from imgcls.data.storage import filesystem, object_store, storage_settings
+from imgcls.environment import set_env_defaults
 from imgcls.errors import Interrupted, RunFailed
 from imgcls.formatting import format_count
 from imgcls.models import zoo
 from imgcls.models.precision import choose_precision
+from imgcls.runs.layout import CHECKPOINT_FOLDER
 from imgcls.training import network as networks
-from imgcls.training.checkpoints import CHECKPOINT_FOLDER
 from imgcls.training.config import TrainPrecision
 from imgcls.training.epoch_metrics import TrainLoopResult
 from imgcls.training.scaling import WorkerPlan
@@ -71,7 +72,7 @@ def fit_torch_trainer(
     folder = filesystem.join(spec.config.output, CHECKPOINT_FOLDER, "ray")
     trainer = build_torch_trainer(spec, workers, channel, folder)
     try:
-        with session.set_env_defaults({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_INTERVAL_S)}):
+        with set_env_defaults({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_INTERVAL_S)}):
             timeout_s = spec.config.scale.resource_timeout_s
             liveness = _WorkerLiveness(channel, str(workers), timeout_s)
             return _wait_for_result(run_in_thread(trainer.fit), channel, liveness, interruption)

@@ -11,6 +11,11 @@ from imgcls.config import Section, build
 from imgcls.errors import ConfigError
 from imgcls.training.config import TrainConfig
 
+SEARCH_FILE = "_tune.json"
+RESULTS_FILE = "results.parquet"
+TRIALS_FOLDER = "trials"
+BEST_FOLDER = "best"
+
 SearchRange = tuple[float, float]
 
 

@@ -47,6 +47,7 @@ from imgcls.training.head_training import train_head
 from imgcls.training.loggers import base
 from imgcls.training.publish import find_finished, publish_bundle, write_lr_curve
 from imgcls.training.ray_trainer import fit_torch_trainer
+from imgcls.training.registration import register_bundle
 from imgcls.training.result import TrainResult
 from imgcls.training.scaling import WorkerPlan, compute_decode_cpus, wait_for_worker_plan
 from imgcls.training.setup import (
@@ -143,6 +144,8 @@ def _train(config: TrainConfig, trial: TrialContext | None) -> TrainResult:
     layout.check_output_writable(setup.config.output)
     finished = find_finished(setup)
     if finished is not None:
+        if trial is None:
+            register_bundle(setup.config.track, setup.config.output)
         return finished
     lease = Lease.acquire(setup.config.output)
     try:
@@ -278,6 +281,8 @@ class _Run:
             self._log_best(outcome, best)
             loggers.finish({f"best_{k}": v for k, v in best.get_numbers().items()}, files)
         filesystem.remove(self.checkpoints.folder)
+        if self.trial is None:
+            register_bundle(self.config.track, self.config.output, loggers.state)
         return TrainResult(self.config.output, list(outcome.history), best, sum(failed))
 
     def _load_best(self) -> tuple[EpochMetrics, Weights]:

@@ -30,6 +30,7 @@ from imgcls.data.manifests.discovery import resolve_source
 from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.data.storage.storage_settings import with_config_storage
+from imgcls.environment import set_env_defaults
 from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
 from imgcls.models.bundle import BUNDLE_FILE
 from imgcls.runs.lease import Lease
@@ -37,19 +38,24 @@ from imgcls.training import train as training
 from imgcls.training.data.cached import CachedImages
 from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.ray_trainer import resolve_ray_storage
+from imgcls.training.registration import register_bundle
 from imgcls.training.scaling import (
     WorkerPlan,
     count_fitting_trials,
     wait_for_worker_plan,
 )
-from imgcls.training.search_space import TuneConfig, build_trial_config, check_space
+from imgcls.training.search_space import (
+    BEST_FOLDER,
+    RESULTS_FILE,
+    SEARCH_FILE,
+    TRIALS_FOLDER,
+    TuneConfig,
+    build_trial_config,
+    check_space,
+)
 from imgcls.training.setup import TrainSetup, decode_dataset, plan_decoding, resolve_setup
 
-TRIALS_FOLDER = "trials"
-BEST_FOLDER = "best"
 STATE_FOLDER = "_tune"
-SEARCH_FILE = "_tune.json"
-RESULTS_FILE = "results.parquet"
 _MAP = "val_mean_average_precision"
 STOP_TIMEOUT_S = 90
 """Timeout for a trial that is stopped early to end its workers."""
@@ -389,6 +395,7 @@ def _write_results(config: TuneConfig, grid: Any) -> TuneResult:
     first = finished.iloc[0]
     best = filesystem.join(config.output, BEST_FOLDER)
     _copy_best(str(first["bundle"]), best)
+    register_bundle(config.track, best)
     values = {key: first[key] for key in config.tune.space}
     log.show(
         f"best: {_format_values(values)}  {config.best_by} {first[config.best_by]:.4f} -> {best}\n"
@@ -443,7 +450,7 @@ def _silence_tune() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with session.set_env_defaults(_ENVIRONMENT):
+        with set_env_defaults(_ENVIRONMENT):
             yield
     finally:
         logger.setLevel(level)

@@ -5,20 +5,19 @@ The package `mlflow` is imported when the logger is first used.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import posixpath
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from imgcls.cluster.session import set_env_defaults
 from imgcls.data.optional_packages import import_package
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError, one_line
+from imgcls.models.mlflow_registry import use_short_timeouts
 
 if TYPE_CHECKING:
     from imgcls.training.config import TrackConfig
@@ -27,8 +26,6 @@ MAX_PARAMS_PER_CALL = 100
 """MLflow's limit on the parameters of one call."""
 MAX_PARAM_LENGTH = 500
 """Characters of one parameter; longer values are cut."""
-SERVER_TIMEOUT_S = 10
-"""Timeout of one request; MLflow's default of 7 attempts of 120 s would block the driver."""
 _MAX_KEY_LENGTH = 250
 
 
@@ -42,10 +39,17 @@ class MLflowLogger:
     name = "mlflow"
 
     def __init__(
-        self, uri: str, experiment: str, run: str, state: Mapping[str, Any] | None
+        self,
+        uri: str,
+        experiment: str,
+        run: str,
+        state: Mapping[str, Any] | None,
+        *,
+        uses_registry: bool = False,
     ) -> None:
         self.state: dict[str, Any] = dict(state or {})
         self._uri, self._experiment, self._run = uri, experiment, run
+        self._uses_registry = uses_registry
         self._is_resumed = "run_id" in self.state
         self._client: Any = None
         self._last_epoch = -1
@@ -57,13 +61,17 @@ class MLflowLogger:
         """None if no tracking URI is configured."""
         if config.mlflow is None:
             return None
-        return cls(config.mlflow, config.experiment, config.resolve_run_name(output), state)
+        name, uses_registry = config.resolve_run_name(output), config.register_as is not None
+        return cls(config.mlflow, config.experiment, name, state, uses_registry=uses_registry)
 
     def check(self) -> None:
         package = _import_mlflow()
         try:
-            with _short_timeouts():
-                package.MlflowClient(self._uri).search_experiments(max_results=1)
+            with use_short_timeouts():
+                client = package.MlflowClient(self._uri)
+                client.search_experiments(max_results=1)
+                if self._uses_registry:
+                    client.search_registered_models(max_results=1)
         except Exception as error:
             raise RequestError(
                 f"track.mlflow {self._uri}: {one_line(error)}. Pass the URI of a running "
@@ -72,7 +80,7 @@ class MLflowLogger:
 
     def start(self, settings: Mapping[str, Any], first: int) -> str:
         package = _import_mlflow()
-        with _short_timeouts():
+        with use_short_timeouts():
             self._client = package.MlflowClient(self._uri)
             if "run_id" not in self.state:
                 self._create_run()
@@ -94,7 +102,7 @@ class MLflowLogger:
     def finish(self, summary: Mapping[str, float], files: Mapping[str, str]) -> None:
         try:
             self._log_metrics(summary, max(0, self._last_epoch))
-            with tempfile.TemporaryDirectory() as folder, _short_timeouts():
+            with tempfile.TemporaryDirectory() as folder, use_short_timeouts():
                 for name, url in files.items():
                     filesystem.write(filesystem.join(folder, name), filesystem.read(url))
                 self._client.log_artifacts(self.state["run_id"], folder)
@@ -134,11 +142,11 @@ class MLflowLogger:
         metrics = [
             metric(build_mlflow_key(name), value, now, step) for name, value in values.items()
         ]
-        with _short_timeouts():
+        with use_short_timeouts():
             self._client.log_batch(self.state["run_id"], metrics=metrics)
 
     def _terminate(self, status: str) -> None:
-        with _short_timeouts():
+        with use_short_timeouts():
             self._client.set_terminated(self.state["run_id"], status)
 
 
@@ -163,14 +171,3 @@ def _escape_character(found: re.Match[str]) -> str:
 
 def _import_mlflow() -> ModuleType:
     return import_package("mlflow", "MlflowClient", "track.mlflow")
-
-
-@contextlib.contextmanager
-def _short_timeouts() -> Iterator[None]:
-    """Shorten MLflow's retries and timeouts, unless the environment already sets them."""
-    timeouts = {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_TIMEOUT_S),
-    }
-    with set_env_defaults(timeouts):
-        yield

@@ -1,0 +1,123 @@
+"""Lineage of one image: its newest prediction and label, and what made them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imgcls.data.storage import filesystem
+from imgcls.errors import OutputError, RequestError
+from imgcls.evaluation.overview.entry import RunEntry
+from imgcls.evaluation.overview.label_provenance import Facts, describe_label_row, match_image
+from imgcls.evaluation.overview.lineage import LineageBuilder, LineageNode
+from imgcls.evaluation.overview.overview import RunList, compute_entry_order
+from imgcls.formatting import format_count
+from imgcls.metrics.formatting import format_percent
+from imgcls.runs.committed import CommittedRun, iter_tables, open_run
+from imgcls.runs.embeddings import normalize_urls
+
+_LABEL_SCORES = ("confidence", "label_score")
+
+
+def build_image_lineage(runs: RunList, image: str) -> LineageNode:
+    """The newest prediction of an image, and the tree of the run that made it.
+
+    Reads the paths of the committed runs of each folder of runs, the newest first, until one has
+    the image. Of several folders, whose order is their own, the last commit counts.
+    Raises RequestError if no run has it.
+    """
+    url = normalize_urls(pa.chunked_array([[filesystem.absolute(image)]]))[0].as_py()
+    builder = LineageBuilder(runs, url)
+    problems: list[str] = []
+    for kind in ("predictions", "history"):
+        hits = list(_find_hits(runs, kind, url, problems))
+        if hits:
+            entry, facts = max(hits, key=lambda hit: hit[0].date or "")
+            return LineageNode("", f"image {url}", tuple(facts), (builder.build(entry, "run"),))
+    count = sum(each.state == "committed" for each in runs.entries)
+    damaged = f" ({problems[0]})" if problems else ""
+    raise RequestError(
+        f"lineage {image}: is no output in {runs.folder}, and none of "
+        f"{format_count(count, 'committed run')} there has an image of this path{damaged}. Pass "
+        "the path of an output, or the path of an image as in a manifest"
+    )
+
+
+def _find_hits(
+    runs: RunList, kind: str, image: str, problems: list[str]
+) -> Iterator[tuple[RunEntry, Facts]]:
+    """The newest run of each folder that has the image, and the facts of its row."""
+    series: dict[str, list[RunEntry]] = {}
+    for entry in runs.entries:
+        if entry.state == "committed" and entry.kind == kind:
+            series.setdefault(filesystem.parent(entry.url), []).append(entry)
+    for entries in series.values():
+        for entry in sorted(entries, key=compute_entry_order, reverse=True):
+            try:
+                run = open_run(entry.url)
+            except OutputError as error:
+                problems.append(str(error))
+                continue
+            row = _find_row(run, image)
+            if row is not None:
+                yield entry, _describe_row(run, row)
+                break
+
+
+def _find_row(run: CommittedRun, image: str) -> dict[str, Any] | None:
+    """The row of an image; None if the run does not have it."""
+    start = 0
+    for table in iter_tables(run, [run.path_column]):
+        hits = match_image(table[run.path_column], run.root, image)
+        place = pc.index(hits, True).as_py()
+        if place >= 0:
+            return _read_row(run, start + place)
+        start += table.num_rows
+    return None
+
+
+def _read_row(run: CommittedRun, place: int) -> dict[str, Any]:
+    """One row of a run, without its embedding and its scores."""
+    names = [name for name in run.schema.names if name not in ("embedding", "scores")]
+    start = 0
+    for table in iter_tables(run, names):
+        if place < start + table.num_rows:
+            row: dict[str, Any] = table.slice(place - start, 1).to_pylist()[0]
+            return row
+        start += table.num_rows
+    raise OutputError(f"{run.url}: has fewer rows than when it was committed; restore it")
+
+
+def _describe_row(run: CommittedRun, row: dict[str, Any]) -> Facts:
+    """Prediction, label and label provenance of a row."""
+    labels = () if run.label_columns is None else run.label_columns.names
+    names = [run.label_column or "", *labels, "predicted_label", "predicted_labels", "confidence"]
+    names += ["label_score", "accepted", "is_ood", "status", "error"]
+    facts = []
+    for name in dict.fromkeys(names):
+        value = row.get(name)
+        if value is None or (name == "status" and value == "ok"):
+            continue
+        shown = format_percent(value) if name in _LABEL_SCORES else _format_value(value)
+        facts.append((name.replace("_", " "), shown))
+    if run.merged_runs:
+        facts += [(name, str(row[name])) for name in ("run", "bundle_sha256") if row.get(name)]
+    return facts + describe_label_row(row)
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def find_entry(runs: RunList, lineage: str) -> RunEntry | None:
+    """The output that `--lineage` names: by its path, or by 8 or more digits of a bundle's hash."""
+    entry = runs.find(lineage)
+    if entry is None and len(lineage) >= 8:
+        bundles = (each for each in runs.entries if each.kind == "bundle")
+        entry = next((e for e in bundles if (e.bundle_sha256 or "").startswith(lineage)), None)
+    return entry

@@ -1,0 +1,150 @@
+"""Bundles as MLflow models: written for MLflow, and loaded by `mlflow.pyfunc.load_model`.
+
+The model names this module as its loader, so MLflow stores no pickled code. Its folder holds the
+bundle as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import imgcls
+from imgcls.data.storage import filesystem
+from imgcls.errors import RequestError
+from imgcls.models.bundle import Bundle
+from imgcls.models.classifier import Classifier
+from imgcls.models.mlflow_registry import LOADER_MODULE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BUNDLE_FOLDER = "bundle"
+DEFAULT_TOP_K = 5
+_LEFT_OUT = "tensorboard/"
+"""Folder of a trained bundle that is not part of the model."""
+
+
+class PyfuncClassifier:
+    """A classifier as MLflow calls it: a table of images in, a table of predictions out."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """Predict the classes of images.
+
+        Parameters
+        ----------
+        model_input
+            pandas.DataFrame with the column `path` (paths or URLs) or `image` (bytes of a file).
+        params
+            top_k: number of classes per image.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per image: predicted_label, or predicted_labels of a multilabel bundle;
+            confidence, accepted, topk_labels, topk_scores, status and error. An image that cannot
+            be used has its status and null predictions.
+
+        Raises
+        ------
+        RequestError
+            If the table has neither or both of the columns.
+        """
+        import pandas as pd
+
+        given = [name for name in ("image", "path") if name in getattr(model_input, "columns", ())]
+        given = [name for name in given if model_input[name].notna().any()] or given
+        if len(given) != 1:
+            found = ", ".join(map(str, getattr(model_input, "columns", ()))) or "no columns"
+            raise RequestError(
+                f"model input: pass a table with one of the columns image (bytes) and path; found "
+                f"{found}"
+            )
+        top_k = int((params or {}).get("top_k", DEFAULT_TOP_K))
+        images = list(model_input[given[0]])
+        made = self.classifier.predict(images, top_k=top_k, errors="return") if images else []
+        is_multilabel = self.classifier.bundle.spec.task == "multilabel"
+        rows = [
+            {
+                **(
+                    {"predicted_labels": each.labels}
+                    if is_multilabel
+                    else {"predicted_label": each.label}
+                ),
+                "confidence": each.confidence,
+                "accepted": each.accepted,
+                "topk_labels": each.topk_labels,
+                "topk_scores": each.topk_scores,
+                "status": each.status,
+                "error": each.error,
+            }
+            for each in made
+        ]
+        return pd.DataFrame(rows, columns=_list_output_names(is_multilabel=is_multilabel))
+
+
+def _load_pyfunc(path: str) -> PyfuncClassifier:
+    """Load the model of a bundle folder; MLflow calls this by its name."""
+    return PyfuncClassifier(Classifier.load(path))
+
+
+def save_mlflow_model(bundle: Bundle, folder: str) -> None:
+    """Write a bundle as an MLflow model into a new local folder."""
+    from mlflow import pyfunc
+
+    copied = os.path.join(f"{folder}-files", BUNDLE_FOLDER)
+    for name in filesystem.walk(bundle.url):
+        if not name.startswith(("_", _LEFT_OUT)):
+            data = filesystem.read(filesystem.join(bundle.url, name))
+            filesystem.write(os.path.join(copied, name), data)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*input example", UserWarning)
+        pyfunc.save_model(
+            folder,
+            loader_module=LOADER_MODULE,
+            data_path=copied,
+            signature=_build_signature(is_multilabel=bundle.spec.task == "multilabel"),
+            pip_requirements=[f"imgcls=={imgcls.__version__}"],
+            metadata={"bundle_sha256": bundle.sha256, "task": bundle.spec.task},
+        )
+
+
+def _list_output_names(*, is_multilabel: bool) -> list[str]:
+    label = "predicted_labels" if is_multilabel else "predicted_label"
+    return [label, "confidence", "accepted", "topk_labels", "topk_scores", "status", "error"]
+
+
+def _build_signature(*, is_multilabel: bool) -> Any:
+    """Input: one of two columns. Output: as `PyfuncClassifier.predict` returns it."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array
+
+    texts, numbers = Array(DataType.string), Array(DataType.double)
+    kinds: dict[str, Any] = {
+        "predicted_labels": texts,
+        "predicted_label": DataType.string,
+        "confidence": DataType.double,
+        "accepted": DataType.boolean,
+        "topk_labels": texts,
+        "topk_scores": numbers,
+        "status": DataType.string,
+        "error": DataType.string,
+    }
+    optional = {"predicted_labels", "predicted_label", "confidence", "error"}
+    names = _list_output_names(is_multilabel=is_multilabel)
+    return ModelSignature(
+        inputs=Schema(
+            [
+                ColSpec(DataType.string, "path", required=False),
+                ColSpec(DataType.binary, "image", required=False),
+            ]
+        ),
+        outputs=Schema([ColSpec(kinds[n], n, required=n not in optional) for n in names]),
+        params=ParamSchema([ParamSpec("top_k", DataType.long, DEFAULT_TOP_K)]),
+    )
