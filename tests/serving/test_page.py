@@ -210,3 +210,20 @@ def test_input_fields_are_visible(locked: Running, scheme: str) -> None:
             for background in backgrounds:
                 darker, lighter = sorted((edge, background))
                 assert (lighter + 0.05) / (darker + 0.05) >= 3, name
+
+
+def test_an_image_is_explained_by_a_button(server: Running, tmp_path: Path) -> None:
+    draw("red", (320, 240)).save(tmp_path / "red.jpg")
+    with opened(server.url, width=390, scheme="dark") as page:
+        drop(page.page, [tmp_path / "red.jpg"])
+        picture = page.page.locator("#results img")
+        page.page.get_by_role("button", name="Explain").click()
+        page.page.get_by_role("button", name="Show image").wait_for()
+        assert picture.get_attribute("src").startswith("data:image/jpeg;base64,")
+        assert picture.get_attribute("alt").startswith("parts speak for ")
+        page.page.wait_for_function("document.querySelector('#results img').naturalWidth > 0")
+        page.screenshot("serve-explained")
+        page.page.get_by_role("button", name="Show image").click()
+        assert picture.get_attribute("src").startswith("blob:")
+        assert "accepted" in picture.get_attribute("alt")
+        assert page.errors == []
