@@ -78,7 +78,7 @@ class Explanation:
             ],
             axis=-1,
         )
-        # visible from a fifth of the maximum on, so that the object itself can be seen
+        # most opaque from 0.6 on, so that the object can be seen and the rest stays as it is
         opacity = _OPACITY * np.clip(values / 0.6, 0, 1)[..., None]
         blended = np.asarray(self.image) * (1 - opacity) + colors * opacity
         return Image.fromarray(blended.round().astype(np.uint8))

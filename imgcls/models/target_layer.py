@@ -147,7 +147,10 @@ class _Trace:
             type(self._network.get_submodule(".".join(parents[: count + 1]))).__name__.lower()
             for count in range(len(parents))
         )
-        return any("attention" in each or "attn" in each for each in classes)
+        # a ResidualAttentionBlock is a whole block
+        return any(
+            ("attention" in each or "attn" in each) and "block" not in each for each in classes
+        )
 
     def _keep_features(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.features.append(inputs[0])

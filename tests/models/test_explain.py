@@ -157,10 +157,10 @@ def test_a_class_of_a_multilabel_bundle_has_a_map(multilabel_bundle: Path) -> No
 
 def test_what_cannot_be_explained_is_refused(color_bundle: Path, tmp_path: Path) -> None:
     classifier = Classifier.load(str(color_bundle), device="cpu")
-    with pytest.raises(RequestError, match="class_name: 'rod' is not one of the 3.*'red'"):
+    with pytest.raises(RequestError, match=r"class_name: 'rod' is not one of the 3.*'red'"):
         classifier.explain(draw("red"), "rod")
     (tmp_path / "text.jpg").write_text("no image")
-    with pytest.raises(NotAnImage, match="text.jpg"):
+    with pytest.raises(NotAnImage, match=r"text\.jpg"):
         classifier.explain([tmp_path / "text.jpg"])
     architecture = zoo.resolve_architecture("small_cnn", {"width": 4})
     spec = BundleSpec(

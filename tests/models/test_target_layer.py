@@ -16,7 +16,6 @@ SMALL = [
     ("squeezenet1_0", {"head_relu": False}, 64, "channels_first", 3),
     ("mobilenet_v3_small", {}, 64, "channels_first", 2),
     ("timm:tf_efficientnet_lite0", {}, 64, "channels_first", 2),
-    ("vit_b_16", {"image_size": 32}, 32, "tokens", 2),
     (
         "timm:vit_tiny_patch16_224",
         {"img_size": 64, "depth": 2, "reg_tokens": 4},
@@ -57,12 +56,13 @@ def test_the_target_is_the_last_map_before_pooling(
         ("shufflenet_v2_x0_5", {}, 64, "conv5"),
         ("mnasnet0_5", {}, 64, "layers"),
         ("regnet_y_400mf", {}, 64, "trunk_output"),
+        ("vit_b_16", {"image_size": 64}, 64, "encoder.layers.encoder_layer_11.ln_1"),
         ("swin_t", {}, 64, "permute"),
         ("swin_v2_t", {}, 64, "permute"),
         ("maxvit_t", {}, 224, "blocks.3"),
         ("timm:convnext_atto", {}, 64, "norm_pre"),
         ("timm:deit_tiny_distilled_patch16_224", {"img_size": 64}, 64, "blocks.11.norm1"),
-        ("timm:vit_tiny_patch16_224", {"img_size": 64, "global_pool": "avg"}, 64, "norm"),
+        ("timm:vit_tiny_patch16_224", {"img_size": 64, "global_pool": "avg"}, 64, "blocks"),
         ("timm:resnet18", {}, 64, "layer4"),
         ("timm:mobilenetv3_small_050", {}, 64, "blocks"),
         ("timm:seresnet18", {}, 64, "layer4"),
@@ -103,7 +103,7 @@ def test_a_network_without_a_map_is_refused() -> None:
             logits: torch.Tensor = self.head(self.hidden(images.flatten(1)))
             return logits
 
-    with pytest.raises(BundleError, match="Flat: has no feature map.*use another architecture"):
+    with pytest.raises(BundleError, match=r"Flat: has no feature map.*use another architecture"):
         find_target_layer(Flat().eval(), 16)
 
 
