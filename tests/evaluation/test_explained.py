@@ -88,7 +88,9 @@ def test_false_positives_and_negatives_of_a_multilabel_run_have_the_map_of_their
     assert found.render(in_notebook=False).count("<summary>Why</summary>") >= 5
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(1280, "light"), pytest.param(390, "dark", marks=pytest.mark.slow)]
+)
 def test_the_maps_open_without_scripts(
     explained: Path, tmp_path: Path, width: int, scheme: str, browser: Any
 ) -> None:

@@ -89,13 +89,12 @@ def test_without_a_class_the_one_with_the_highest_logit_is_explained(color_bundl
 
 @pytest.mark.shared
 @pytest.mark.parametrize(
-    ("name", "weights"),
+    ("name", "weights", "side"),
     [
-        ("squeezenet1_0", "squeezenet1_0-imagenet.pth"),
-        ("timm:tf_efficientnet_lite0", "tf_efficientnet_lite0-imagenet.pth"),
+        ("squeezenet1_0", "squeezenet1_0-imagenet.pth", "left"),
+        ("timm:tf_efficientnet_lite0", "tf_efficientnet_lite0-imagenet.pth", "right"),
     ],
 )
-@pytest.mark.parametrize("side", ["left", "right"])
 def test_the_map_is_on_the_half_of_the_canvas_with_the_photograph(
     name: str, weights: str, side: str, shared: Path, tmp_path: Path
 ) -> None:
