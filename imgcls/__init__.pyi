@@ -101,6 +101,8 @@ def evaluate(
     small_slice: int = ...,
     gallery: int = ...,
     thumbnails: bool = ...,
+    explain: int = ...,
+    explain_model: str | None | PathLike[str] = ...,
     predictions: str | None | PathLike[str] = ...,
     manifest: ManifestConfig | None | Mapping[str, object] | str | PathLike[str] = ...,
     model: str | None | PathLike[str] = ...,
@@ -189,6 +191,7 @@ def label(
     reference: str | None | PathLike[str] = ...,
     max_psi: float | None = ...,
     max_ood_share: float | None = ...,
+    explain: int = ...,
 ) -> PredictResult: ...
 
 @overload

@@ -105,6 +105,7 @@ class Client:
         threshold: float | None = None,
         embeddings: bool = False,
         scores: bool = False,
+        explain: bool = False,
     ) -> list[dict[str, Any]]:
         """Classify image files.
 
@@ -121,6 +122,9 @@ class Client:
             Also return the embedding of each image.
         scores : bool
             Also return the score of each class, as a dict with the class names as keys.
+        explain : bool
+            Also return which parts of each image speak for its best class: a dict ``explanation``
+            with the ``label`` and a data URI ``image``, a JPEG. For few images per request.
 
         Returns
         -------
@@ -146,6 +150,7 @@ class Client:
             "threshold": threshold,
             "embeddings": embeddings or None,
             "scores": scores or None,
+            "explain": explain or None,
         }
         params = {name: value for name, value in options.items() if value is not None}
         rows: list[dict[str, Any]] = self._request(

@@ -6,7 +6,7 @@ Never runs a model. Metrics whose columns are missing are left out, with a note 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -15,6 +15,7 @@ from imgcls.evaluation import row_lookup
 from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate, aggregate_run
 from imgcls.evaluation.config import EvaluationOptions
 from imgcls.evaluation.embedding_map import compute_map
+from imgcls.evaluation.explained import explain_mistakes, open_explainer
 from imgcls.evaluation.label_join import JoinedLabels, resolve_labels, select_run_columns
 from imgcls.evaluation.multilabel import MultiLabelEvaluation, compute_multilabel
 from imgcls.evaluation.result import RunEvaluation, build_slice_row, build_slice_table
@@ -119,9 +120,13 @@ def compute_evaluation(
     """
     run = open_run(url)
     run.check_predictions()
-    if run.task == "multilabel":
-        return compute_multilabel(run, config, need_labels=need_labels)
-    return _compute_single_label(run, config, need_labels=need_labels)
+    explainer = open_explainer(run, config)
+    compute = compute_multilabel if run.task == "multilabel" else _compute_single_label
+    evaluation: Evaluation | MultiLabelEvaluation = compute(run, config, need_labels=need_labels)
+    if explainer is None:
+        return evaluation
+    mistakes = evaluation.mistakes.slice(0, config.explain)
+    return replace(evaluation, overlays=explain_mistakes(explainer, run, mistakes))
 
 
 def _compute_single_label(

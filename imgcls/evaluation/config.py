@@ -74,6 +74,11 @@ class EvaluationOptions(LabelJoinConfig):
     """Images of each kind in the report."""
     thumbnails: bool = True
     """Read the images and show thumbnails in the report."""
+    explain: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Number of mistakes in the report with the parts of the image that speak for their classes
+    (Grad-CAM), which takes a forward and a backward pass of the model for each."""
+    explain_model: str | None = None
+    """With explain: bundle that made the run. Default: the folder that was passed to predict."""
 
 
 class EvaluateConfig(EvaluationOptions):

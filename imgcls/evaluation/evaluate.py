@@ -16,6 +16,7 @@ from imgcls.errors import ConfigError, ManifestError
 from imgcls.evaluation import report
 from imgcls.evaluation.compute import Evaluation, compute_evaluation
 from imgcls.evaluation.config import EvaluateConfig
+from imgcls.evaluation.explained import check_explainable
 from imgcls.evaluation.label_join import select_run_columns
 from imgcls.evaluation.multilabel import MultiLabelEvaluation
 from imgcls.evaluation.result import SUMMARY_FILE, RunEvaluation, write_evaluation
@@ -125,6 +126,8 @@ def _resolve_run(config: EvaluateConfig) -> tuple[str, bool]:
     assert config.model is not None
     assert config.output is not None
     _check_manifest(config, open_manifest(config.manifest))
+    if config.explain:
+        check_explainable(config.model)
     result = predict(
         PredictConfig(
             manifest=config.manifest,

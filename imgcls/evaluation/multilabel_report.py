@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from imgcls.errors import StorageError
 from imgcls.evaluation import charts, confusion_plot, cooccurrence_plot
+from imgcls.evaluation.explained import list_overlays
 from imgcls.evaluation.multilabel import MultiLabelEvaluation
 from imgcls.evaluation.report_parts import (
     MAX_NOTEBOOK_IMAGES,
@@ -137,6 +138,7 @@ def _build_galleries(
     return {
         name: [
             _build_item(row, thumbnail)
+            | {"overlays": list_overlays(evaluation.overlays, row) if name == "mistakes" else []}
             for row, thumbnail in zip(table.to_pylist(), thumbnails[name], strict=True)
         ]
         for name, table in lists.items()

@@ -20,6 +20,7 @@ from imgcls.errors import RequestError, StorageError
 from imgcls.evaluation import charts, confusion_plot
 from imgcls.evaluation.compute import Evaluation, compute_evaluation
 from imgcls.evaluation.config import ReportConfig
+from imgcls.evaluation.explained import list_overlays
 from imgcls.evaluation.report_parts import (
     MAX_NOTEBOOK_IMAGES,
     TEMPLATES,
@@ -209,6 +210,7 @@ def _build_galleries(evaluation: Evaluation, lists: Mapping[str, pa.Table]) -> d
                 "label": row["label"],
                 "label_score": format_optional_percent(row["label_score"]),
                 "path": row["path"],
+                "overlays": list_overlays(evaluation.overlays, row) if name == "mistakes" else [],
             }
             for row, thumbnail in zip(table.to_pylist(), thumbnails[name], strict=True)
         ]

@@ -14,6 +14,7 @@ from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import StorageConfig, current_settings, use_settings
 from imgcls.evaluation.config import EvaluationOptions
 from imgcls.evaluation.embedding_map import EmbeddingMap
+from imgcls.evaluation.explained import Overlays
 from imgcls.metrics import tables
 from imgcls.metrics.formatting import list_headlines
 from imgcls.metrics.tables import Metric
@@ -49,6 +50,8 @@ class RunEvaluation(ABC):
         Sample of the embeddings; None for a run without any.
     storage : StorageConfig
         Storage settings that the evaluation was made with; images are read with them.
+    overlays : mapping
+        Class activation maps over mistakes, by row and class; empty unless requested.
     """
 
     run: CommittedRun
@@ -63,6 +66,7 @@ class RunEvaluation(ABC):
     label_issues: pa.Table
     embedding_map: EmbeddingMap | None
     storage: StorageConfig = field(default_factory=current_settings, repr=False)
+    overlays: Overlays = field(default_factory=dict, repr=False)
 
     @property
     @abstractmethod

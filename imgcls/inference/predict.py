@@ -37,6 +37,7 @@ from imgcls.inference import autotune, commit, rollup
 from imgcls.inference.autotune import TunedSettings
 from imgcls.inference.benchmark import BENCHMARK_IMAGES, BenchmarkInput
 from imgcls.inference.config import PredictConfig as PredictConfig
+from imgcls.inference.explanations import explain_runs
 from imgcls.inference.known_images import TRANSIENT_STATUSES
 from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load_planned_manifest
 from imgcls.inference.nights import OutputSeries, compute_next_sequence, format_date
@@ -106,12 +107,8 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
     ... )
     >>> result.to_pandas()[["path", "predicted_label", "confidence"]]  # doctest: +SKIP
     """
-    config = requested(
-        PredictConfig,
-        config,
-        settings,
-        'label(manifest="photos.csv", model="bundle", output="out")',
-    )
+    example = 'label(manifest="photos.csv", model="bundle", output="out")'
+    config = requested(PredictConfig, config, settings, example)
     if config.date is None:  # only once: midnight may pass meanwhile
         config = config.model_copy(update={"date": datetime.datetime.now(datetime.UTC).date()})
     output = filesystem.absolute(resolve_output(config.output, config.date))
@@ -127,6 +124,7 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
         else:
             result = _label_new(config, manifest, bundle, label, outputs)
         publish_runs(config, outputs)
+        explain_runs(bundle, outputs, config.explain, interruption)
         return result
 
 

@@ -81,6 +81,10 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
             f"max_ood_share: bundle {bundle.url} has no out-of-distribution detector; make "
             "one with `imgcls calibrate --max-ood-rate 0.05`"
         )
+    if config.explain:
+        from imgcls.models.explain import Explainer
+
+        Explainer(bundle)  # raises BundleError for a network that cannot be explained
     if config.has_predictions and bundle.spec.task == "single_label":
         manifest = _check_one_label(config, manifest, bundle)
     check_columns(manifest)

@@ -6,6 +6,7 @@ Knows neither manifests nor Ray. Inference, evaluation and serving all use it, s
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,13 +21,7 @@ from imgcls.data.cuda import CudaTimer, resolve_device
 from imgcls.data.decoding.decode import Pixels, stack_images
 from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.storage.storage_settings import StorageConfig, use_settings
-from imgcls.errors import (
-    ImageError,
-    ImgclsError,
-    NotFinite,
-    RequestError,
-    StorageError,
-)
+from imgcls.errors import ImgclsError, NotFinite, RequestError
 from imgcls.models import sources
 from imgcls.models.bundle import (
     Bundle,
@@ -38,11 +33,18 @@ from imgcls.models.bundle import (
     resolve_int8_engine,
 )
 from imgcls.models.engines import build_engine
-from imgcls.models.label_sets import find_label_sets
+from imgcls.models.explain import Explainer
+from imgcls.models.explanation import Explanations, explain_images, find_class
+from imgcls.models.label_sets import build_set_column, find_label_sets
 from imgcls.models.multilabel import build_label_lists
 from imgcls.models.ood import OodScores
 from imgcls.models.precision import choose_precision
-from imgcls.models.prediction import FailedPrediction, Prediction, Predictions
+from imgcls.models.prediction import (
+    FailedPrediction,
+    Prediction,
+    Predictions,
+    build_failed_prediction,
+)
 from imgcls.models.scores import PendingScores, Scores
 from imgcls.models.sources import ImageSource
 from imgcls.models.task import ScoreScaling, rank_on_device
@@ -270,7 +272,7 @@ class Classifier:
             ImageError, if the network outputs NaN or infinity for it.
         """
         check_has_classes(self.bundle)
-        _check_positive(top_k=top_k, batch_size=batch_size)
+        sources.check_positive(top_k=top_k, batch_size=batch_size)
         if errors not in ("raise", "return"):
             raise RequestError(f"errors: {errors!r} is neither 'raise' nor 'return'")
         with use_settings(storage):
@@ -284,8 +286,6 @@ class Classifier:
         storage: StorageConfig | Mapping[str, Any] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Compute the embeddings of images: the input of the network's final layer.
-
-        Only the images of one batch are in memory at a time.
 
         Parameters
         ----------
@@ -317,7 +317,7 @@ class Classifier:
         >>> classifier.embed(["cat.jpg", "dog.jpg"]).shape  # doctest: +SKIP
         (2, 512)
         """
-        _check_positive(batch_size=batch_size)
+        sources.check_positive(batch_size=batch_size)
         parts = [np.empty((0, self.embedding_width), np.float32)]
         position = 0
         with use_settings(storage):
@@ -327,17 +327,70 @@ class Classifier:
                     try:
                         pixels.append(sources.load_pixels(source, self.preprocess))
                     except ImgclsError as error:
-                        raise _add_source_name(error, source, place) from error
+                        raise sources.add_source_name(error, source, place) from error
                 found = self.classify(stack_images(pixels), embeddings=True)
                 assert found.embedding is not None
                 is_finite = found.is_finite & np.isfinite(found.embedding).all(1)
                 if not is_finite.all():
                     at = int(is_finite.argmin())
                     failure = self.build_not_finite_error()
-                    raise _add_source_name(failure, batch[at], position + at)
+                    raise sources.add_source_name(failure, batch[at], position + at)
                 parts.append(found.embedding)
                 position += len(batch)
         return np.concatenate(parts)
+
+    def explain(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        class_name: str | None = None,
+        *,
+        storage: StorageConfig | Mapping[str, Any] | None = None,
+    ) -> Explanations:
+        """Compute which parts of images speak for a class (Grad-CAM), one image at a time.
+
+        The first call loads the network a second time, in float32 and plain PyTorch.
+
+        Parameters
+        ----------
+        images
+            One image or an iterable of images, as for `predict`.
+        class_name
+            Class to explain. Default: of each image the class with the highest score.
+        storage
+            Storage settings for URLs of images, as for `predict`.
+
+        Returns
+        -------
+        Explanations
+            One `Explanation` per image, in order.
+
+        Raises
+        ------
+        BundleError
+            If the network has no feature map over the image, or the bundle has no classes.
+        RequestError
+            If the class is not one of the bundle, or for an argument of another type.
+        StorageError, ImageError
+            For the first image that cannot be read, decoded or classified, named in the message.
+
+        Examples
+        --------
+        >>> classifier = Classifier.load("demo/bundle")  # doctest: +SKIP
+        >>> classifier.explain("cat.jpg")[0].overlay().save("why.png")  # doctest: +SKIP
+        """
+        chosen = None if class_name is None else find_class(self.classes, class_name)
+        with use_settings(storage):
+            return explain_images(self._explainer, images, chosen, self._find_best_class)
+
+    @functools.cached_property
+    def _explainer(self) -> Explainer:
+        return Explainer(self.bundle, self.device)
+
+    def _find_best_class(self, pixels: Pixels) -> int:
+        found = self.classify(pixels[None])
+        if not found.is_finite[0]:
+            raise self.build_not_finite_error()
+        return int(found.scores[0].argmax())
 
     def _predict_batches(
         self,
@@ -355,12 +408,12 @@ class Classifier:
                     pixels.append(sources.load_pixels(source, self.preprocess))
                     failures.append(None)
                 except ImgclsError as error:
-                    failures.append(_build_failed_prediction(error, source, position, errors))
+                    failures.append(build_failed_prediction(error, source, position, errors))
             predicted = iter(self._predict_pixels(pixels, top_k))
             for source, failure in zip(batch, failures, strict=True):
                 result = next(predicted) if failure is None else failure
                 if isinstance(result, NotFinite):
-                    result = _build_failed_prediction(result, source, len(results), errors)
+                    result = build_failed_prediction(result, source, len(results), errors)
                 results.append(replace(result, source=source))
         return results
 
@@ -392,7 +445,7 @@ class Classifier:
         threshold: overrides the thresholds of the bundle
         Raises RequestError for a top_k below 1.
         """
-        _check_positive(top_k=top_k)
+        sources.check_positive(top_k=top_k)
         thresholds = self._thresholds
         if threshold is not None:
             thresholds = np.full(len(self.classes), threshold, np.float32)
@@ -443,31 +496,5 @@ class Classifier:
         if self.label_sets is None:
             return [None] * len(scores)
         order, is_included = find_label_sets(scores, self.label_sets)
-        return [
-            [self.classes[i] for i in row[included]]
-            for row, included in zip(order, is_included, strict=True)
-        ]
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise RequestError(f"{name}: {value!r} is not an integer of at least 1")
-
-
-def _build_failed_prediction(
-    error: ImgclsError, source: ImageSource, position: int, errors: Literal["raise", "return"]
-) -> FailedPrediction:
-    """The result for an image that cannot be used; raises the error with the image's name instead
-    if `errors` is "raise", or for an argument of another type or value.
-    """
-    named = _add_source_name(error, source, position)
-    if errors == "raise" or not isinstance(error, (StorageError, ImageError)):
-        raise named from error
-    return FailedPrediction(error.status, str(named), source)
-
-
-def _add_source_name(error: ImgclsError, source: ImageSource, position: int) -> ImgclsError:
-    """The same error with the name of the image in its message."""
-    name = sources.describe_source(source, position)
-    return type(error)(str(error) if name in str(error) else f"{name}: {error}")
+        lists: list[list[str]] = build_set_column(order, is_included, self.classes).to_pylist()
+        return lists

@@ -8,13 +8,9 @@ import io
 import os
 from collections.abc import Sequence
 
-import numpy as np
 from PIL import Image
 
-from imgcls.data import image_files
-from imgcls.data.decoding import open_image
-from imgcls.data.decoding.pixels import convert_to_rgb
-from imgcls.models.sources import ImageSource
+from imgcls.models.sources import ImageSource, load_preview
 
 REPR_SIDE = 128
 
@@ -43,15 +39,16 @@ def render_prediction(
     names = ", ".join(f"<b>{html.escape(label)}</b>" for label in shown)
     verdict = "accepted" if accepted else "abstained"
     heading = f"{names} {verdict}" if names else "<b>no label</b>"
-    return _render_frame(f"{image}<div>{heading}</div>{bars}", source)
+    return render_frame(f"{image}<div>{heading}</div>{bars}", source)
 
 
 def render_failed_prediction(source: ImageSource | None, error: str) -> str:
     """HTML of one image without a prediction, with its error."""
-    return _render_frame(f"<div><b>no prediction</b></div><div>{html.escape(error)}</div>", source)
+    return render_frame(f"<div><b>no prediction</b></div><div>{html.escape(error)}</div>", source)
 
 
-def _render_frame(inner: str, source: ImageSource | None) -> str:
+def render_frame(inner: str, source: ImageSource | None) -> str:
+    """A frame around the HTML of one image, with the image's name if it has one."""
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
     return (
         '<div style="display:inline-block;vertical-align:top;width:190px;margin:4px;padding:8px;'
@@ -65,19 +62,14 @@ def _encode_thumbnail(source: ImageSource | None) -> str | None:
     if source is None:
         return None
     try:
-        if isinstance(source, np.ndarray):
-            source = Image.fromarray(source)
-        if isinstance(source, Image.Image):
-            small = convert_to_rgb(source).copy()
-            small.thumbnail((REPR_SIDE, REPR_SIDE))
-        elif isinstance(source, (str, os.PathLike)):
-            small = open_image.decode_preview(
-                image_files.read_image(os.fspath(source)), REPR_SIDE
-            ).image
-        else:
-            small = open_image.decode_preview(bytes(source), REPR_SIDE).image
+        small, _ = load_preview(source, REPR_SIDE)
     except Exception:  # noqa: BLE001  show the prediction without a thumbnail
         return None
+    return encode_data_uri(small)
+
+
+def encode_data_uri(image: Image.Image, quality: int = 80) -> str:
+    """An image as a data URI of a JPEG."""
     sink = io.BytesIO()
-    small.save(sink, "JPEG", quality=80)
+    image.save(sink, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+from imgcls.errors import ImageError, ImgclsError, StorageError
 from imgcls.models.notebook_repr import render_failed_prediction, render_prediction
-from imgcls.models.sources import ImageSource
+from imgcls.models.sources import ImageSource, add_source_name
 
 
 @dataclass(frozen=True)
@@ -98,3 +99,15 @@ class Predictions(list[AnyPrediction]):
 
 MAX_SHOWN = 24
 """Number of predictions in the HTML view."""
+
+
+def build_failed_prediction(
+    error: ImgclsError, source: ImageSource, position: int, errors: Literal["raise", "return"]
+) -> FailedPrediction:
+    """The result for an image that cannot be used; raises the error with the image's name instead
+    if `errors` is "raise", or for an argument of another type or value.
+    """
+    named = add_source_name(error, source, position)
+    if errors == "raise" or not isinstance(error, (StorageError, ImageError)):
+        raise named from error
+    return FailedPrediction(error.status, str(named), source)

@@ -12,10 +12,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from imgcls.data import image_files
-from imgcls.data.decoding import decode
+from imgcls.data.decoding import decode, open_image
 from imgcls.data.decoding.decode import Pixels
+from imgcls.data.decoding.pixels import convert_to_rgb
 from imgcls.data.decoding.preprocess import Preprocess
-from imgcls.errors import RequestError
+from imgcls.errors import ImgclsError, RequestError
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 IMAGE_SOURCE_TYPES = (
@@ -55,6 +56,13 @@ def iterate_batches(
         yield [each.as_py() if hasattr(each, "as_py") else each for each in batch]
 
 
+def check_positive(**numbers: int) -> None:
+    """Raise RequestError for an argument that is not an integer of at least 1."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise RequestError(f"{name}: {value!r} is not an integer of at least 1")
+
+
 def load_pixels(source: Any, preprocess: Preprocess) -> Pixels:
     """Load and preprocess one image: (3, crop, crop) uint8.
 
@@ -71,11 +79,40 @@ def load_pixels(source: Any, preprocess: Preprocess) -> Pixels:
     raise RequestError(f"is a {type(source).__name__}; pass {IMAGE_SOURCE_TYPES}")
 
 
+def load_preview(
+    source: ImageSource, side: int, *, max_pixels: int = open_image.MAX_PIXELS
+) -> tuple[Image.Image, tuple[int, int]]:
+    """RGB thumbnail of an image, upright, at most `side` pixels wide and high.
+
+    Also returns the (width, height) of the upright image. Raises as `load_pixels` does.
+    """
+    if isinstance(source, np.ndarray):
+        source = _convert_array(source)
+    if isinstance(source, Image.Image):
+        source.load()  # first, since reading EXIF would swallow an error in the pixels
+        upright = open_image.apply_orientation(
+            convert_to_rgb(source), open_image.read_orientation(source)
+        )
+        small = upright.copy()
+        small.thumbnail((side, side))
+        return small, upright.size
+    if isinstance(source, (str, os.PathLike)):
+        source = image_files.read_image(os.fspath(source))
+    found = open_image.decode_preview(bytes(source), side, max_pixels=max_pixels)
+    return found.image, found.display_size
+
+
 def describe_source(source: Any, position: int) -> str:
     """Name of an image in an error: its path, else its position in the input."""
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     return f"image {position} ({type(source).__name__})"
+
+
+def add_source_name(error: ImgclsError, source: ImageSource, position: int) -> ImgclsError:
+    """The same error with the name of the image in its message."""
+    name = describe_source(source, position)
+    return type(error)(str(error) if name in str(error) else f"{name}: {error}")
 
 
 def _convert_array(array: npt.NDArray[Any]) -> Image.Image:

@@ -143,6 +143,12 @@ _RANDOM_FILLS = (
 
 def load_network(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The bundle's network in eval mode, its batch norms folded, channels last."""
+    network = fold_batch_norms(load_plain_network(bundle))
+    return network.to(device, dtype).to(memory_format=torch.channels_last)
+
+
+def load_plain_network(bundle: Bundle) -> nn.Module:
+    """The bundle's network in eval mode, in float32 on the CPU, as its library builds it."""
     with SkipRandomWeights():
         network = zoo.build_network(bundle.spec.architecture, bundle.spec.num_outputs)
     try:
@@ -151,7 +157,7 @@ def load_network(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn
         raise BundleError(
             f"bundle {bundle.url}: the weights do not fit: {one_line(error)}"
         ) from error
-    return fold_batch_norms(network.eval()).to(device, dtype).to(memory_format=torch.channels_last)
+    return network.eval()
 
 
 def _quantize_from_bundle(network: nn.Module, bundle: Bundle, last: nn.Module) -> nn.Module:

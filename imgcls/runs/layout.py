@@ -10,6 +10,7 @@ out/predictions/part-00000.parquet
 out/metrics/*.parquet
 out/_since/*.parquet             with --since: images that were deleted, broken or failed before
 out/_SUCCESS                     written last
+out/explanations/                with --explain: pictures of some rows, and their table; after that
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ PREDICTIONS_FOLDER = "predictions"
 METRICS_FOLDER = "metrics"
 PROGRESS_FILE = "_progress.json"
 SINCE_FOLDER = "_since"
+EXPLANATIONS_FOLDER = "explanations"
 SUCCESS_FILE = "_SUCCESS"
 CHECKPOINT_FOLDER = "_train"
 """Folder of an unfinished training in the folder of its bundle."""
@@ -91,6 +93,7 @@ def remove_run(output: str) -> None:
         SUCCESS_FILE,
         PREDICTIONS_FOLDER,
         METRICS_FOLDER,
+        EXPLANATIONS_FOLDER,
         STAGING_FOLDER,
         PROGRESS_FILE,
         SINCE_FOLDER,

@@ -29,6 +29,7 @@ from imgcls.serving.api_schemas import (
 from imgcls.serving.app_middleware import AppMiddleware
 from imgcls.serving.auth import AccessControl
 from imgcls.serving.config import ServeConfig
+from imgcls.serving.explanations import EXPLANATION_COST
 from imgcls.serving.labeling.labeling import Labeling
 from imgcls.serving.labeling.routes import add_labeling_routes
 from imgcls.serving.problems import (
@@ -61,12 +62,17 @@ _PREDICT_ERRORS = AUTH_ERRORS | describe_problems(
         415: "Not an image, an unsupported image format, or an unsupported content type.",
         422: "The only image of the request is truncated, empty or damaged.",
         429: "Rate limit of the API key exceeded; see Retry-After.",
+        501: "With explain=true: the network of the model cannot be explained.",
         503: "The queue is full, or the GPU failed or has no memory left; see Retry-After.",
     }
 )
 _THRESHOLD_TEXT = (
     "Minimum confidence of an accepted prediction, or with task multilabel minimum score of each "
     "predicted label. Replaces the thresholds of all classes. Default: those of the model."
+)
+_EXPLAIN_TEXT = (
+    "Also return which parts of each image speak for the class with the highest score. For few "
+    f"images per request; each counts as {1 + EXPLANATION_COST} images of the rate limit."
 )
 _BINARY_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
 _PREDICT_BODY = {
@@ -154,19 +160,24 @@ def _add_predict_route(
         ] = None,
         embeddings: Annotated[bool, Query(description="Also return the embeddings.")] = False,
         scores: Annotated[bool, Query(description="Also return the score of each class.")] = False,
+        explain: Annotated[bool, Query(description=_EXPLAIN_TEXT)] = False,
     ) -> Response:
         key = access.authorize(secret, "predict", request)
         service.check_capacity()
-        await access.charge(key, 1)
+        cost = 1 + EXPLANATION_COST if explain else 1
+        await access.charge(key, cost)
         options = PredictOptions(
             top_k or service.config.top_k,
             service.config.threshold if threshold is None else threshold,
             embeddings,
             scores,
+            explain,
         )
         async with receive_uploads(request, service.config.limits, budget) as uploads:
+            if explain:
+                service.check_explanations(len(uploads))
             if len(uploads) > 1:
-                await access.charge(key, len(uploads) - 1)
+                await access.charge(key, cost * (len(uploads) - 1))
             model, rows = await service.predict(uploads, options)
         if len(rows) == 1 and rows[0]["status"] != OK:
             raise build_image_problem(rows[0]["status"], rows[0]["error"])

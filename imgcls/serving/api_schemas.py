@@ -25,6 +25,16 @@ Secret = Annotated[str | None, Depends(_get_secret)]
 """The API key that a request carries, in either header."""
 
 
+class ExplanationImage(BaseModel):
+    """Which parts of an image speak for a class (Grad-CAM)."""
+
+    label: str = Field(description="The explained class: the one with the highest score.")
+    image: str = Field(
+        description="JPEG as a data URI (base64): the image with the map over it, at most 512 "
+        "pixels wide and high."
+    )
+
+
 class PredictionRow(BaseModel):
     """Prediction of one image, in the columns of the batch job."""
 
@@ -65,6 +75,9 @@ class PredictionRow(BaseModel):
     status: str
     error: str | None
     embedding: list[float] | None = None
+    explanation: ExplanationImage | None = Field(
+        default=None, description="On request, explain=true, of an image with a prediction."
+    )
 
 
 class PredictResponse(BaseModel):

@@ -82,6 +82,8 @@ class LimitsConfig(Section):
     """Maximum size of a request with several images, in bytes."""
     images: PositiveInt = 64
     """Maximum number of images in one request."""
+    explained_images: PositiveInt = 4
+    """Maximum number of images in one request with explain=true."""
     pixels: PositiveInt = 100_000_000
     """Maximum number of pixels of one image, checked in its header before decoding."""
     upload_timeout_s: PositiveFloat = 60.0

@@ -30,6 +30,7 @@ from imgcls.models.ood import OodScores
 from imgcls.models.prediction import Prediction
 from imgcls.serving.batching import DynamicBatcher
 from imgcls.serving.config import ServeConfig
+from imgcls.serving.explanations import ExplanationQueue, LazyExplainer
 from imgcls.serving.metrics import ReplicaMetrics
 from imgcls.serving.problems import (
     Problem,
@@ -53,6 +54,7 @@ class PredictOptions:
     threshold: float | None = None
     embeddings: bool = False
     scores: bool = False
+    explain: bool = False
 
 
 class ServedModel:
@@ -61,6 +63,7 @@ class ServedModel:
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
         self.sha256 = classifier.bundle.sha256
+        self.explainer = LazyExplainer(classifier)
 
     @classmethod
     def load(cls, config: ServeConfig, device: DeviceType) -> ServedModel:
@@ -171,6 +174,7 @@ class Service:
         self.metrics = metrics
         self.is_draining = False
         self._decode_pool = ThreadPoolExecutor(decoders, "decode")
+        self._explanations = ExplanationQueue()
         self._has_failed_device = False
         self._batcher: DynamicBatcher[ForwardItem, ForwardResult] = DynamicBatcher(
             self._classify_batch, config.batch_size
@@ -190,6 +194,17 @@ class Service:
             raise build_device_failure_problem()
         if self._num_waiting + count > self.config.limits.waiting_images:
             raise build_busy_problem(self._num_waiting * self._seconds_per_image)
+
+    def check_explanations(self, count: int) -> None:
+        """Raise a Problem if a request has too many images to explain, or too many are waiting."""
+        limit = self.config.limits.explained_images
+        if count > limit:
+            raise Problem(
+                413,
+                "too_many_images",
+                f"the request has {count} images; with explain=true at most {limit} are allowed",
+            )
+        self._explanations.check_capacity(count)
 
     def describe_model(self) -> dict[str, Any]:
         """Description of the model in use, with the threshold in effect."""
@@ -219,7 +234,22 @@ class Service:
         for index, (row, upload) in enumerate(zip(rows, uploads, strict=True)):
             row["row"], row["name"] = index, upload.name
             self.metrics.images.labels(status=row["status"]).inc()
+        if options.explain:
+            await self._explain(model, uploads, rows)
         return model, rows
+
+    async def _explain(
+        self, model: ServedModel, uploads: Sequence[Upload], rows: Sequence[dict[str, Any]]
+    ) -> None:
+        """Add the explanations of images with a prediction to their rows."""
+        explained = [
+            (upload, row) for upload, row in zip(uploads, rows, strict=True) if row["status"] == OK
+        ]
+        max_pixels = self.config.limits.pixels
+        requests = [(upload.read(), row["topk_labels"][0]) for upload, row in explained]
+        pictures = await self._explanations.explain(model.explainer, requests, max_pixels)
+        for (_, row), (_, label), picture in zip(explained, requests, pictures, strict=True):
+            row["explanation"] = {"label": label, "image": picture}
 
     async def update(self, config: ServeConfig) -> bool:
         """Load the bundle at `config.model`, then use it; requests meanwhile use the old one.

@@ -83,9 +83,15 @@ def test_every_row_is_labeled_and_the_columns_come_through(
     assert body["status"] == {"ok": 150}
     assert body["bundle_sha256"] == load_bundle(str(placed_bundle)).sha256
 
-    again = predict(*arguments, "--scores", "--embeddings", "--top-k", 2, "--threshold", 0.4)
-    assert again.returncode == 0
+    again = predict(
+        *(*arguments, "--scores", "--embeddings", "--top-k", 2, "--threshold", 0.4, "--explain", 3)
+    )
+    assert again.returncode == 0, again.stderr
     assert "committed before" in again.stdout
+    assert success(output) == body
+    explained = parquet(output / "explanations" / "explanations.parquet").to_pylist()
+    assert len(explained) == 3
+    assert all((output / "explanations" / row["file"]).exists() for row in explained)
 
     quiet = place / "quiet"
     nothing = predict(

@@ -116,7 +116,7 @@ def test_the_page_shows_label_sets_and_unknown_images(color_bundle: Path, tmp_pa
         assert badges == ["abstained", "unlike the training data"]
         text = card.inner_text()
         assert "One of: " in text
-        assert {"red", "green", "blue"} == set(text.split("One of: ")[1].strip().split(", "))
+        assert {"red", "green", "blue"} == set(text.split("One of: ")[1].split("\n")[0].split(", "))
         page.screenshot("serve-sets")
 
 
@@ -142,10 +142,11 @@ def test_the_page_fits_a_phone_and_is_usable_by_keyboard(
         assert page.page.evaluate("() => document.documentElement.scrollWidth") <= width
         page.page.focus("#key")
         reached = []
-        for _ in range(5):
+        for _ in range(6):
             page.page.keyboard.press("Tab")
-            reached.append(page.page.evaluate("() => document.activeElement.id"))
-        assert reached == ["top_k", "threshold", "files", "camera", "clear"]
+            focused = "document.activeElement.id || document.activeElement.textContent"
+            reached.append(page.page.evaluate(focused))
+        assert reached == ["top_k", "threshold", "files", "camera", "Explain", "clear"]
 
 
 @pytest.fixture
@@ -210,3 +211,20 @@ def test_input_fields_are_visible(locked: Running, scheme: str) -> None:
             for background in backgrounds:
                 darker, lighter = sorted((edge, background))
                 assert (lighter + 0.05) / (darker + 0.05) >= 3, name
+
+
+def test_an_image_is_explained_by_a_button(server: Running, tmp_path: Path) -> None:
+    draw("red", (320, 240)).save(tmp_path / "red.jpg")
+    with opened(server.url, width=390, scheme="dark") as page:
+        drop(page.page, [tmp_path / "red.jpg"])
+        picture = page.page.locator("#results img")
+        page.page.get_by_role("button", name="Explain").click()
+        page.page.get_by_role("button", name="Show image").wait_for()
+        assert picture.get_attribute("src").startswith("data:image/jpeg;base64,")
+        assert picture.get_attribute("alt").startswith("parts speak for ")
+        page.page.wait_for_function("document.querySelector('#results img').naturalWidth > 0")
+        page.screenshot("serve-explained")
+        page.page.get_by_role("button", name="Show image").click()
+        assert picture.get_attribute("src").startswith("blob:")
+        assert "accepted" in picture.get_attribute("alt")
+        assert page.errors == []

@@ -1,0 +1,105 @@
+"""Class activation maps of mistakes, for the report.
+
+The only part of an evaluation that runs the model, and only on request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from imgcls.data import image_files
+from imgcls.data.manifests.manifest import resolve_path
+from imgcls.errors import ImageError
+from imgcls.evaluation.config import EvaluationOptions
+from imgcls.models.bundle import load_bundle
+from imgcls.runs.committed import CommittedRun, load_source_bundle
+
+if TYPE_CHECKING:
+    from imgcls.models.explain import Explainer
+
+OVERLAY_SIDE = 264
+"""Maximum width and height of an overlay in the report, in pixels."""
+
+Overlays = Mapping[tuple[int, str], str]
+"""Overlays as data URIs, by row and class."""
+
+
+@dataclass(frozen=True)
+class ExplainedRow:
+    """A row to explain, for some classes."""
+
+    row: int
+    path: str | None
+    classes: tuple[str, ...]
+
+
+def open_explainer(run: CommittedRun, config: EvaluationOptions) -> Explainer | None:
+    """The explainer of the bundle that made a run; None unless requested.
+
+    Raises RequestError if it cannot be read or is another bundle, and BundleError if its network
+    has no feature map over the image.
+    """
+    if not config.explain:
+        return None
+    from imgcls.models.explain import Explainer
+
+    bundle = load_source_bundle(run, config.explain_model, "explain-model")
+    settings = run.run_record["identity"]["settings"]
+    return Explainer(bundle.with_decode(settings.get("decode")))
+
+
+def check_explainable(model: str) -> None:
+    """Raise BundleError for a bundle whose network has no feature map over the image."""
+    from imgcls.models.explain import Explainer
+
+    Explainer(load_bundle(model))
+
+
+def explain_mistakes(explainer: Explainer, run: CommittedRun, mistakes: pa.Table) -> Overlays:
+    """Overlays of mistakes: of the predicted class and of the label, if it is a class.
+
+    mistakes: as in `RunEvaluation`; those of a multilabel run are explained for their class alone
+    An image that cannot be read any more has none.
+    """
+    from imgcls.models.explanation import explain_file
+    from imgcls.models.notebook_repr import encode_data_uri
+
+    wanted = list(_list_rows(mistakes.to_pylist(), explainer.classes))
+    urls = (resolve_path(each.path, run.root) for each in wanted)
+    found: dict[tuple[int, str], str] = {}
+    for each, data in zip(wanted, image_files.read_ahead(urls), strict=True):
+        if not isinstance(data, bytes):
+            continue
+        codes = [explainer.classes.index(name) for name in each.classes]
+        try:
+            explanations = explain_file(explainer, data, codes, side=OVERLAY_SIDE)
+        except ImageError:
+            continue
+        for one in explanations:
+            found[each.row, one.label] = encode_data_uri(one.overlay())
+    return found
+
+
+def list_overlays(overlays: Overlays, row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The overlays of a row for the gallery of the report."""
+    names = dict.fromkeys(row.get(key) for key in ("predicted_label", "label"))
+    return [
+        {
+            "label": name,
+            "image": overlays[row["row"], name],
+            "alt": f"{row['path']}, parts that speak for {name}",
+        }
+        for name in names
+        if name is not None and (row["row"], name) in overlays
+    ]
+
+
+def _list_rows(mistakes: list[dict[str, Any]], classes: list[str]) -> Iterator[ExplainedRow]:
+    known = set(classes)
+    for row in mistakes:
+        names = dict.fromkeys(row.get(key) for key in ("predicted_label", "label"))
+        yield ExplainedRow(row["row"], row["path"], tuple(n for n in names if n in known))

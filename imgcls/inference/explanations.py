@@ -1,0 +1,194 @@
+"""Explanations of some rows of a committed run: `predict --explain`.
+
+Runs in the driver, after the commit, on the CPU. The rows are the labeled ones with the most
+confident mistakes; of an unlabeled run, those with the lowest confidence. The table and what is
+counted do not change. The name of a picture is derived from what it shows, so a run that was
+interrupted is resumed, and doing it twice writes the same files.
+
+out/explanations/000000042-0f3a5c917d2e.jpg
+out/explanations/explanations.parquet        written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from imgcls import log
+from imgcls.cluster.interrupts import Interruption
+from imgcls.data import image_files
+from imgcls.data.decoding.open_image import MAX_PIXELS
+from imgcls.data.manifests.label_columns import NEGATIVE
+from imgcls.data.manifests.manifest import normalize_labels, resolve_path
+from imgcls.data.storage import filesystem
+from imgcls.errors import ImageError
+from imgcls.formatting import format_count
+from imgcls.metrics.columns import Bools, read_ok_rows, take_scores
+from imgcls.metrics.multilabel import read_multilabel_rows
+from imgcls.models.bundle import Bundle
+from imgcls.runs import layout
+from imgcls.runs.committed import CommittedRun, iter_tables, open_run
+
+if TYPE_CHECKING:
+    from imgcls.models.explain import Explainer
+
+TABLE_NAME = "explanations.parquet"
+_BATCH_ROWS = 65_536
+_ORDERS = {"mistakes": "descending", "uncertain": "ascending"}
+_SCHEMA = pa.schema(
+    [("row", pa.int64()), ("path", pa.string()), ("label", pa.string()), ("score", pa.float32())]
+)
+
+
+def explain_runs(
+    bundle: Bundle, outputs: Sequence[str], count: int, interruption: Interruption
+) -> None:
+    """Explain rows of the committed runs of a command.
+
+    outputs: the folders that it worked on or found committed
+    count:   maximum number of rows of each run; 0 explains none
+    """
+    if not count:
+        return
+    for url in dict.fromkeys(outputs):
+        if layout.is_committed(url):
+            _explain_run(open_run(url), bundle, count, interruption)
+
+
+def _explain_run(run: CommittedRun, bundle: Bundle, count: int, interruption: Interruption) -> None:
+    if run.bundle_sha256 != bundle.sha256:
+        log.emit("note", f"{run.url}: was made by another bundle; its rows are not explained")
+        return
+    rows = select_rows(run, count)
+    folder = filesystem.join(run.url, layout.EXPLANATIONS_FOLDER)
+    names = [_name_file(run, row) for row in rows.to_pylist()]
+    present = set(filesystem.list_names(folder))
+    if not present.issuperset(names):
+        from imgcls.models.explain import Explainer
+
+        settings = run.run_record["identity"]["settings"]
+        explainer = Explainer(bundle.with_decode(settings.get("decode")))
+        missing = [at for at, name in enumerate(names) if name not in present]
+        for at, picture in zip(missing, _draw(explainer, run, rows.take(missing)), strict=True):
+            interruption.check()
+            if picture is not None:
+                filesystem.write(filesystem.join(folder, names[at]), picture)
+                present.add(names[at])
+    files = pa.array([name if name in present else None for name in names], pa.string())
+    table_url = filesystem.join(folder, TABLE_NAME)
+    table = rows.append_column("file", files)
+    if TABLE_NAME not in present or not _read_table(table_url).equals(table):
+        layout.write_table(table_url, table)
+    for name in sorted(present - {*names, TABLE_NAME}):  # of another request
+        filesystem.remove(filesystem.join(folder, name))
+    drawn = len(files) - files.null_count
+    log.emit("explained", f"{format_count(drawn, 'row')}: {folder}", rows=drawn)
+
+
+def select_rows(run: CommittedRun, count: int) -> pa.Table:
+    """The rows to explain, with the class of each, the most important first.
+
+    With labels: mistakes, of which the highest score is the first; of a multilabel run the wrong
+    label with the highest score in each row. Without: the rows whose best score is the lowest.
+    Returns row, path, label (the class to explain), score.
+    """
+    found = {name: _SCHEMA.empty_table() for name in _ORDERS}
+    is_labeled = False
+    names = ["row", run.path_column, "topk_labels", "topk_scores"]
+    names += run.create_counter().select_columns(run.schema)
+    if run.task == "multilabel":
+        names.append("scores")
+    for table in iter_tables(run, list(dict.fromkeys(names)), _BATCH_ROWS):
+        mistakes, has_labels = _find_mistakes(run, table)
+        is_labeled = is_labeled or has_labels
+        for name, new in (("mistakes", mistakes), ("uncertain", _read_best(run, table))):
+            order = [("score", _ORDERS[name]), ("row", "ascending")]
+            found[name] = pa.concat_tables([found[name], new]).sort_by(order).slice(0, count)
+    return found["mistakes" if is_labeled else "uncertain"].combine_chunks()
+
+
+def _find_mistakes(run: CommittedRun, table: pa.Table) -> tuple[pa.Table, bool]:
+    """The wrong rows of a batch, and whether any row has a label."""
+    counter = run.create_counter()
+    if run.task == "multilabel":
+        return _find_wrong_labels(run, table)
+    if counter.label_column is None:
+        return _SCHEMA.empty_table(), False
+    place = table.schema.get_field_index(counter.label_column)
+    text = normalize_labels(table.column(place))
+    table = table.set_column(place, counter.label_column, text)
+    rows = read_ok_rows(table, label_column=counter.label_column, classes=run.classes)
+    is_wrong = (rows.label >= 0) & (rows.label != rows.predicted)
+    best = _read_best(run, table)
+    return best.filter(pa.array(is_wrong)), bool((rows.label >= 0).any())
+
+
+def _find_wrong_labels(run: CommittedRun, table: pa.Table) -> tuple[pa.Table, bool]:
+    columns = run.create_counter().label_columns
+    if columns is None:
+        return _SCHEMA.empty_table(), False
+    rows = read_multilabel_rows(table, classes=run.classes)
+    targets = columns.encode(table, run.classes).targets[rows.position]
+    wrong: Bools = rows.predicted & (targets == NEGATIVE)
+    scores = np.where(wrong, take_scores(table["scores"], rows.position), -1)
+    worst = scores.argmax(axis=1)
+    ok = table.take(rows.position)
+    found = _build_rows(
+        run,
+        ok,
+        pa.array(run.classes, pa.string()).take(pa.array(worst)),
+        pa.array(scores[np.arange(len(scores)), worst], pa.float32()),
+    )
+    return found.filter(pa.array(wrong.any(axis=1))), bool((targets >= 0).any())
+
+
+def _read_best(run: CommittedRun, table: pa.Table) -> pa.Table:
+    """The rows of a batch with a prediction, with their best class."""
+    ok = table.filter(pc.equal(table["status"].cast(pa.string()), "ok"))
+    label, score = (pc.list_element(ok[name], 0) for name in ("topk_labels", "topk_scores"))
+    return _build_rows(run, ok, label, score)
+
+
+def _build_rows(run: CommittedRun, table: pa.Table, label: pa.Array, score: pa.Array) -> pa.Table:
+    columns = [table["row"], table[run.path_column].cast(pa.string()), label, score]
+    return pa.table(dict(zip(_SCHEMA.names, columns, strict=True))).cast(_SCHEMA)
+
+
+def _draw(explainer: Explainer, run: CommittedRun, rows: pa.Table) -> Iterator[bytes | None]:
+    """The overlay of each row as a JPEG; None if the image cannot be read any more."""
+    from imgcls.models.explanation import explain_file
+
+    urls = [resolve_path(path, run.root) for path in rows["path"].to_pylist()]
+    settings = run.run_record["identity"]["settings"]
+    labels = rows["label"].to_pylist()
+    max_pixels = settings.get("max_pixels", MAX_PIXELS)
+    max_bytes = settings.get("max_bytes", image_files.MAX_IMAGE_BYTES)
+    images = image_files.read_ahead(urls, max_bytes=max_bytes)
+    for data, label in zip(images, labels, strict=True):
+        if not isinstance(data, bytes):
+            yield None
+            continue
+        code = explainer.classes.index(label)
+        try:
+            found = explain_file(explainer, data, [code], max_pixels=max_pixels)
+        except ImageError:
+            yield None
+            continue
+        yield found[0].encode_jpeg()
+
+
+def _name_file(run: CommittedRun, row: dict[str, object]) -> str:
+    """Name of the picture of a row, by the bundle, the path and the class that it shows."""
+    text = "\0".join((run.bundle_sha256, str(row["path"]), str(row["label"])))
+    return f"{row['row']:09d}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jpg"
+
+
+def _read_table(url: str) -> pa.Table:
+    with filesystem.open_read(url) as stream:
+        return pq.read_table(stream)

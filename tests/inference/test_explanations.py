@@ -1,0 +1,158 @@
+"""Pictures of some rows of a committed run: which rows, and what an interruption leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from imgcls.cluster.interrupts import Interruption
+from imgcls.errors import Interrupted
+from imgcls.inference import explanations
+from imgcls.inference.explanations import explain_runs, select_rows
+from imgcls.models.bundle import Bundle, load_bundle
+from imgcls.runs.committed import open_run
+from tests.conftest import COLORS
+from tests.evaluation.multilabel_runs import (
+    build_run_table,
+    commit_multilabel,
+    draw_scores,
+    draw_targets,
+)
+from tests.evaluation.runs import commit, draw_images, drawn
+
+ROWS = 60
+
+
+@pytest.fixture
+def bundle(color_bundle: Path) -> Bundle:
+    return load_bundle(str(color_bundle))
+
+
+@pytest.fixture
+def table() -> pa.Table:
+    return drawn(ROWS, 3, classes=list(COLORS), failed=0.1, unlabeled=0.1, sharpness=1.0)
+
+
+@pytest.fixture
+def run(bundle: Bundle, table: pa.Table, tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    commit(folder, table, classes=list(COLORS), bundle_sha256=bundle.sha256, parts=2)
+    draw_images(folder, ROWS, (64, 48))
+    return folder
+
+
+def test_the_most_confident_mistakes_are_chosen(run: Path, table: pa.Table) -> None:
+    rows = [row for row in table.to_pylist() if row["status"] == "ok" and row["label"]]
+    wrong = [row for row in rows if row["label"] != row["predicted_label"]]
+    wrong.sort(key=lambda row: (-row["confidence"], row["row"]))
+    found = select_rows(open_run(str(run)), 5).to_pylist()
+    assert [row["row"] for row in found] == [row["row"] for row in wrong[:5]]
+    assert [row["label"] for row in found] == [row["predicted_label"] for row in wrong[:5]]
+    assert select_rows(open_run(str(run)), 1000).num_rows == len(wrong)
+
+
+def test_without_labels_the_least_confident_rows_are_chosen(
+    table: pa.Table, bundle: Bundle, tmp_path: Path
+) -> None:
+    commit(tmp_path / "run", table, classes=list(COLORS), label_column=None)
+    rows = [row for row in table.to_pylist() if row["status"] == "ok"]
+    rows.sort(key=lambda row: (row["confidence"], row["row"]))
+    found = select_rows(open_run(str(tmp_path / "run")), 5)
+    assert found["row"].to_pylist() == [row["row"] for row in rows[:5]]
+
+
+def test_of_a_multilabel_run_the_wrong_labels_with_the_highest_scores_are_chosen(
+    tmp_path: Path,
+) -> None:
+    targets = draw_targets(50, classes=3)
+    scores = draw_scores(targets)
+    table = build_run_table(targets, scores, classes=list(COLORS), failed=0.1)
+    commit_multilabel(tmp_path / "run", table, classes=list(COLORS))
+    expected = []
+    for row, truth, values in zip(table.to_pylist(), targets, scores, strict=True):
+        wrong = [
+            (float(values[code]), name)
+            for code, name in enumerate(COLORS)
+            if row["predicted_labels"] and name in row["predicted_labels"] and not truth[code]
+        ]
+        if wrong:
+            score, name = max(wrong, key=lambda each: each[0])
+            expected.append((-score, row["row"], name))
+    found = select_rows(open_run(str(tmp_path / "run")), 7).to_pylist()
+    assert [(row["row"], row["label"]) for row in found] == [
+        (row, name) for _, row, name in sorted(expected)[:7]
+    ]
+
+
+def test_pictures_and_their_table_are_written_and_nothing_else_changes(
+    run: Path, bundle: Bundle
+) -> None:
+    before = read_files(run)
+    explain_runs(bundle, [str(run)], 4, Interruption())
+    written = pq.read_table(run / "explanations" / "explanations.parquet").to_pylist()
+    assert [row["row"] for row in written] == select_rows(open_run(str(run)), 4)["row"].to_pylist()
+    for row in written:
+        with Image.open(run / "explanations" / row["file"]) as picture:
+            assert picture.size == (192, 144)  # 64 x 48, three times as large
+    after = {name: data for name, data in read_files(run).items() if "explanations" not in name}
+    assert after == before
+
+
+def test_an_interrupted_explanation_is_resumed_with_the_same_files(
+    run: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explain_runs(bundle, [str(run)], 4, Interruption())
+    whole = read_files(run)
+    folder = run / "explanations"
+    for path in sorted(folder.iterdir()):
+        path.unlink()
+    stopped = Interruption()
+    draw = explanations._draw
+
+    def stop_after_two(*arguments: object) -> object:
+        for number, picture in enumerate(draw(*arguments)):  # type: ignore[arg-type]
+            if number == 2:
+                stopped.request_stop("the test")
+            yield picture
+
+    monkeypatch.setattr(explanations, "_draw", stop_after_two)
+    with pytest.raises(Interrupted):
+        explain_runs(bundle, [str(run)], 4, stopped)
+    kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(kept) == 2
+    monkeypatch.setattr(explanations, "_draw", draw)
+    explain_runs(bundle, [str(run)], 4, Interruption())
+    assert read_files(run) == whole
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_another_number_of_rows_replaces_the_pictures(run: Path, bundle: Bundle) -> None:
+    explain_runs(bundle, [str(run)], 5, Interruption())
+    explain_runs(bundle, [str(run)], 2, Interruption())
+    assert len(list((run / "explanations").glob("*.jpg"))) == 2
+    assert pq.read_table(run / "explanations" / "explanations.parquet").num_rows == 2
+
+
+def test_an_image_that_is_gone_has_no_picture(run: Path, bundle: Bundle) -> None:
+    gone = select_rows(open_run(str(run)), 3).to_pylist()[1]
+    (run / gone["path"]).unlink(missing_ok=True)
+    explain_runs(bundle, [str(run)], 3, Interruption())
+    written = pq.read_table(run / "explanations" / "explanations.parquet").to_pylist()
+    assert [row["file"] is None for row in written] == [False, True, False]
+
+
+def test_a_run_of_another_bundle_is_not_explained(
+    run: Path, multilabel_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    explain_runs(load_bundle(str(multilabel_bundle)), [str(run)], 3, Interruption())
+    assert not (run / "explanations").exists()
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The content of every file below a folder, by its path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
