@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls.cli import main
-from imgcls.curation.import_labels import LabelImport, import_labels
+from imgcls.curation.import_labels import import_labels
 from imgcls.curation.label_history import HISTORY_FILE
+from imgcls.curation.label_summary import LabelImport
 from imgcls.data.annotations import cvat
 from imgcls.data.annotations.labels_table import build_labels_schema
 from imgcls.errors import ConfigError, ManifestError, OutputError, RequestError
@@ -307,7 +308,9 @@ def test_a_manifest_without_labels_takes_all_classes(tmp_path: Path) -> None:
     export = write_labels(tmp_path, [(f"{tmp_path}/a.jpg", "cat", "ann", 1)])
     merge(tmp_path, export, onto)
     assert read_labels(tmp_path) == {f"{tmp_path}/a.jpg": "cat", f"{tmp_path}/b.jpg": None}
-    several = write_labels(tmp_path, [("a.jpg", ["dog", "cat"], "ann", 1)], several=True)
+    several = write_labels(
+        tmp_path, [(f"{tmp_path}/a.jpg", ["dog", "cat"], "ann", 1)], several=True
+    )
     with pytest.raises(RequestError, match="2 labels"):
         merge(tmp_path, several, onto, overwrite=True)
     merge(tmp_path, several, onto, multilabel=True, output=tmp_path / "lists" / "new.parquet")
@@ -335,18 +338,6 @@ def test_labels_with_a_separator_stay_text(tmp_path: Path) -> None:
     config = {"path": str(onto), "label_delimiter": ";"}
     import_labels(export=export, onto=config, output=tmp_path / "out" / "new.parquet")
     assert read_labels(tmp_path) == {"/a.jpg": ";", "/b.jpg": "cat;dog"}
-
-
-def test_file_names_are_looked_up_and_ambiguous_ones_are_refused(tmp_path: Path) -> None:
-    onto = write_manifest(tmp_path, {"/x/1.jpg": None, "/y/1.jpg": "cat", "/y/2.jpg": "dog"})
-    merge(tmp_path, write_labels(tmp_path, [("2.jpg", "cat", "a", 1)]), onto)
-    assert read_labels(tmp_path)["/y/2.jpg"] == "cat"
-    merge(tmp_path, write_labels(tmp_path, [("x/1.jpg", "dog", "a", 1)]), onto, overwrite=True)
-    assert read_labels(tmp_path)["/x/1.jpg"] == "dog"
-    with pytest.raises(RequestError, match=r"'1.jpg' may be any of 2 images"):
-        merge(tmp_path, write_labels(tmp_path, [("1.jpg", "dog", "a", 1)]), onto, overwrite=True)
-    with pytest.raises(RequestError, match=r"'3.jpg' is not in .*pass .* --images"):
-        merge(tmp_path, write_labels(tmp_path, [("3.jpg", "dog", "a", 1)]), onto, overwrite=True)
 
 
 def test_added_images_have_the_columns_of_the_selection(tmp_path: Path) -> None:
