@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import zipfile
 from collections.abc import Callable, Sequence
@@ -17,11 +18,10 @@ import pytest
 from imgcls.cli import main
 from imgcls.curation.import_labels import import_labels
 from imgcls.curation.label_history import HISTORY_FILE
-from imgcls.curation.label_summary import LabelImport
 from imgcls.data.annotations import cvat
-from imgcls.data.annotations.labels_table import build_labels_schema
 from imgcls.errors import ConfigError, ManifestError, OutputError, RequestError
 from imgcls.evaluation.select import select
+from tests.curation.label_imports import merge, read_labels, write_labels, write_manifest
 from tests.data.annotations.filled import (
     TIME,
     Labels,
@@ -72,41 +72,6 @@ def choose(tmp_path: Path, tool: str, *, several: bool = False) -> tuple[Path, l
         run=str(run), output=str(tmp_path / "next"), count=COUNT, format=tool, max_similarity=1.0
     )
     return tmp_path / "next", found.rows["path"].to_pylist()
-
-
-def write_manifest(tmp_path: Path, labels: dict[str, Any], **columns: Any) -> Path:
-    kind = pa.list_(pa.string()) if any(isinstance(v, list) for v in labels.values()) else None
-    values = pa.array(list(labels.values()), kind or pa.string())
-    table = pa.table({"path": list(labels), "label": values, **columns})
-    path = tmp_path / "train.parquet"
-    pq.write_table(table, path)
-    return path
-
-
-def write_labels(tmp_path: Path, rows: Sequence[tuple[Any, ...]], *, several: bool = False) -> Path:
-    """A labels table of (path, label, annotator, minute) rows."""
-    schema = build_labels_schema(several=several)
-    start = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
-    built = [
-        {
-            "path": path, "label": label, "annotator": annotator, "tool": "imgcls",
-            "labeled_at": None if minute is None else start + datetime.timedelta(minutes=minute),
-        }
-        for path, label, annotator, minute in rows
-    ]  # fmt: skip
-    path = tmp_path / "labels.parquet"
-    pq.write_table(pa.Table.from_pylist(built, schema), path)
-    return path
-
-
-def merge(tmp_path: Path, export: Path, onto: Path, **settings: Any) -> LabelImport:
-    output = settings.pop("output", tmp_path / "out" / "new.parquet")
-    return import_labels(export=export, onto=str(onto), output=output, **settings)
-
-
-def read_labels(tmp_path: Path) -> dict[str, Any]:
-    table = pq.read_table(tmp_path / "out" / "new.parquet")
-    return dict(zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True))
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -401,6 +366,24 @@ def test_a_folder_of_labels_tables_is_one_export(tmp_path: Path) -> None:
     assert (done.confirmed, done.replaced) == (1, 1)
 
 
+def damage_archive(compression: int) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        archive.writestr("annotations.xml", "<annotations>" + "<image name='a.jpg'/>" * 2000)
+    data = bytearray(stream.getvalue())
+    data[60:120] = b"\xa5" * 60
+    return bytes(data)
+
+
+def damage_page() -> bytes:
+    stream = io.BytesIO()
+    paths = [f"/{number}.jpg" for number in range(2000)]
+    pq.write_table(pa.table({"path": paths, "label": paths}), stream)
+    data = bytearray(stream.getvalue())
+    data[40:400] = b"\xa5" * 360
+    return bytes(data)
+
+
 BAD: dict[str, tuple[str | bytes, str]] = {
     "truncated.json": ('[{"id": 1, "annotations": [', "damaged JSON"),
     "deep.json": ("[" * 200_000, "damaged JSON"),
@@ -435,6 +418,21 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "empty.csv": ("", "is empty"),
     "other.csv": ("path,klass\n/a.jpg,cat\n", "no column 'label'"),
     "labels.json": ('{"classes": ["cat"], "labels": {"a": 7}}', "the label 7"),
+    "latin.csv": ("path,label\n/a.jpg,K\u00e4se\n".encode("latin-1"), "save it as CSV UTF-8"),
+    "bz2.zip": (damage_archive(zipfile.ZIP_BZIP2), "damaged ZIP"),
+    "lzma.zip": (damage_archive(zipfile.ZIP_LZMA), "damaged ZIP"),
+    "encoding.xml": ('<?xml version="1.0" encoding="klingon"?><annotations/>', "damaged XML"),
+    "number.json": ('[{"annotations": 5, "data": {}}]', "no list 'annotations'"),
+    "result.json": ('[{"data": {"path": "/a.jpg"}, "annotations": [{"result": 5}]}]', "no list"),
+    "null.json": (
+        '[{"annotation_id": 1, "path": "/a.jpg", "label": {"choices": null}}]',
+        "no list 'choices'",
+    ),
+    "year.csv": (
+        "path,label,labeled_at\n/a.jpg,cat,0001-01-01T00:00:00+05:00\n",
+        "+05:00' is no time",
+    ),
+    "page.parquet": (damage_page(), "damaged Parquet"),
     "blank.csv": ("path,label\n/a.jpg,\n", "has no label"),
 }
 
