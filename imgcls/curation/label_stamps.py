@@ -1,4 +1,4 @@
-"""Columns of a manifest that say who gave a label, when, and with which tool."""
+"""Columns of a manifest with the source of each label: annotator, time and tool."""
 
 from __future__ import annotations
 
