@@ -139,6 +139,7 @@ def import_labels(
     output: str | PathLike[str],
     format: Literal['auto', 'label-studio', 'cvat', 'fiftyone', 'csv', 'imgcls'] = ...,
     images: ManifestConfig | None | Mapping[str, object] | str | PathLike[str] = ...,
+    image_root: str | None | PathLike[str] = ...,
     on_conflict: Literal['error', 'majority', 'newest', 'skip'] = ...,
     existing: Literal['replace', 'keep'] = ...,
     new_classes: bool = ...,
