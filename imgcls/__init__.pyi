@@ -6,7 +6,7 @@ from datetime import date
 from imgcls.client import Client as Client
 from imgcls.curation.check import CheckResult
 from imgcls.curation.config import CheckConfig, DuplicatesConfig, LabelErrorsConfig, LabelsImportConfig, RulesConfig
-from imgcls.curation.import_labels import LabelImport
+from imgcls.curation.label_summary import LabelImport
 from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.evaluation.compute import Evaluation
@@ -141,6 +141,7 @@ def import_labels(
     output: str | PathLike[str],
     format: Literal['auto', 'label-studio', 'cvat', 'fiftyone', 'csv', 'imgcls'] = ...,
     images: ManifestConfig | None | Mapping[str, object] | str | PathLike[str] = ...,
+    image_root: str | None | PathLike[str] = ...,
     on_conflict: Literal['error', 'majority', 'newest', 'skip'] = ...,
     existing: Literal['replace', 'keep'] = ...,
     new_classes: bool = ...,

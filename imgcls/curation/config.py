@@ -308,25 +308,29 @@ class LabelsImportConfig(Section):
     """Export of the tool: a file, the folder of a FiftyOne data set, or a labels table in Parquet
     (a file or a folder)."""
     onto: ManifestConfig
-    """Manifest whose rows get the labels; images that it has not are added."""
+    """Manifest whose rows get the labels; images that are not in it are added."""
     output: str
     """Parquet file to write; labels_history.parquet is kept next to it."""
     format: ExportFormat = "auto"
     """Format of the export. imgcls: a labels table. auto: by the content."""
     images: ManifestConfig | None = None
-    """Manifest of the images that were labeled, such as next/manifest.parquet. Names of files in
-    the export are looked up in it, and added images get its columns. Default: onto."""
+    """Manifest of the images that were labeled, such as next/manifest.parquet. Names in the export
+    that are not absolute paths are looked up in it, an image that is neither in it nor in onto is
+    refused, and added images get its columns."""
+    image_root: str | None = None
+    """Folder or prefix where names in the export start that are not absolute paths, such as
+    s3://bucket. Default: they are looked up in images by the end of the path."""
     on_conflict: ConflictPolicy = "error"
     """Where annotators disagree about an image. error: list the images and write nothing. majority:
     the label of more than half. newest: the last label. skip: none of them."""
     existing: Literal["replace", "keep"] = "replace"
     """Where the manifest has another label: replace it, or keep it."""
     new_classes: bool = False
-    """Accept class names that the manifest has not."""
+    """Accept class names that are not in the manifest."""
     multilabel: bool = False
     """For a manifest without labels: an image may have any number of them."""
     skip_unchanged: bool = False
-    """Leave out images whose labels are unchanged predictions, as CVAT records it."""
+    """cvat, fiftyone: leave out images whose labels are unchanged predictions of a model."""
     overwrite: bool = False
     """Replace an existing output."""
     storage: StorageConfig = StorageConfig()

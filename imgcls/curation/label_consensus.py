@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from imgcls.curation.config import ConflictPolicy
 from imgcls.data.annotations.annotation import Annotation
@@ -19,10 +20,13 @@ from imgcls.metrics.agreement import cohens_kappa, krippendorffs_alpha
 LabelNames = frozenset[str]
 """The labels of an image: one name, or any number of them."""
 
+MAX_LABEL_SETS = 20_000
+"""Different sets of labels up to which alpha is computed, in time that grows with their square."""
+
 
 @dataclass(frozen=True)
 class LabelDecision:
-    """What was decided about an image.
+    """The label of an image by its annotations.
 
     votes:   the last annotation of each annotator, without skipped ones
     names:   the label; None where the annotators disagree and the policy decides nothing
@@ -35,9 +39,8 @@ class LabelDecision:
 
     @property
     def voters(self) -> list[Annotation]:
-        """The annotations that agree with the label; all if it is that of none alone."""
-        same = [each for each in self.votes if get_names(each) == self.names]
-        return same or list(self.votes)
+        """The annotations that agree with the label; a majority by class may agree with none."""
+        return [each for each in self.votes if get_names(each) == self.names]
 
 
 def get_names(annotation: Annotation) -> LabelNames | None:
@@ -67,12 +70,16 @@ def decide(
 
 
 def _take_last(annotations: Iterable[Annotation]) -> list[Annotation]:
-    """The last annotation of each annotator; all of them where names or times are missing."""
+    """The last annotation of each annotator; all different ones where names or times are missing.
+
+    Equal annotations without a name may be one person's, and count once.
+    """
     groups: dict[str, list[Annotation]] = {}
-    kept = []
+    kept: list[Annotation] = []
     for each in annotations:
         if each.annotator is None:
-            kept.append(each)
+            if each not in kept:
+                kept.append(each)
         else:
             groups.setdefault(each.annotator, []).append(each)
     for group in groups.values():
@@ -86,7 +93,11 @@ def _take_last(annotations: Iterable[Annotation]) -> list[Annotation]:
 
 
 def _find_majority(votes: Sequence[Annotation], *, several: bool) -> LabelNames | None:
-    """The label of more than half of the votes; None without one."""
+    """The label of more than half of the votes; None without one.
+
+    With several labels per image it has each class of more than half of the votes. It has no class
+    only if more than half of the votes have none.
+    """
     half = len(votes) / 2
     if not several:
         counts = Counter(get_names(each) for each in votes)
@@ -95,7 +106,9 @@ def _find_majority(votes: Sequence[Annotation], *, several: bool) -> LabelNames 
     classes = Counter(name for each in votes for name in get_names(each) or ())
     if half in classes.values():
         return None
-    return frozenset(name for name, count in classes.items() if count > half)
+    names = frozenset(name for name, count in classes.items() if count > half)
+    is_empty = sum(not each.labels for each in votes) > half
+    return names if names or is_empty else None
 
 
 def _find_newest(votes: Sequence[Annotation]) -> LabelNames | None:
@@ -120,8 +133,10 @@ class Agreement:
     images:     number of these images
     annotators: number of people who labeled them
     agreed:     images about which all agree
-    alpha:      Krippendorff's alpha; of several labels per image with the Jaccard distance
+    alpha:      Krippendorff's alpha; of several labels per image with the Jaccard distance, and
+                None for more than 20,000 different sets of labels
     kappa:      Cohen's kappa of two annotators of one label per image; else None
+    label_sets: number of different labels, or sets of labels
     """
 
     images: int
@@ -129,6 +144,7 @@ class Agreement:
     agreed: int
     alpha: float | None
     kappa: float | None
+    label_sets: int
 
 
 def measure_agreement(decisions: Mapping[str, LabelDecision], *, several: bool) -> Agreement | None:
@@ -149,8 +165,12 @@ def measure_agreement(decisions: Mapping[str, LabelDecision], *, several: bool) 
             values.append(kinds.setdefault(names, len(kinds)))
     people = {name for votes in shared for name in votes if name is not None}
     agreed = sum(len({get_names(each) for each in votes.values()}) == 1 for votes in shared)
-    distances = _compute_distances(list(kinds)) if several else None
-    alpha = krippendorffs_alpha(np.array(units), np.array(values), distances)
+    alpha = None
+    if not several:
+        alpha = krippendorffs_alpha(np.array(units), np.array(values))
+    elif len(kinds) <= MAX_LABEL_SETS:
+        distances = _JaccardDistances(list(kinds))
+        alpha = krippendorffs_alpha(np.array(units), np.array(values), distances.compute_row)
     kappa = None
     if len(people) == 2 and not several:
         first, second = sorted(people)
@@ -160,14 +180,25 @@ def measure_agreement(decisions: Mapping[str, LabelDecision], *, several: bool) 
         )  # fmt: skip
         rows = [np.bincount(codes[:, each], minlength=len(kinds)) for each in (0, 1)]
         kappa = cohens_kappa(rows[0], rows[1], float(agreed))
-    return Agreement(len(shared), len(people), agreed, alpha, kappa)
+    return Agreement(len(shared), len(people), agreed, alpha, kappa, len(kinds))
 
 
-def _compute_distances(kinds: Sequence[LabelNames]) -> np.ndarray:
-    """(V, V) Jaccard distances of sets: 1 - |A and B| / |A or B|; 0 between empty ones."""
-    classes = sorted({name for names in kinds for name in names})
-    member = np.array([[name in names for name in classes] for names in kinds], np.float64)
-    common = member @ member.T
-    sizes = member.sum(1)
-    union = sizes[:, None] + sizes[None, :] - common
-    return np.where(union > 0, 1 - common / np.maximum(union, 1), 0.0)
+class _JaccardDistances:
+    """Jaccard distances of sets: 1 - |A and B| / |A or B|; 0 between empty ones."""
+
+    def __init__(self, kinds: Sequence[LabelNames]) -> None:
+        self._kinds = kinds
+        self._sizes = np.array([len(names) for names in kinds])
+        members: dict[str, list[int]] = {}
+        for place, names in enumerate(kinds):
+            for name in names:
+                members.setdefault(name, []).append(place)
+        self._members = {name: np.array(places) for name, places in members.items()}
+
+    def compute_row(self, place: int) -> npt.NDArray[np.float64]:
+        """(V,) distances of one set from each of them."""
+        common = np.zeros(len(self._kinds))
+        for name in self._kinds[place]:
+            common[self._members[name]] += 1
+        union = self._sizes[place] + self._sizes - common
+        return np.where(union > 0, 1 - common / np.maximum(union, 1), 0.0)

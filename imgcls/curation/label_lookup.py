@@ -1,7 +1,8 @@
 """Images of a manifest that an export names: their absolute paths and their labels so far.
 
-The manifest is streamed; what is held grows with the export alone. A name that is no absolute path,
-such as `cats/1.jpg`, is that of the image whose path ends with it.
+Manifests are streamed; memory grows with the export alone. A name that is not an absolute path,
+such as `cats/1.jpg`, starts at `--image-root`, or is the image of `--images` whose path ends with
+it.
 """
 
 from __future__ import annotations
@@ -10,54 +11,142 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls.curation.label_consensus import LabelNames
-from imgcls.data.manifests.manifest import Manifest, normalize_labels, resolve_paths
+from imgcls.data.annotations.annotation import Export
+from imgcls.data.manifests.manifest import Manifest, normalize_labels, resolve_path
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError
-from imgcls.runs.embeddings import normalize_urls
+from imgcls.formatting import format_count
+from imgcls.runs.embeddings import resolve_urls
 
 _BATCH_ROWS = 262_144
 _SUFFIX = r"\.[^./]*$"
+_MAX_CANDIDATES = 4
+"""Images of one name that are remembered; from the second one the name is refused."""
+_SHOWN = 5
 
 
 @dataclass
 class FoundImages:
-    """What the manifests have of the images in an export.
+    """Images that an export names.
 
-    paths:  the absolute paths of each name; one of a name that is an absolute path
-    labels: the labels in the manifest by absolute path; None for an image without one
+    paths:  the absolute path of each name
+    labels: the labels in the manifest by absolute path; None for an image without a label, and no
+            entry for an image that is not in the manifest
     counts: rows of the manifest by class
     """
 
-    paths: dict[str, set[str]] = field(default_factory=dict)
+    paths: dict[str, str]
     labels: dict[str, LabelNames | None] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
-    def resolve(self, name: str, source: str, manifest: str) -> str:
-        """The absolute path of a name; raises RequestError where none or several images have it."""
-        found = self.paths.get(name, set())
-        if len(found) == 1:
-            return next(iter(found))
-        if found:
-            shown = ", ".join(sorted(found)[:3])
-            raise RequestError(
-                f"export {source}: image {name!r} may be any of {len(found)} images ({shown}); "
-                "pass the manifest of the images that were labeled as --images, or export longer "
-                "paths"
-            )
-        raise RequestError(
-            f"export {source}: image {name!r} is not in {manifest}; pass the manifest of the "
-            "images that were labeled as --images, such as next/manifest.parquet"
+
+def find_images(
+    export: Export, manifest: Manifest, images: Manifest | None, image_root: str | None
+) -> FoundImages:
+    """Find the images of an export, and their labels in the manifest.
+
+    images:     the manifest of `--images`
+    image_root: folder or prefix where names that are not absolute start
+
+    Raises RequestError for a name that no image or several images have, that is not absolute
+    without `images` and `image_root`, or that is in neither manifest although `images` is given.
+    """
+    relative = sorted({each.path for each in export.annotations if not is_absolute(each.path)})
+    if relative:
+        _check_relative(export, relative, images, image_root)
+    paths = _resolve_absolute(export, image_root)
+    absolute = list(paths.values())
+    known: set[str] = set()
+    if images is not None:
+        lookup = _ImageLookup(
+            [] if image_root is not None else relative,
+            absolute,
+            has_suffixes=export.has_suffixes,
         )
+        lookup.add(images)
+        known = lookup.known
+        if image_root is None:
+            paths |= {name: _choose_path(name, lookup, export, images) for name in relative}
+    found = FoundImages(paths)
+    _read_labels(manifest, found)
+    if images is not None:
+        unknown = [path for path in absolute if path not in known and path not in found.labels]
+        _check_known(export, unknown, images, manifest)
+    return found
 
 
 def is_absolute(name: str) -> bool:
     """Whether the name of an image is an absolute path or a URL."""
     return name.startswith("/") or filesystem.is_url(name)
+
+
+def _check_relative(
+    export: Export, names: list[str], images: Manifest | None, image_root: str | None
+) -> None:
+    place = f"export {export.source}"
+    if image_root is not None and not export.has_suffixes:
+        raise RequestError(
+            f"{place}: image_root: the names of images, such as {names[0]!r}, do not have the "
+            "suffixes of the files; export it with data.json, or pass --images instead"
+        )
+    if image_root is not None:
+        return
+    if images is None:
+        raise RequestError(
+            f"{place}: image {names[0]!r} ({format_count(len(names), 'name')} of this kind) is not "
+            "an absolute path, and may be the name of another image of the manifest; pass the "
+            "manifest of the images that were labeled as --images, such as next/manifest.parquet, "
+            "or the folder where the names start as --image-root"
+        )
+    repeated = sorted(export.repeated.intersection(names))
+    if repeated:
+        raise RequestError(
+            f"{place}: image {repeated[0]!r} is in several tasks of the project, and may be "
+            "several images; export and import one task at a time, or pass the folder where the "
+            "names start as --image-root if they are the same images"
+        )
+
+
+def _resolve_absolute(export: Export, image_root: str | None) -> dict[str, str]:
+    """The paths of names that are absolute, or start at `image_root`; each image by one text."""
+    root = None if image_root is None else filesystem.absolute(image_root)
+    names = sorted(
+        {each.path for each in export.annotations if root is not None or is_absolute(each.path)}
+    )
+    absolute = [name if root is None else resolve_path(name, root) for name in names]
+    paths = resolve_urls(pa.chunked_array([pa.array(absolute, pa.large_string())]), "/")
+    return dict(zip(names, paths.to_pylist(), strict=True))
+
+
+def _choose_path(name: str, lookup: _ImageLookup, export: Export, images: Manifest) -> str:
+    found = lookup.candidates.get(name, [])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        count = str(len(found)) if len(found) < _MAX_CANDIDATES else f"{_MAX_CANDIDATES} or more"
+        raise RequestError(
+            f"export {export.source}: image {name!r} may be any of {count} images "
+            f"({', '.join(sorted(found)[:3])}); pass the folder or bucket where the names start as "
+            "--image-root, or export longer paths"
+        )
+    raise RequestError(
+        f"export {export.source}: image {name!r} is not in {images.source}; pass the manifest of "
+        "the images that were labeled as --images, such as next/manifest.parquet"
+    )
+
+
+def _check_known(export: Export, unknown: list[str], images: Manifest, manifest: Manifest) -> None:
+    if unknown:
+        shown = ", ".join(unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
+        raise RequestError(
+            f"export {export.source}: {format_count(len(unknown), 'image')} of it "
+            f"{'is' if len(unknown) == 1 else 'are'} neither in {images.source} nor in "
+            f"{manifest.source}: {shown}. Correct the paths, or remove --images to add these images"
+        )
 
 
 def iter_large_batches(manifest: Manifest) -> Iterator[pa.RecordBatch]:
@@ -76,13 +165,8 @@ def iter_large_batches(manifest: Manifest) -> Iterator[pa.RecordBatch]:
 
 def read_paths(manifest: Manifest, batch: pa.RecordBatch) -> pa.Array:
     """The absolute paths of rows, each image by one text."""
-    return _normalize(pa.chunked_array([batch.column(manifest.path_column)]), manifest.root)
-
-
-def _normalize(paths: pa.ChunkedArray, root: str) -> pa.Array:
-    resolved = resolve_paths(paths, root)
-    local = pc.replace_substring_regex(resolved, r"^file:(//)?(/)", r"\2")
-    return normalize_urls(local).combine_chunks()
+    column = pa.chunked_array([batch.column(manifest.path_column)])
+    return resolve_urls(column, manifest.root).combine_chunks()
 
 
 def read_label_sets(manifest: Manifest, batch: pa.RecordBatch) -> list[LabelNames | None]:
@@ -96,72 +180,65 @@ def read_label_sets(manifest: Manifest, batch: pa.RecordBatch) -> list[LabelName
     return [None if each is None else frozenset([each]) for each in labels]
 
 
-class ImageLookup:
-    """Finds the images that an export names."""
+def _read_labels(manifest: Manifest, found: FoundImages) -> None:
+    """Read the labels of the images from the manifest, and count the rows of each class."""
+    wanted = pa.array(sorted(set(found.paths.values())), pa.large_string())
+    for batch in iter_large_batches(manifest):
+        _count_classes(manifest, batch, found.counts)
+        paths = read_paths(manifest, batch)
+        rows = pc.indices_nonzero(pc.fill_null(pc.is_in(paths, value_set=wanted), False))
+        if not len(rows):
+            continue
+        label_sets = read_label_sets(manifest, batch.take(rows))
+        for path, names in zip(paths.take(rows).to_pylist(), label_sets, strict=True):
+            if found.labels.get(path) is None:
+                found.labels[path] = names
 
-    def __init__(self, names: Iterable[str], *, has_suffixes: bool) -> None:
-        unique = set(names)
-        self.found = FoundImages()
-        absolute = pa.array(sorted(filter(is_absolute, unique)), pa.large_string())
-        paths = _normalize(pa.chunked_array([absolute]), "/")
-        for name, path in zip(absolute.to_pylist(), paths.to_pylist(), strict=True):
-            self.found.paths[name] = {path}
-        self._by_depth: dict[int, pa.Array] = {}
-        relative = sorted(name for name in unique if not is_absolute(name))
-        for depth in {name.count("/") for name in relative}:
-            names_of_depth = [name for name in relative if name.count("/") == depth]
-            self._by_depth[depth] = pa.array(names_of_depth, pa.large_string())
+
+def _count_classes(manifest: Manifest, batch: pa.RecordBatch, counts: Counter[str]) -> None:
+    if manifest.label_columns is not None:
+        counts.update(manifest.label_columns.count_names(batch, f"manifest {manifest.source}"))
+    elif manifest.label_column is not None:
+        labels = normalize_labels(batch.column(manifest.label_column)).drop_null()
+        counted = pc.value_counts(labels).to_pylist()
+        counts.update({each["values"]: each["counts"] for each in counted})
+
+
+class _ImageLookup:
+    """Finds names and absolute paths in a manifest of images; its labels are not read.
+
+    candidates: paths that end with each name, at most 4
+    known:      absolute paths that are in the manifest
+    """
+
+    def __init__(self, relative: list[str], absolute: Iterable[str], *, has_suffixes: bool) -> None:
+        self.candidates: dict[str, list[str]] = {}
+        self.known: set[str] = set()
+        self._absolute = pa.array(sorted(set(absolute)), pa.large_string())
+        self._by_depth = {
+            depth: pa.array([name for name in relative if name.count("/") == depth],
+                            pa.large_string())
+            for depth in {name.count("/") for name in relative}
+        }  # fmt: skip
         self._has_suffixes = has_suffixes
 
-    def add_names(self, manifest: Manifest) -> None:
-        """Find names of files in a manifest; its labels are not read."""
-        if self._by_depth:
-            for batch in iter_large_batches(manifest):
-                self._find_relative(read_paths(manifest, batch))
-
-    def add_labels(self, manifest: Manifest, *, has_names: bool) -> None:
-        """Find the images in a manifest, with their labels so far.
-
-        has_names: whether names of files are looked up in it too
-        """
-        known = sorted({path for paths in self.found.paths.values() for path in paths})
-        wanted = pa.array(known, pa.large_string())
+    def add(self, manifest: Manifest) -> None:
         for batch in iter_large_batches(manifest):
-            self._count_classes(manifest, batch)
             paths = read_paths(manifest, batch)
-            is_wanted = pc.fill_null(pc.is_in(paths, value_set=wanted), False)
-            if has_names:
-                is_wanted = pc.or_(is_wanted, self._find_relative(paths))
-            rows = pc.indices_nonzero(is_wanted)
-            if not len(rows):
-                continue
-            label_sets = read_label_sets(manifest, batch.take(rows))
-            for path, names in zip(paths.take(rows).to_pylist(), label_sets, strict=True):
-                if self.found.labels.get(path) is None:
-                    self.found.labels[path] = names
+            is_known = pc.is_in(paths, value_set=self._absolute)
+            self.known.update(paths.filter(is_known).to_pylist())
+            for depth, names in self._by_depth.items():
+                self._find_names(paths, depth, names)
 
-    def _count_classes(self, manifest: Manifest, batch: pa.RecordBatch) -> None:
-        if manifest.label_columns is not None:
-            place = f"manifest {manifest.source}"
-            self.found.counts.update(manifest.label_columns.count_names(batch, place))
-        elif manifest.label_column is not None:
-            labels = normalize_labels(batch.column(manifest.label_column)).drop_null()
-            counted = pc.value_counts(labels).to_pylist()
-            self.found.counts.update({each["values"]: each["counts"] for each in counted})
-
-    def _find_relative(self, paths: pa.Array) -> pa.Array:
-        """Note the paths of names that are no absolute paths; returns which rows have one."""
-        is_named = pa.array(np.zeros(len(paths), bool))
-        for depth, names in self._by_depth.items():
-            pattern = rf"^.*/((?:[^/]*/){{{depth}}}[^/]*)$"
-            ends = pc.replace_substring_regex(paths, pattern, r"\1")
-            if not self._has_suffixes:
-                ends = pc.replace_substring_regex(ends, _SUFFIX, "")
-            has_name = pc.fill_null(pc.is_in(ends, value_set=names), False)
-            is_named = pc.or_(is_named, has_name)
-            rows = pc.indices_nonzero(has_name)
-            for name, path in zip(
-                ends.take(rows).to_pylist(), paths.take(rows).to_pylist(), strict=True
-            ):
-                self.found.paths.setdefault(name, set()).add(path)
-        return is_named
+    def _find_names(self, paths: pa.Array, depth: int, names: pa.Array) -> None:
+        pattern = rf"^.*/((?:[^/]*/){{{depth}}}[^/]*)$"
+        ends = pc.replace_substring_regex(paths, pattern, r"\1")
+        if not self._has_suffixes:
+            ends = pc.replace_substring_regex(ends, _SUFFIX, "")
+        rows = pc.indices_nonzero(pc.fill_null(pc.is_in(ends, value_set=names), False))
+        for name, path in zip(
+            ends.take(rows).to_pylist(), paths.take(rows).to_pylist(), strict=True
+        ):
+            found = self.candidates.setdefault(name, [])
+            if len(found) < _MAX_CANDIDATES and path not in found:
+                found.append(path)

@@ -6,6 +6,7 @@ a separator, or columns of classes. The other rows keep theirs.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 from collections import Counter
@@ -22,18 +23,13 @@ from imgcls import log
 from imgcls.curation.csv_manifest import join_names
 from imgcls.curation.label_consensus import LabelNames
 from imgcls.curation.label_lookup import read_label_sets, read_paths
+from imgcls.curation.label_stamps import ADDED_COLUMNS, read_stamp
 from imgcls.data.manifests.image_columns import is_text
-from imgcls.data.manifests.label_columns import LabelColumns, is_list
+from imgcls.data.manifests.label_columns import UNKNOWN, LabelColumns, is_list
 from imgcls.data.manifests.manifest import Manifest, make_paths_absolute, normalize_labels
 from imgcls.errors import ManifestError
 
-TIME_TYPE = pa.timestamp("us", tz="UTC")
-ADDED_COLUMNS = (
-    pa.field("labeled_by", pa.string()),
-    pa.field("labeled_at", TIME_TYPE),
-    pa.field("label_source", pa.string()),
-)
-"""Who gave the label, when, and with which tool; null for a label that was not imported."""
+Places = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,38 @@ class ImportedLabel:
     labeled_by: str | None
     labeled_at: datetime.datetime | None
     source: str
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """The labels that rows of a batch get.
+
+    rows, stamped: (N,) index of the label of each row, and of where it is from; -1 for a row that
+                   keeps its own
+    filled:        (K,) rows that keep their own classes, and get those that are unknown
+    filled_places: (K,) indices of their labels
+    is_unknown:    (K, C) the unknown classes of these rows; None without columns of classes
+    """
+
+    rows: Places
+    stamped: Places
+    filled: Places = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    filled_places: Places = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    is_unknown: npt.NDArray[np.bool_] | None = None
+
+    @classmethod
+    def none(cls, rows: int) -> _Changes:
+        """No change of any row."""
+        return cls(np.full(rows, -1), np.full(rows, -1))
+
+    def find_places(self, index: int) -> Places:
+        """(N,) index of the label of each row for a class, -1 for a row that keeps its own."""
+        if self.is_unknown is None:
+            return self.rows
+        places = self.rows.copy()
+        is_unknown = self.is_unknown[:, index]
+        places[self.filled[is_unknown]] = self.filled_places[is_unknown]
+        return places
 
 
 class LabelMerger:
@@ -70,6 +98,7 @@ class LabelMerger:
         self._labels = list(labels.values())
         self._paths = pa.array(list(labels), pa.large_string())
         self._is_found = np.zeros(len(labels), bool)
+        self._is_written = np.zeros(len(labels), bool)
         self._names = [sorted(each.names) for each in self._labels]
         stamps: tuple[Sequence[Any], ...] = (
             [each.labeled_by for each in self._labels],
@@ -85,7 +114,7 @@ class LabelMerger:
         if self._columns is None and several:
             self._columns = LabelColumns("label")
         empty = manifest.schema.empty_table()
-        fields = self._merge(empty, np.empty(0, np.int64), np.empty(0, np.int64)).schema
+        fields = self._merge(empty, _Changes.none(0)).schema
         place = fields.get_field_index(manifest.path_column)
         fields = fields.set(place, pa.field(manifest.path_column, pa.string()))
         self.schema = pa.schema([each.with_nullable(True) for each in fields])
@@ -96,23 +125,86 @@ class LabelMerger:
         places = pc.fill_null(pc.index_in(paths, value_set=self._paths), -1).to_numpy()
         rows = np.flatnonzero(places >= 0)
         self._is_found[places[rows]] = True
-        changed = np.full(batch.num_rows, -1)
-        stamped = np.full(batch.num_rows, -1)
-        previous = read_label_sets(self._manifest, batch.take(pa.array(rows)))
-        for row, names in zip(rows.tolist(), previous, strict=True):
-            place = places[row]
+        changes = self._find_changes(batch, rows, places[rows])
+        table = make_paths_absolute(self._manifest, pa.Table.from_batches([batch]))
+        return self._merge(table, changes).cast(self.schema)
+
+    def _find_changes(self, batch: pa.RecordBatch, rows: Places, places: Places) -> _Changes:
+        """What happens to the rows of a batch that have labels, which are counted.
+
+        rows:   (M,) of the batch
+        places: (M,) of their labels
+        """
+        known = batch.take(pa.array(rows))
+        previous = read_label_sets(self._manifest, known)
+        own = self._read_targets(known)
+        stamps = self._read_stamps(known)
+        changes = _Changes.none(batch.num_rows)
+        filled = []
+        for number, (row, place, names) in enumerate(
+            zip(rows.tolist(), places.tolist(), previous, strict=True)
+        ):
             is_same = names == self._labels[place].names
-            if names is not None and not is_same and self._keeps:
+            is_other = names is not None and not is_same
+            if own is not None:
+                is_known, is_equal = own[number] != UNKNOWN, own[number] == self._targets[place]
+                is_same = bool(is_equal.all())
+                is_other = bool((is_known & ~is_equal).any())
+            if is_other and self._keeps:
+                filled.append(number)
                 self.counts["kept"] += 1
                 continue
-            stamped[row] = place
+            self._is_written[place] = True
             if not is_same:
-                changed[row] = place
-            self.counts["confirmed" if is_same else "labeled" if names is None else "replaced"] += 1
-        table = pa.Table.from_batches([batch])
-        return self._merge(make_paths_absolute(self._manifest, table), changed, stamped).cast(
-            self.schema
+                changes.rows[row] = place
+            if not is_same or self._replaces_stamp(place, *stamps[number]):
+                changes.stamped[row] = place
+            self.counts["confirmed" if is_same else "replaced" if is_other else "labeled"] += 1
+        if own is None:
+            return changes
+        return dataclasses.replace(
+            changes, filled=rows[filled], filled_places=places[filled],
+            is_unknown=own[filled] == UNKNOWN,
+        )  # fmt: skip
+
+    def _read_targets(self, rows: pa.RecordBatch) -> npt.NDArray[np.int8] | None:
+        """(M, C) labels of rows in columns of classes; None for other manifests."""
+        if self._columns is None or not self._columns.per_class:
+            return None
+        place = f"manifest {self._manifest.source}"
+        return self._columns.encode(rows, self._classes, place).targets
+
+    @functools.cached_property
+    def _classes(self) -> list[str]:
+        """The classes of the columns of classes, and those that the labels add."""
+        assert self._columns is not None
+        names = {name for names in self._names for name in names}
+        return [*self._columns.classes, *sorted(names - set(self._columns.classes))]
+
+    @functools.cached_property
+    def _targets(self) -> npt.NDArray[np.int8]:
+        """(L, C) whether each label has each class."""
+        indices = {name: index for index, name in enumerate(self._classes)}
+        targets = np.zeros((len(self._labels), len(indices)), np.int8)
+        for place, names in enumerate(self._names):
+            targets[place, [indices[name] for name in names]] = 1
+        return targets
+
+    def _read_stamps(self, rows: pa.RecordBatch) -> list[tuple[bool, bool]]:
+        """Whether each row has an annotator, and a time."""
+        by, at = (
+            rows.column(field.name).is_valid().to_pylist()
+            if field.name in rows.schema.names
+            else [False] * rows.num_rows
+            for field, _ in self._stamps[:2]
         )
+        return list(zip(by, at, strict=True))
+
+    def _replaces_stamp(self, place: int, has_name: bool, has_time: bool) -> bool:
+        """Whether a confirmation replaces where the label is from: not with less than is known."""
+        label = self._labels[place]
+        loses_name = has_name and label.labeled_by is None
+        return not loses_name and not (has_time and label.labeled_at is None)
 
     def build_added_rows(self, others: pa.Table, other_paths: pa.Array) -> pa.Table:
         """Rows for the images that no batch had, in the order of the labels.
@@ -141,27 +233,28 @@ class LabelMerger:
             columns.append(column)
         rows = pa.table(columns, names=self._manifest.schema.names)
         self.counts["added"] += len(places)
-        return self._merge(rows, places, places).cast(self.schema)
+        self._is_written[places] = True
+        return self._merge(rows, _Changes(places, places)).cast(self.schema)
 
     def find_missing(self) -> pa.Array:
         """The paths of labels that no batch had."""
         return self._paths.take(pa.array(np.flatnonzero(~self._is_found)))
 
-    def _merge(
-        self, table: pa.Table, changed: npt.NDArray[np.int64], stamped: npt.NDArray[np.int64]
-    ) -> pa.Table:
-        """Set labels and where they are from.
+    def find_written(self) -> list[str]:
+        """The paths of labels that were written to a row, or confirm it."""
+        written: list[str] = self._paths.filter(pa.array(self._is_written)).to_pylist()
+        return written
 
-        changed, stamped: index of the label of each row, -1 for a row that keeps its own
-        """
+    def _merge(self, table: pa.Table, changes: _Changes) -> pa.Table:
+        """Set labels and where they are from."""
         if self._columns is not None and self._columns.per_class:
-            table = self._set_class_columns(table, self._columns, changed)
+            table = self._set_class_columns(table, self._columns, changes)
         else:
             name, column = self._convert_labels(table)
-            table = _set(table, name, _choose(column, self._label_values, changed))
-        for field, values in self._stamps:
-            column = self._convert_stamp(table, field)
-            table = _set(table, field.name, _choose(column, values, stamped))
+            table = _set(table, name, _choose(column, self._label_values, changes.rows))
+        for column, values in self._stamps:
+            own = read_stamp(table, column, self._manifest.source)
+            table = _set(table, column.name, _choose(own, values, changes.stamped))
         return table
 
     @functools.cached_property
@@ -178,16 +271,6 @@ class LabelMerger:
             f"manifest {self._manifest.source}",
             "merge onto a manifest with lists of labels",
         )
-
-    @functools.cached_property
-    def _class_values(self) -> dict[str, pa.Array]:
-        """Whether each imported label has a class, for the columns of classes."""
-        assert self._columns is not None
-        classes = {name for names in self._names for name in names} | set(self._columns.classes)
-        return {
-            name: pa.array([name in each.names for each in self._labels], pa.bool_())
-            for name in sorted(classes)
-        }
 
     def _convert_labels(self, table: pa.Table) -> tuple[str, pa.Array]:
         """The name of the label column, and its values in the type of the result."""
@@ -210,40 +293,30 @@ class LabelMerger:
         return name, self._columns.read_names(table, place)
 
     def _set_class_columns(
-        self, table: pa.Table, columns: LabelColumns, changed: npt.NDArray[np.int64]
+        self, table: pa.Table, columns: LabelColumns, changes: _Changes
     ) -> pa.Table:
-        new = [name for name in self._class_values if name not in columns.classes]
+        new = self._classes[len(columns.classes) :]
         for name in new:
             if name in table.schema.names:
                 raise ManifestError(
                     f"manifest {self._manifest.source}: column {name!r} is no class column, and "
                     "the export has a class of that name; add it to --onto.label-columns"
                 )
-        pairs = [*zip(columns.per_class, columns.classes, strict=True), *zip(new, new, strict=True)]
-        for column_name, class_name in pairs:
+        for index, column_name in enumerate([*columns.per_class, *new]):
             if column_name in table.schema.names:
                 column = table.column(column_name).combine_chunks()
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
+                if pa.types.is_null(column.type):
+                    column = column.cast(pa.int8())
             else:
                 column = pa.nulls(table.num_rows, pa.int8())
-            values = self._class_values[class_name]
-            if is_text(column.type):
-                values = values.cast(pa.int8())
-            table = _set(table, column_name, _choose(column, values.cast(column.type), changed))
+            values = pa.array(self._targets[:, index])
+            kind = column.type
+            values = values.cast(pa.bool_() if pa.types.is_boolean(kind) else kind)
+            places = changes.find_places(index)
+            table = _set(table, column_name, _choose(column, values, places))
         return table
-
-    def _convert_stamp(self, table: pa.Table, field: pa.Field) -> pa.Array:
-        if field.name not in table.schema.names:
-            return pa.nulls(table.num_rows, field.type)
-        column = table.column(field.name).combine_chunks()
-        try:
-            return column.cast(field.type)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise ManifestError(
-                f"manifest {self._manifest.source}: has a column {field.name!r} of the type "
-                f"{column.type}, which an import of labels writes as {field.type}; rename it"
-            ) from error
 
 
 def _choose(own: pa.Array, values: pa.Array, places: npt.NDArray[np.int64]) -> pa.Array:

@@ -41,7 +41,7 @@ from imgcls.models.bundle import read_description
 from imgcls.models.embeddings import normalize_embeddings
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, open_run
-from imgcls.runs.embeddings import normalize_urls
+from imgcls.runs.embeddings import resolve_urls
 from imgcls.runs.schema import list_prediction_columns
 
 MANIFEST_FILE = "manifest.parquet"
@@ -96,7 +96,7 @@ def select(config: SelectConfig | None = None, /, **settings: object) -> Selecti
     Raises
     ------
     RequestError
-        If the run has not the columns that `by` needs, or no row can be selected.
+        If the run does not have the columns that `by` needs, or no row can be selected.
     OutputError
         If the run is not committed, or the output has a selection.
 
@@ -299,7 +299,7 @@ def _find_selectable(
         labels = normalize_labels(table[counter.label_column])
         may &= labels.is_null().to_numpy(zero_copy_only=False)
     if excluded is not None:
-        paths = normalize_urls(resolve_paths(table[run.path_column], run.root))
+        paths = resolve_urls(table[run.path_column], run.root)
         may &= ~pc.is_in(paths, value_set=excluded).to_numpy()
     return may
 
@@ -312,7 +312,7 @@ def _read_excluded(config: SelectConfig) -> pa.Array | None:
     parts = [pa.array([], pa.large_string())]
     for batch in manifest.batches():
         paths = pa.chunked_array([batch.column(manifest.path_column)])
-        parts += normalize_urls(resolve_paths(paths, manifest.root)).chunks
+        parts += resolve_urls(paths, manifest.root).chunks
     return pc.unique(pa.chunked_array(parts, pa.large_string()))
 
 

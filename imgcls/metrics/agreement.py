@@ -8,6 +8,7 @@ annotators.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,9 @@ def cohens_kappa(support: NDArray[Any], predicted: NDArray[Any], correct: float)
 
 
 def krippendorffs_alpha(
-    units: NDArray[Any], values: NDArray[Any], distances: NDArray[Any] | None = None
+    units: NDArray[Any],
+    values: NDArray[Any],
+    distances: Callable[[int], NDArray[Any]] | None = None,
 ) -> float | None:
     """Krippendorff's alpha: agreement of any number of annotators beyond chance.
 
@@ -102,8 +105,9 @@ def krippendorffs_alpha(
         The image of each of N decisions. Images with one decision are left out.
     values : ndarray of int, shape (N,)
         What was decided, from 0 to V - 1.
-    distances : ndarray, shape (V, V), optional
-        Difference of two values, 0 to 1. Default: 1 of different ones (nominal values).
+    distances : callable, optional
+        The difference of a value from each of them, ndarray of shape (V,), so that no matrix of
+        V * V is held. Default: 1 from different ones (nominal values).
 
     Returns
     -------
@@ -128,17 +132,43 @@ def krippendorffs_alpha(
         return None
     _, units, sizes = np.unique(units[is_paired], return_inverse=True, return_counts=True)
     kinds, values = np.unique(values[is_paired], return_inverse=True)
-    apart = 1.0 - np.eye(len(kinds)) if distances is None else distances[np.ix_(kinds, kinds)]
     total = len(values)
     counts = np.bincount(values, minlength=len(kinds)).astype(np.float64)
-    expected = float(counts @ apart @ counts) / (total * (total - 1))
-    if expected == 0:
-        return None
-    observed = 0.0
+    weights = 1.0 / (sizes[units] - 1)
+    if distances is None:
+        expected = (total**2 - float((counts**2).sum())) / (total * (total - 1))
+        cells, same = np.unique(units * len(kinds) + values, return_counts=True)
+        apart = sizes.astype(np.float64) ** 2
+        np.subtract.at(apart, cells // len(kinds), same.astype(np.float64) ** 2)
+        observed = float((apart / (sizes - 1)).sum())
+    else:
+        first, second = _pair_decisions(units, sizes)
+        order = np.argsort(values[first], kind="stable")
+        first, second = first[order], second[order]
+        ends = np.searchsorted(values[first], np.arange(len(kinds) + 1))
+        expected = observed = 0.0
+        for place, kind in enumerate(kinds.tolist()):
+            row = distances(kind)[kinds]
+            expected += float(counts[place] * (row @ counts)) / (total * (total - 1))
+            pairs = slice(ends[place], ends[place + 1])
+            observed += float(row[values[second[pairs]]] @ weights[first[pairs]])
+    return None if expected == 0 else 1.0 - observed / total / expected
+
+
+def _pair_decisions(
+    units: NDArray[Any], sizes: NDArray[Any]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of all ordered pairs of decisions about one image, each with itself too.
+
+    units: (N,) the image of each decision, from 0 to U - 1
+    sizes: (U,) decisions of each image
+    """
     order = np.argsort(units, kind="stable")
-    for group in np.split(values[order], np.cumsum(sizes)[:-1]):
-        observed += float(apart[np.ix_(group, group)].sum()) / (len(group) - 1)
-    return 1.0 - observed / total / expected
+    counts = sizes[units[order]]
+    starts = (np.cumsum(sizes) - sizes)[units[order]]
+    first = np.repeat(order, counts)
+    offsets = np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return first, order[np.repeat(starts, counts) + offsets]
 
 
 @dataclass(frozen=True)

@@ -149,3 +149,9 @@ def normalize_urls(urls: pa.ChunkedArray) -> pa.ChunkedArray:
         for path in text.to_pylist()
     ]
     return pa.chunked_array([pa.array(paths, text.type)])
+
+
+def resolve_urls(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
+    """Absolute paths and URLs of a column, each image by one text: `file:` URLs become paths."""
+    resolved = resolve_paths(paths, root)
+    return normalize_urls(pc.replace_substring_regex(resolved, r"^file:(//)?(/)", r"\2"))

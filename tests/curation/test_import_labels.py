@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import zipfile
 from collections.abc import Callable, Sequence
@@ -15,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls.cli import main
-from imgcls.curation.import_labels import LabelImport, import_labels
+from imgcls.curation.import_labels import import_labels
 from imgcls.curation.label_history import HISTORY_FILE
 from imgcls.data.annotations import cvat
-from imgcls.data.annotations.labels_table import build_labels_schema
 from imgcls.errors import ConfigError, ManifestError, OutputError, RequestError
 from imgcls.evaluation.select import select
+from tests.curation.label_imports import merge, read_labels, write_labels, write_manifest
 from tests.data.annotations.filled import (
     TIME,
     Labels,
@@ -71,41 +72,6 @@ def choose(tmp_path: Path, tool: str, *, several: bool = False) -> tuple[Path, l
         run=str(run), output=str(tmp_path / "next"), count=COUNT, format=tool, max_similarity=1.0
     )
     return tmp_path / "next", found.rows["path"].to_pylist()
-
-
-def write_manifest(tmp_path: Path, labels: dict[str, Any], **columns: Any) -> Path:
-    kind = pa.list_(pa.string()) if any(isinstance(v, list) for v in labels.values()) else None
-    values = pa.array(list(labels.values()), kind or pa.string())
-    table = pa.table({"path": list(labels), "label": values, **columns})
-    path = tmp_path / "train.parquet"
-    pq.write_table(table, path)
-    return path
-
-
-def write_labels(tmp_path: Path, rows: Sequence[tuple[Any, ...]], *, several: bool = False) -> Path:
-    """A labels table of (path, label, annotator, minute) rows."""
-    schema = build_labels_schema(several=several)
-    start = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
-    built = [
-        {
-            "path": path, "label": label, "annotator": annotator, "tool": "imgcls",
-            "labeled_at": None if minute is None else start + datetime.timedelta(minutes=minute),
-        }
-        for path, label, annotator, minute in rows
-    ]  # fmt: skip
-    path = tmp_path / "labels.parquet"
-    pq.write_table(pa.Table.from_pylist(built, schema), path)
-    return path
-
-
-def merge(tmp_path: Path, export: Path, onto: Path, **settings: Any) -> LabelImport:
-    output = settings.pop("output", tmp_path / "out" / "new.parquet")
-    return import_labels(export=export, onto=str(onto), output=output, **settings)
-
-
-def read_labels(tmp_path: Path) -> dict[str, Any]:
-    table = pq.read_table(tmp_path / "out" / "new.parquet")
-    return dict(zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True))
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -307,7 +273,9 @@ def test_a_manifest_without_labels_takes_all_classes(tmp_path: Path) -> None:
     export = write_labels(tmp_path, [(f"{tmp_path}/a.jpg", "cat", "ann", 1)])
     merge(tmp_path, export, onto)
     assert read_labels(tmp_path) == {f"{tmp_path}/a.jpg": "cat", f"{tmp_path}/b.jpg": None}
-    several = write_labels(tmp_path, [("a.jpg", ["dog", "cat"], "ann", 1)], several=True)
+    several = write_labels(
+        tmp_path, [(f"{tmp_path}/a.jpg", ["dog", "cat"], "ann", 1)], several=True
+    )
     with pytest.raises(RequestError, match="2 labels"):
         merge(tmp_path, several, onto, overwrite=True)
     merge(tmp_path, several, onto, multilabel=True, output=tmp_path / "lists" / "new.parquet")
@@ -335,18 +303,6 @@ def test_labels_with_a_separator_stay_text(tmp_path: Path) -> None:
     config = {"path": str(onto), "label_delimiter": ";"}
     import_labels(export=export, onto=config, output=tmp_path / "out" / "new.parquet")
     assert read_labels(tmp_path) == {"/a.jpg": ";", "/b.jpg": "cat;dog"}
-
-
-def test_file_names_are_looked_up_and_ambiguous_ones_are_refused(tmp_path: Path) -> None:
-    onto = write_manifest(tmp_path, {"/x/1.jpg": None, "/y/1.jpg": "cat", "/y/2.jpg": "dog"})
-    merge(tmp_path, write_labels(tmp_path, [("2.jpg", "cat", "a", 1)]), onto)
-    assert read_labels(tmp_path)["/y/2.jpg"] == "cat"
-    merge(tmp_path, write_labels(tmp_path, [("x/1.jpg", "dog", "a", 1)]), onto, overwrite=True)
-    assert read_labels(tmp_path)["/x/1.jpg"] == "dog"
-    with pytest.raises(RequestError, match=r"'1.jpg' may be any of 2 images"):
-        merge(tmp_path, write_labels(tmp_path, [("1.jpg", "dog", "a", 1)]), onto, overwrite=True)
-    with pytest.raises(RequestError, match=r"'3.jpg' is not in .*pass .* --images"):
-        merge(tmp_path, write_labels(tmp_path, [("3.jpg", "dog", "a", 1)]), onto, overwrite=True)
 
 
 def test_added_images_have_the_columns_of_the_selection(tmp_path: Path) -> None:
@@ -410,6 +366,24 @@ def test_a_folder_of_labels_tables_is_one_export(tmp_path: Path) -> None:
     assert (done.confirmed, done.replaced) == (1, 1)
 
 
+def damage_archive(compression: int) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        archive.writestr("annotations.xml", "<annotations>" + "<image name='a.jpg'/>" * 2000)
+    data = bytearray(stream.getvalue())
+    data[60:120] = b"\xa5" * 60
+    return bytes(data)
+
+
+def damage_page() -> bytes:
+    stream = io.BytesIO()
+    paths = [f"/{number}.jpg" for number in range(2000)]
+    pq.write_table(pa.table({"path": paths, "label": paths}), stream)
+    data = bytearray(stream.getvalue())
+    data[40:400] = b"\xa5" * 360
+    return bytes(data)
+
+
 BAD: dict[str, tuple[str | bytes, str]] = {
     "truncated.json": ('[{"id": 1, "annotations": [', "damaged JSON"),
     "deep.json": ("[" * 200_000, "damaged JSON"),
@@ -444,6 +418,21 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "empty.csv": ("", "is empty"),
     "other.csv": ("path,klass\n/a.jpg,cat\n", "no column 'label'"),
     "labels.json": ('{"classes": ["cat"], "labels": {"a": 7}}', "the label 7"),
+    "latin.csv": ("path,label\n/a.jpg,K\u00e4se\n".encode("latin-1"), "save it as CSV UTF-8"),
+    "bz2.zip": (damage_archive(zipfile.ZIP_BZIP2), "damaged ZIP"),
+    "lzma.zip": (damage_archive(zipfile.ZIP_LZMA), "damaged ZIP"),
+    "encoding.xml": ('<?xml version="1.0" encoding="klingon"?><annotations/>', "damaged XML"),
+    "number.json": ('[{"annotations": 5, "data": {}}]', "no list 'annotations'"),
+    "result.json": ('[{"data": {"path": "/a.jpg"}, "annotations": [{"result": 5}]}]', "no list"),
+    "null.json": (
+        '[{"annotation_id": 1, "path": "/a.jpg", "label": {"choices": null}}]',
+        "no list 'choices'",
+    ),
+    "year.csv": (
+        "path,label,labeled_at\n/a.jpg,cat,0001-01-01T00:00:00+05:00\n",
+        "+05:00' is no time",
+    ),
+    "page.parquet": (damage_page(), "damaged Parquet"),
     "blank.csv": ("path,label\n/a.jpg,\n", "has no label"),
 }
 

@@ -99,9 +99,12 @@ def test_labeled_and_excluded_rows_are_left_out(tmp_path: Path) -> None:
     folder = commit(tmp_path / "run", table)
     first = choose(tmp_path, folder, count=30, max_similarity=1.0)
     assert first.rows["label"].null_count == 30
+    excluded = tmp_path / "excluded.parquet"
+    urls = [f"file://{path}" for path in first.rows["path"].to_pylist()]
+    pq.write_table(pa.table({"path": urls}), excluded)
     second = select(
         run=str(folder), output=str(tmp_path / "more"), count=30, max_similarity=1.0,
-        exclude=str(tmp_path / "next" / "manifest.parquet"),
+        exclude=str(excluded),
     )  # fmt: skip
     assert not set(first.rows["path"].to_pylist()) & set(second.rows["path"].to_pylist())
     every = choose(

@@ -97,9 +97,8 @@ def test_krippendorffs_alpha_is_that_of_the_published_example() -> None:
     nominal = krippendorffs_alpha(units[known], values[known])
     assert nominal == pytest.approx(0.743, abs=5e-4)
     scale = np.arange(6)
-    interval = krippendorffs_alpha(
-        units[known], values[known], (scale[:, None] - scale[None, :]).astype(float) ** 2
-    )
+    squares = (scale[:, None] - scale[None, :]).astype(float) ** 2
+    interval = krippendorffs_alpha(units[known], values[known], squares.__getitem__)
     assert interval == pytest.approx(0.849, abs=5e-4)
 
 

@@ -36,6 +36,7 @@ class Export:
     unlabeled:    images in it without a label
     unchanged:    images whose labels are unchanged predictions of a model, if the tool records it
     has_suffixes: whether the paths have the suffixes of the files, such as .jpg
+    repeated:     names in several tasks of a project, which may be those of several images
     """
 
     source: str
@@ -43,6 +44,7 @@ class Export:
     unlabeled: int = 0
     unchanged: int = 0
     has_suffixes: bool = True
+    repeated: frozenset[str] = frozenset()
 
 
 def check_names(values: Iterable[Any], place: str) -> tuple[str, ...]:
@@ -68,10 +70,10 @@ def parse_time(value: Any, place: str) -> datetime.datetime | None:
             if isinstance(value, datetime.datetime)
             else datetime.datetime.fromisoformat(value.strip())
         )
-    except (ValueError, AttributeError) as error:
+        if time.tzinfo is None:
+            return time.replace(tzinfo=datetime.UTC)
+        return time.astimezone(datetime.UTC)
+    except (ValueError, AttributeError, OverflowError) as error:
         raise RequestError(
             f"{place}: {value!r} is no time; expected ISO 8601, such as 2026-03-01T12:30:00Z"
         ) from error
-    return (
-        time.replace(tzinfo=datetime.UTC) if time.tzinfo is None else time.astimezone(datetime.UTC)
-    )

@@ -13,7 +13,7 @@ from imgcls.data.manifests.csv_reader import read_csv_batches, read_csv_schema
 from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.manifests.options import ReadOptions
 from imgcls.data.storage import filesystem
-from imgcls.errors import RequestError
+from imgcls.errors import ManifestError, RequestError
 
 TOOL = "csv"
 TASKS_FILE = "labels.csv"
@@ -62,6 +62,17 @@ def read_csv(url: str, *, several: bool) -> Export:
     The columns `annotator` and `labeled_at` are read where they are. A row without a label counts
     as not labeled. Raises RequestError where a column is missing or a value cannot be read.
     """
+    try:
+        return _read(url, several=several)
+    except ManifestError as error:
+        if not isinstance(error.__cause__, UnicodeDecodeError):
+            raise
+        raise RequestError(
+            f"{url}: is not UTF-8 text ({error.__cause__}); save it as CSV UTF-8"
+        ) from error
+
+
+def _read(url: str, *, several: bool) -> Export:
     options = ReadOptions()
     names = read_csv_schema(url, options).names
     missing = [name for name in ("path", "label") if name not in names]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import re
 import zipfile
 import zlib
@@ -30,7 +31,8 @@ from imgcls.errors import RequestError
 TOOL = "cvat"
 ANNOTATIONS_FILE = "cvat.xml"
 LABELS_FILE = "cvat_labels.json"
-_ARCHIVED_FILE = "annotations.xml"
+ARCHIVED_FILE = "annotations.xml"
+"""Name of the XML file in the ZIP files of CVAT."""
 _SCHEMES = ("s3", "gs", "az")
 _ATTRIBUTES = ("score", "model_version")
 _SHAPES = ("box", "polygon", "polyline", "points", "cuboid", "mask", "ellipse", "skeleton")
@@ -146,7 +148,8 @@ def read_cvat(data: bytes, source: str, *, skip_unchanged: bool) -> Export:
         ):
             reader.read(stream)
     except (
-        zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError
+        zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, ValueError, NotImplementedError,
+        EOFError, RuntimeError,
     ) as error:  # fmt: skip
         raise RequestError(f"{source}: is a damaged ZIP file ({error}); export it again") from error
     return reader.build_export()
@@ -154,12 +157,12 @@ def read_cvat(data: bytes, source: str, *, skip_unchanged: bool) -> Export:
 
 def _open_archived(archive: zipfile.ZipFile, source: str) -> IO[bytes]:
     names = archive.namelist()
-    if _ARCHIVED_FILE not in names:
+    if ARCHIVED_FILE not in names:
         raise RequestError(
-            f"{source}: is a ZIP file without {_ARCHIVED_FILE}; export the task from CVAT as "
+            f"{source}: is a ZIP file without {ARCHIVED_FILE}; export the task from CVAT as "
             '"CVAT for images 1.1"'
         )
-    return archive.open(_ARCHIVED_FILE)
+    return archive.open(ARCHIVED_FILE)
 
 
 class _Reader:
@@ -193,7 +196,7 @@ class _Reader:
                     )
                 parser.Parse(block, False)
             parser.Parse(b"", True)
-        except expat.ExpatError as error:
+        except (expat.ExpatError, LookupError, ValueError) as error:  # also unknown encodings
             raise RequestError(
                 f"{self._source}: is damaged XML ({error}); export it again"
             ) from error
@@ -216,12 +219,15 @@ class _Reader:
                 f"{self._source}: has {self._shapes:,} shapes such as boxes and no tag; the labels "
                 "of images are tags in CVAT"
             )
-        return Export(self._source, annotations, unlabeled, unchanged)
+        tasks = {(name, task) for name, task in self._images}
+        counts = Counter(name for name, _ in tasks)
+        repeated = frozenset(name for name, count in counts.items() if count > 1)
+        return Export(self._source, annotations, unlabeled, unchanged, repeated=repeated)
 
     def _refuse_doctype(self, *_: object) -> None:
         raise RequestError(
-            f"{self._source}: declares a document type, which exports of CVAT have not and which "
-            "can define entities that exhaust memory; export it again"
+            f"{self._source}: declares a document type, which exports of CVAT do not have and "
+            "which can define entities that exhaust memory; export it again"
         )
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:

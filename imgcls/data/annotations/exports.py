@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from imgcls.data.annotations.annotation import Annotation, Export, check_names, parse_time
 from imgcls.data.annotations.csv_labels import read_csv, write_csv
-from imgcls.data.annotations.cvat import read_cvat, write_cvat
+from imgcls.data.annotations.cvat import ARCHIVED_FILE, read_cvat, write_cvat
 from imgcls.data.annotations.fiftyone import (
     LABELS_FILE,
     PATHS_FILE,
@@ -36,7 +36,7 @@ _WRITERS: Mapping[ToolFormat, Callable[[str, LabelingTasks], list[str]]] = Mappi
         "csv": write_csv,
     }
 )
-_ARCHIVED = "annotations.xml"
+_RECORD_UNCHANGED = ("cvat", "fiftyone")
 _HEAD_BYTES = 4096
 
 
@@ -62,6 +62,11 @@ def read_export(
         files = _find_files(url)
         head = _read_head(files[0])
         found = _detect(files, head) if format == "auto" else format
+        if skip_unchanged and found not in _RECORD_UNCHANGED:
+            raise RequestError(
+                f"export {url}: skip_unchanged: has no effect on the format {found}, which does "
+                "not record unchanged predictions; remove it"
+            )
         if found == "imgcls":
             export = _read_tables(url, files)
         elif found == "csv":
@@ -70,7 +75,7 @@ def read_export(
             data = filesystem.read(files[0])
             export = read_cvat(data, files[0], skip_unchanged=skip_unchanged)
         else:
-            export = _read_json(files[0], found)
+            export = _read_json(files[0], found, skip_unchanged=skip_unchanged)
     except StorageError as error:
         raise request_error(RequestError, f"export {url}: {error}", error) from error
     if not export.annotations:
@@ -86,14 +91,14 @@ def _find_files(url: str) -> list[str]:
     if not filesystem.is_folder(url):
         return [url]
     names = filesystem.list_names(url)
-    for name in (LABELS_FILE, _ARCHIVED):
+    for name in (LABELS_FILE, ARCHIVED_FILE):
         if name in names:
             return [filesystem.join(url, name)]
     tables = [name for name in names if name.endswith(".parquet")]
     if not tables:
         raise RequestError(
-            f"export {url}: is a folder without {LABELS_FILE} (FiftyOne), {_ARCHIVED} (CVAT) or "
-            "Parquet files (a labels table); pass the file that the tool exported"
+            f"export {url}: is a folder without {LABELS_FILE} (FiftyOne), {ARCHIVED_FILE} (CVAT) "
+            "or Parquet files (a labels table); pass the file that the tool exported"
         )
     return [filesystem.join(url, name) for name in tables]
 
@@ -119,7 +124,7 @@ def _detect(files: list[str], head: bytes) -> ExportFormat:
     return "fiftyone" if start == b"{" else "csv"
 
 
-def _read_json(url: str, format: ExportFormat) -> Export:
+def _read_json(url: str, format: ExportFormat, *, skip_unchanged: bool) -> Export:
     body = _load_json(url)
     if format == "label-studio":
         if not isinstance(body, list):
@@ -132,7 +137,7 @@ def _read_json(url: str, format: ExportFormat) -> Export:
     paths = None
     with contextlib.suppress(StorageMissing):
         paths = _load_json(filesystem.join(filesystem.parent(url), PATHS_FILE))
-    return read_fiftyone(body, paths, url)
+    return read_fiftyone(body, paths, url, skip_unchanged=skip_unchanged)
 
 
 def _load_json(url: str) -> Any:
@@ -150,8 +155,8 @@ def _read_tables(url: str, files: list[str]) -> Export:
     for file in files:
         try:
             with filesystem.open_read(file) as stream:
-                table = pq.read_table(stream)
-        except pa.ArrowException as error:
+                table = _truncate_times(pq.read_table(stream))
+        except (pa.ArrowException, OSError) as error:
             raise RequestError(f"{file}: is a damaged Parquet file ({error})") from error
         missing = [name for name in ("path", "label") if name not in table.schema.names]
         if missing:
@@ -175,3 +180,12 @@ def _read_tables(url: str, files: list[str]) -> Export:
                 )
             )
     return Export(url, annotations)
+
+
+def _truncate_times(table: pa.Table) -> pa.Table:
+    """Times in microseconds; digits below are dropped."""
+    index = table.schema.get_field_index("labeled_at")
+    if index < 0 or not pa.types.is_timestamp(table.schema.field(index).type):
+        return table
+    kind = pa.timestamp("us", table.schema.field(index).type.tz)
+    return table.set_column(index, "labeled_at", table.column(index).cast(kind, safe=False))

@@ -56,11 +56,17 @@ def _build_label(task: LabelingTask, codes: Mapping[str, int], tasks: LabelingTa
     return found[0] if found else None
 
 
-def read_fiftyone(body: Mapping[str, Any], paths: Any, source: str) -> Export:
+def read_fiftyone(
+    body: Mapping[str, Any], paths: Any, source: str, *, skip_unchanged: bool = False
+) -> Export:
     """The annotations of an export.
 
     body:  the content of `labels.json`
     paths: the content of `data.json`, relative to the folder of `source`; None without one
+    skip_unchanged: leave out unchanged predictions
+
+    A sample whose labels all have a confidence, or the version of a model, is an unchanged
+    prediction.
 
     A sample without a label is null, as is one with an empty list of labels: FiftyOne exports both
     alike. They count as not labeled.
@@ -73,17 +79,34 @@ def read_fiftyone(body: Mapping[str, Any], paths: Any, source: str) -> Export:
             "FiftyOneImageClassificationDataset"
         )
     files = _index_paths(paths, source)
-    annotations, unlabeled = [], 0
+    annotations, unlabeled, unchanged = [], 0, 0
     for name, value in labels.items():
         if value is None:
             unlabeled += 1
             continue
         if files is not None and name not in files:
             raise RequestError(f"{source}: sample {name!r} is not in {PATHS_FILE}; export it again")
+        is_unchanged = _is_prediction(value)
+        unchanged += is_unchanged
+        if is_unchanged and skip_unchanged:
+            unlabeled += 1
+            continue
         path = name if files is None else files[name]
         names = _read_names(value, classes, f"{source}: sample {name!r}")
         annotations.append(Annotation(path, names, None, None, TOOL))
-    return Export(source, annotations, unlabeled, has_suffixes=files is not None)
+    return Export(source, annotations, unlabeled, unchanged, has_suffixes=files is not None)
+
+
+def _is_prediction(value: Any) -> bool:
+    """Whether all labels of a sample are those of a model."""
+    labels = value if isinstance(value, list) else [value]
+    return bool(labels) and all(isinstance(each, dict) and _has_model(each) for each in labels)
+
+
+def _has_model(label: Mapping[str, Any]) -> bool:
+    attributes = label.get("attributes")
+    has_version = isinstance(attributes, dict) and bool(attributes.get("model_version"))
+    return has_version or label.get("confidence") is not None
 
 
 def _index_paths(paths: Any, source: str) -> dict[str, str] | None:
@@ -94,7 +117,15 @@ def _index_paths(paths: Any, source: str) -> dict[str, str] | None:
         raise RequestError(f"{source}: {PATHS_FILE} is no object of paths; export it again")
     folder = filesystem.parent(source)
     files = {name: resolve_path(path, folder) or path for name, path in paths.items()}
-    return {posixpath.splitext(name)[0]: path for name, path in files.items()} | files
+    by_stem: dict[str, str] = {}
+    for name, path in files.items():
+        stem = posixpath.splitext(name)[0]
+        if stem not in files and by_stem.setdefault(stem, path) != path:
+            raise RequestError(
+                f"{source}: sample {stem!r} may be {by_stem[stem]} or {path} of {PATHS_FILE}; "
+                "rename one of the files, and export again"
+            )
+    return by_stem | files
 
 
 def _read_names(value: Any, classes: Sequence[Any] | None, place: str) -> tuple[str, ...]:

@@ -100,6 +100,7 @@ def read_label_studio(tasks: list[Any], source: str) -> Export:
     """
     annotations: list[Annotation] = []
     unlabeled = 0
+    _check_tasks(tasks, source)
     control = _find_control(tasks, source)
     for number, task in enumerate(tasks):
         place = f"{source}: task {number:,}"
@@ -110,8 +111,6 @@ def read_label_studio(tasks: list[Any], source: str) -> Export:
 
 
 def _read_task(task: Any, control: str, place: str) -> Iterator[Annotation]:
-    if not isinstance(task, dict):
-        raise RequestError(f"{place}: is no task of Label Studio ({type(task).__name__})")
     if "annotation_id" in task:
         if task["annotation_id"] is not None:
             yield Annotation(
@@ -122,14 +121,7 @@ def _read_task(task: Any, control: str, place: str) -> Iterator[Annotation]:
                 TOOL,
             )
         return
-    if not isinstance(task.get("annotations"), list):
-        raise RequestError(
-            f"{place}: has no 'annotations'; pass the export of Label Studio (JSON or JSON-MIN), "
-            "not the tasks that were imported into it"
-        )
     for each in task["annotations"]:
-        if not isinstance(each, dict):
-            raise RequestError(f"{place}: an annotation is a {type(each).__name__}, not an object")
         is_skipped = bool(each.get("was_cancelled"))
         yield Annotation(
             _find_image(task.get("data"), place),
@@ -140,17 +132,44 @@ def _read_task(task: Any, control: str, place: str) -> Iterator[Annotation]:
         )
 
 
+def _check_tasks(tasks: Sequence[Any], source: str) -> None:
+    """Refuse tasks that are none of Label Studio, and records whose choices are ambiguous."""
+    for number, task in enumerate(tasks):
+        place = f"{source}: task {number:,}"
+        if not isinstance(task, dict):
+            raise RequestError(f"{place}: is no task of Label Studio ({type(task).__name__})")
+        if "annotation_id" in task:
+            if task["annotation_id"] is not None and {CONTROL, _TEMPLATE_CONTROL} <= set(task):
+                raise RequestError(
+                    f"{place}: has the keys {CONTROL!r} and {_TEMPLATE_CONTROL!r}, one of which "
+                    "is a column of the task and not its choices; export it as JSON"
+                )
+            continue
+        if not isinstance(task.get("annotations"), list):
+            raise RequestError(
+                f"{place}: has no list 'annotations'; pass the export of Label Studio (JSON or "
+                "JSON-MIN), not the tasks that were imported into it"
+            )
+        for each in task["annotations"]:
+            if not isinstance(each, dict):
+                raise RequestError(
+                    f"{place}: an annotation is a {type(each).__name__}, not an object"
+                )
+            if not isinstance(each.get("result"), (list, type(None))):
+                raise RequestError(
+                    f"{place}: the 'result' of an annotation is no list; export it again"
+                )
+
+
 def _find_control(tasks: Sequence[Any], source: str) -> str:
     """The name of the choices that are the labels."""
     found: set[str] = set()
     is_minimal = False
     for task in tasks:
-        if not isinstance(task, dict):
-            continue
         if task.get("annotation_id") is not None:
             is_minimal = True
             found.update({CONTROL, _TEMPLATE_CONTROL} & set(task))
-        for annotation in task.get("annotations") or ():
+        for annotation in () if "annotation_id" in task else task["annotations"]:
             found.update(str(each.get("from_name")) for each in _iter_choices(annotation))
     if is_minimal and not found:
         raise RequestError(
@@ -167,9 +186,8 @@ def _find_control(tasks: Sequence[Any], source: str) -> str:
     return next(iter(found), CONTROL)
 
 
-def _iter_choices(annotation: Any) -> Iterator[Mapping[str, Any]]:
-    results = annotation.get("result") if isinstance(annotation, dict) else None
-    for each in results or ():
+def _iter_choices(annotation: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for each in annotation.get("result") or ():
         if isinstance(each, dict) and each.get("type") == "choices":
             yield each
 
@@ -190,7 +208,10 @@ def _read_minimal_choices(value: Any, place: str) -> tuple[str, ...]:
     """The names of JSON-MIN: one as text, several as an object with 'choices'."""
     names: list[Any] = []
     for each in value if isinstance(value, list) else [] if value is None else [value]:
-        names += each.get("choices", [each]) if isinstance(each, dict) else [each]
+        chosen = each.get("choices") if isinstance(each, dict) else [each]
+        if not isinstance(chosen, list):
+            raise RequestError(f"{place}: {value!r} has no list 'choices'; export it again")
+        names += chosen
     return check_names(names, place)
 
 
@@ -202,21 +223,26 @@ def _find_image(data: Any, place: str) -> str:
             return path
         image = data.get("image")
         if isinstance(image, str) and image.strip():
-            return _parse_image_url(image)
+            return _parse_image_url(image, place)
     raise RequestError(
         f"{place}: its data has neither 'path' nor 'image'; export tasks of `imgcls select`, or "
         "with the image under the key 'image'"
     )
 
 
-def _parse_image_url(url: str) -> str:
+def _parse_image_url(url: str, place: str) -> str:
     split = urlsplit(url)
-    if split.path == _LOCAL_FILES and (found := parse_qs(split.query).get("d")):
+    if split.path.endswith(_LOCAL_FILES) and (found := parse_qs(split.query).get("d")):
         return found[0].lstrip("/")
     if uploaded := _UPLOADED.search(split.path):
         return unquote(uploaded["name"])
     if url.startswith("azure-blob://"):
         return f"az://{url.removeprefix('azure-blob://')}"
+    if url.startswith("/") and split.query:
+        raise RequestError(
+            f"{place}: the image {url} is a URL on the server of Label Studio, which names no "
+            "file; add the path of each image to its task under the key 'path'"
+        )
     return url
 
 

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from imgcls.data.manifests.manifest import Manifest, ManifestConfig, open_manifest, resolve_paths
+from imgcls.data.manifests.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import ImgclsError, StorageUnavailable, one_line
 from imgcls.formatting import format_count
-from imgcls.runs.embeddings import normalize_urls
+from imgcls.runs.embeddings import resolve_urls
 
 ANNOTATOR_COLUMNS = ("labeled_by", "annotator")
 TIME_COLUMNS = ("labeled_at",)
@@ -63,7 +63,7 @@ def describe_label_row(row: Mapping[str, Any]) -> Facts:
 
 def match_image(paths: pa.ChunkedArray, root: str, image: str) -> pa.ChunkedArray:
     """Whether each path of a column is that of an image; null paths are not."""
-    urls = normalize_urls(resolve_paths(paths, root))
+    urls = resolve_urls(paths, root)
     return pc.fill_null(pc.equal(urls, pa.scalar(image, urls.type)), False)
 
 

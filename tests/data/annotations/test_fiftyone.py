@@ -59,3 +59,24 @@ def test_paths_are_relative_to_the_export() -> None:
 def test_a_sample_without_a_path_is_refused() -> None:
     with pytest.raises(RequestError, match=r"'b' is not in data\.json"):
         read_fiftyone({"classes": ["cat"], "labels": {"b": 0}}, {"a.jpg": "/a.jpg"}, "labels.json")
+
+
+def test_predictions_that_come_back_unchanged_are_counted_and_left_out(tmp_path: Path) -> None:
+    paths = ["/photos/a.jpg", "/photos/b.jpg"]
+    tasks = [LabelingTask(path, ("dog",), (0.75,)) for path in paths]
+    write_fiftyone(str(tmp_path), LabelingTasks(tasks, ("cat", "dog"), False, "bundle@123"))
+    folder = tmp_path / "fiftyone"
+    body = json.loads((folder / "labels.json").read_text())
+    files = json.loads((folder / "data.json").read_text())
+    every = read_fiftyone(body, files, str(folder / "labels.json"))
+    assert (len(every.annotations), every.unchanged) == (2, 2)
+    body["labels"]["00000001"] = {"label": 0}
+    one = read_fiftyone(body, files, str(folder / "labels.json"), skip_unchanged=True)
+    assert [(each.path, each.labels) for each in one.annotations] == [("/photos/b.jpg", ("cat",))]
+    assert (one.unlabeled, one.unchanged) == (1, 1)
+
+
+def test_two_files_of_one_sample_are_refused() -> None:
+    labels, paths = {"classes": ["cat"], "labels": {"a": 0}}, {"a.jpg": "/a.jpg", "a.png": "/a.png"}
+    with pytest.raises(RequestError, match=r"'a' may be /a\.jpg or /a\.png"):
+        read_fiftyone(labels, paths, "labels.json")

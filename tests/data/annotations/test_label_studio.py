@@ -95,6 +95,7 @@ def annotate(data: dict[str, str], name: str = "label") -> dict[str, Any]:
     ("url", "path"),
     [
         ("/data/local-files/?d=photos/a%20b.jpg", "photos/a b.jpg"),
+        ("/ls/data/local-files/?d=photos/a.jpg", "photos/a.jpg"),
         ("/data/upload/12/3f2a9c1b-a.jpg", "a.jpg"),
         ("s3://bucket/a.jpg", "s3://bucket/a.jpg"),
         ("azure-blob://box/a.jpg", "az://box/a.jpg"),
@@ -111,3 +112,14 @@ def test_a_project_with_several_choices_must_name_one_label() -> None:
         read_label_studio(both, "export.json")
     found = read_label_studio([*both, annotate({"image": "/b.jpg"})], "export.json")
     assert [each.labels for each in found.annotations] == [(), (), ("cat",)]
+
+
+def test_a_record_with_both_names_of_the_choices_is_refused() -> None:
+    record = {"path": "/a.jpg", "label": "old", "choice": "cat", "annotation_id": 3}
+    with pytest.raises(RequestError, match=r"'label' and 'choice'.*export it as JSON"):
+        read_label_studio([record], "export.json")
+
+
+def test_another_url_on_the_server_is_no_path() -> None:
+    with pytest.raises(RequestError, match="names no file"):
+        read_label_studio([annotate({"image": "/tasks/resolve/?fileuri=abc"})], "export.json")
