@@ -22,7 +22,8 @@ CONVERTED_SIDE = 2_048
 """Maximum width and height of a converted image, in pixels."""
 MAX_WAITING_IMAGES = 64
 """Maximum number of images that wait to be read in one replica."""
-_READS = 8
+MAX_READS = 8
+"""Maximum number of images that one replica reads at the same time."""
 _QUALITY = 90
 _RETRY_AFTER_S = 5
 
@@ -36,7 +37,7 @@ class QueueImages:
     def __init__(self, queue: LabelingQueue, limits: LimitsConfig) -> None:
         self._queue = queue
         self._limits = limits
-        self._threads = ThreadPoolExecutor(_READS, "label-images")
+        self._threads = ThreadPoolExecutor(MAX_READS, "label-images")
         self._waiting = 0
 
     async def read(self, row: int) -> bytes:

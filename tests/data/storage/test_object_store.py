@@ -351,7 +351,10 @@ def test_a_store_that_overwrites_what_it_should_create_is_refused(
     s3: Any, network: Callable[..., Proxy]
 ) -> None:
     network({}).drop = "if-none-match"
-    with pytest.raises(OutputError, match="ignores If-None-Match"):
+    with pytest.raises(
+        OutputError,
+        match="ignores If-None-Match, so two drivers could write at once; pass another --output",
+    ):
         Lease.acquire(url("out"))
     assert keys(s3, "out/") == []
 
