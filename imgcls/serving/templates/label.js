@@ -99,7 +99,10 @@ function forgetImages() {
 }
 
 function showStatus(text, isBroken, mayPass) {
-  byId("retry").hidden = !mayPass;
+  if (byId("retry").hidden === Boolean(mayPass)) {
+    byId("retry").hidden = !mayPass;
+    renderPanel();  // Enter is the key of another button
+  }
   byId("status").textContent = text;
   byId("status").className = isBroken ? "broken" : "";
 }
@@ -239,7 +242,7 @@ function renderPanel() {
   if (focused) [...byId("classes").children].find((button) => button.dataset.name === focused)?.focus();
   const chosen = isMultilabel() ? queue.classes.filter((name) => current?.chosen.has(name)) : suggested;
   const label = isMultilabel() ? "Save: " + (chosen.join(", ") || "no class") : suggested.length ? "Accept: " + suggested[0] : "Accept the suggestion";
-  byId("accept").replaceChildren(...(text ? [] : [create("kbd", "", "Enter")]), label);
+  byId("accept").replaceChildren(...(text || !byId("retry").hidden ? [] : [create("kbd", "", "Enter")]), label);
   byId("accept").disabled = isBlocked || !canAccept();
   byId("skip").disabled = !current || isUndoing;
   byId("undo").disabled = isUndoing || !(work?.last || pending.size);
