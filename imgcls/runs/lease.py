@@ -167,13 +167,20 @@ def find_holder(output: str) -> LeaseHolder | None:
     return LeaseHolder(first["host"], first["pid"], not dead)
 
 
-def check_create_is_exclusive(record: str) -> None:
-    """Raise OutputError for a store that overwrites instead of creating exclusively."""
+def check_create_is_exclusive(
+    record: str, writers: str = "two drivers", option: str = "--output"
+) -> None:
+    """Raise OutputError for a store that overwrites instead of creating exclusively.
+
+    record:  a file that exists
+    writers: processes that could write at once, for the message
+    option:  that names the folder, for the message
+    """
     if not filesystem.is_local(record) and filesystem.create(record, b"{}"):
         filesystem.remove(record)
         raise OutputError(
-            f"{filesystem.parent(record)}: the store ignores If-None-Match, so two drivers could "
-            "write at once; pass an --output on a store that supports it, or on a disk"
+            f"{filesystem.parent(record)}: the store ignores If-None-Match, so {writers} could "
+            f"write at once; pass another {option}, on a store that supports it or on a disk"
         )
 
 

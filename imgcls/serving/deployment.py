@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
@@ -31,7 +33,7 @@ from imgcls.serving import api_keys
 from imgcls.serving.api import build_app
 from imgcls.serving.api_keys import ApiKey, Keyring
 from imgcls.serving.auth import AccessControl
-from imgcls.serving.config import ServeConfig
+from imgcls.serving.config import LabelingConfig, ServeConfig
 from imgcls.serving.coordinator import Coordinator, CoordinatorClient, ReplicaReport
 from imgcls.serving.labeling.labeling import Labeling
 from imgcls.serving.metrics import ReplicaMetrics
@@ -106,6 +108,8 @@ class Endpoint:
         self._access = AccessControl(keyring, allowance, config.http.cors_origins)
         is_multilabel = self._service.model.classifier.bundle.spec.task == "multilabel"
         labeling = await asyncio.to_thread(Labeling.open, config.labeling, several=is_multilabel)
+        if labeling is not None:
+            labeling.queue.check_id(settings["queue_id"])
         self._app = build_app(self._service, self._access, self._coordinator, config, labeling)
 
     def _load_model(self, config: ServeConfig) -> ServedModel:
@@ -193,11 +197,10 @@ class Endpoint:
 
 
 def build_application(
-    config: ServeConfig, fixed_keys: list[ApiKey], replicas: ReplicaPlan, settings_id: str
+    config: ServeConfig, checked: PreflightResult, replicas: ReplicaPlan, settings_id: str
 ) -> serve.Application:
     """Build the Ray Serve application.
 
-    fixed_keys:  keys that are not in `config.keys.file`
     settings_id: running replicas load the bundle again when this ID changes
     Raises RequestError for a precision or an engine that the replicas' device cannot run.
     """
@@ -215,7 +218,8 @@ def build_application(
         **options,
         user_config={
             "config": config.dump_for_replicas(),
-            "keys": [key.model_dump(mode="json") for key in fixed_keys],
+            "keys": [key.model_dump(mode="json") for key in checked.fixed_keys],
+            "queue_id": checked.queue_id,
             "settings_id": settings_id,
         },
         ray_actor_options={
@@ -243,16 +247,34 @@ def build_from_args(args: dict[str, Any]) -> serve.Application:
     Used as `import_path: imgcls.serving.deployment:build_from_args`.
 
     args: `args` of that file, the settings of `imgcls serve`
-    Raises ConfigError, BundleError or ResourcesError before anything is changed.
+    Raises ConfigError, BundleError or ResourcesError before anything is changed, and RequestError
+    for relative paths in `labeling`, which would start in the working directory of each node.
     """
     config = configuration.build(ServeConfig, args)
+    _check_labeling_paths(config.labeling)
     storage_settings.set_process_settings(config.storage)
     config = locate_model(config)
-    fixed_keys = run_preflight_checks(config)
+    checked = run_preflight_checks(config)
     replicas = plan_replicas(
         session.list_nodes(), config.replicas, may_grow=autoscaler.find_max_nodes() is not None
     )
-    return build_application(config, fixed_keys, replicas, read_description(config.model).sha256)
+    return build_application(config, checked, replicas, read_description(config.model).sha256)
+
+
+def _check_labeling_paths(labeling: LabelingConfig) -> None:
+    if labeling.manifest is None:
+        return
+    for key, value in (
+        ("labeling.manifest.path", labeling.manifest.path),
+        ("labeling.manifest.root", labeling.manifest.root),
+        ("labeling.output", labeling.output),
+    ):
+        is_relative = value is not None and not (":" in value or os.path.isabs(value))
+        if is_relative:
+            raise RequestError(
+                f"{key} {value}: is relative to the working directory of each replica. Set an "
+                "absolute path on a disk that all replicas share, or a URL"
+            )
 
 
 def locate_model(config: ServeConfig) -> ServeConfig:
@@ -272,10 +294,22 @@ def locate_model(config: ServeConfig) -> ServeConfig:
     return config.model_copy(update={"model": bundle.url})
 
 
-def run_preflight_checks(config: ServeConfig) -> list[ApiKey]:
+@dataclass(frozen=True)
+class PreflightResult:
+    """Results of the checks before the start, for the replicas.
+
+    fixed_keys: keys that are not in `keys.file`
+    queue_id:   ID of the labeling queue; a replica that reads another list does not start
+    """
+
+    fixed_keys: list[ApiKey]
+    queue_id: str | None
+
+
+def run_preflight_checks(config: ServeConfig) -> PreflightResult:
     """Check the API keys, the bundle, the engine and the labeling queue before anything starts.
 
-    Returns the keys that are not in the key file. Raises RequestError or one of its subclasses.
+    Raises RequestError or one of its subclasses.
     """
     env = config.keys.env
     fixed_keys = api_keys.load_keys_from_env(env) if env is not None else []
@@ -286,5 +320,5 @@ def run_preflight_checks(config: ServeConfig) -> list[ApiKey]:
         )
     bundle = load_bundle(config.model)
     check_engine(config.engine)
-    Labeling.open(config.labeling, several=bundle.spec.task == "multilabel")
-    return fixed_keys
+    labeling = Labeling.open(config.labeling, several=bundle.spec.task == "multilabel")
+    return PreflightResult(fixed_keys, None if labeling is None else labeling.queue.queue_id)

@@ -10,10 +10,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ from imgcls.serving.uploads import Upload
 
 EXIT_DELAY_S = 1.0
 """Time for the responses of a replica whose GPU has failed, before its process ends."""
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -250,6 +252,10 @@ class Service:
         pictures = await self._explanations.explain(model.explainer, requests, max_pixels)
         for (_, row), (_, label), picture in zip(explained, requests, pictures, strict=True):
             row["explanation"] = {"label": label, "image": picture}
+
+    async def run_in_decoder(self, call: Callable[[], T]) -> T:
+        """Run a call that decodes an image in one of the decoding threads."""
+        return await asyncio.wrap_future(self._decode_pool.submit(call))
 
     async def update(self, config: ServeConfig) -> bool:
         """Load the bundle at `config.model`, then use it; requests meanwhile use the old one.

@@ -1,8 +1,11 @@
 """Assignment of images to annotators: each image to as many different ones as are wanted.
 
-An assignment is stored in the record of its annotator and expires, so that an image of someone who
-left is given to another annotator. It keeps annotators apart, and is not a lock: two who ask in the
-same instant may get the same image, which then has one label more than wanted.
+An assignment is stored in the record of its annotator and expires, so that the images of an
+annotator who stops labeling are assigned to another one. It keeps annotators apart, and is not a
+lock: two annotators who ask in the same instant may get the same image, which then has one label
+more than wanted. The same holds for the first images of an annotator without a record, if different
+replicas answer: the record is created with the first decision, and until then only the replica that
+assigned the images knows about it.
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ _METADATA_KEY = b"imgcls"
 
 @dataclass(frozen=True)
 class Decision:
-    """What an annotator decided about an image.
+    """Decision of an annotator about one image.
 
+    path:       absolute path of the image
     labels:     the classes; None if the annotator skipped the image
     submission: ID that the client chose; a repeated request has the same one
     is_undone:  the annotator has taken it back

@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import functools
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 from imgcls.data import image_files
 from imgcls.data.decoding import open_image
 from imgcls.data.formats import identify_format
 from imgcls.errors import ImageError, StorageError
 from imgcls.serving.config import LimitsConfig
-from imgcls.serving.problems import Problem, build_image_problem
+from imgcls.serving.labeling.queue import LabelingQueue, hide_secrets
+from imgcls.serving.problems import Problem, build_busy_problem, build_image_problem
 
 BROWSER_FORMATS = frozenset(("JPEG", "PNG", "WebP", "GIF", "BMP", "AVIF", "ICO"))
 """Formats that all current browsers show; images of other formats are converted."""
 CONVERTED_SIDE = 2_048
 """Maximum width and height of a converted image, in pixels."""
+MAX_WAITING_IMAGES = 64
+"""Maximum number of images that wait to be read in one replica."""
+MAX_READS = 8
+"""Maximum number of images that one replica reads at the same time."""
 _QUALITY = 90
 _RETRY_AFTER_S = 5
+
+
+class QueueImages:
+    """Reads images of a queue in threads of its own, a limited number at a time.
+
+    limits: of the bytes of a file
+    """
+
+    def __init__(self, queue: LabelingQueue, limits: LimitsConfig) -> None:
+        self._queue = queue
+        self._limits = limits
+        self._threads = ThreadPoolExecutor(MAX_READS, "label-images")
+        self._waiting = 0
+
+    async def read(self, row: int) -> bytes:
+        """The bytes of an image file.
+
+        Raises a Problem: 503 if too many images wait or a retry may help, else 413, 415 or 422.
+        """
+        if self._waiting >= MAX_WAITING_IMAGES:
+            raise build_busy_problem(1)
+        self._waiting += 1
+        try:
+            run = contextvars.copy_context().run
+            call = functools.partial(run, read_queue_image, self._queue.paths[row], self._limits)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        finally:
+            self._waiting -= 1
 
 
 def read_queue_image(url: str, limits: LimitsConfig) -> bytes:
@@ -24,6 +61,14 @@ def read_queue_image(url: str, limits: LimitsConfig) -> bytes:
 
     Raises a Problem with the image's status: 503 if a retry may help, otherwise 413, 415 or 422.
     """
+    try:
+        return _read(url, limits)
+    except Problem as problem:
+        problem.detail = hide_secrets(problem.detail)
+        raise
+
+
+def _read(url: str, limits: LimitsConfig) -> bytes:
     try:
         return image_files.read_image(url, limits.image_bytes)
     except StorageError as error:

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import datetime
-import itertools
-from collections import Counter
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from imgcls.errors import RequestError
 from imgcls.serving.config import LabelingConfig
-from imgcls.serving.labeling.agreement import (
-    AnnotatorAgreement,
-    Labels,
-    compute_agreements,
-    iter_disagreements,
-)
 from imgcls.serving.labeling.assignment import (
     ASSIGNMENT_S,
     choose_images,
     count_remaining,
+    is_assignment_valid,
 )
 from imgcls.serving.labeling.decisions import AnnotatorRecord, Decision
+from imgcls.serving.labeling.progress import LabelingProgress, ProgressMeter
 from imgcls.serving.labeling.queue import LabelingQueue, read_queue
 from imgcls.serving.labeling.store import Change, DecisionStore
 from imgcls.serving.problems import Problem
 
-MAX_DISAGREEMENTS = 200
-"""Maximum number of images in the list of disagreements."""
+MAX_NEWCOMERS = 100
+"""Annotators without a decision whose first images are reserved in a replica."""
+_STORE_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -38,22 +35,11 @@ class AnnotatorWork:
     remaining: int
 
 
-@dataclass(frozen=True)
-class LabelingProgress:
-    """Progress of all annotators.
-
-    complete:      images with as many labels as wanted
-    disagreements: path and labels by annotator, at most MAX_DISAGREEMENTS
-    """
-
-    records: Mapping[str, AnnotatorRecord]
-    complete: int
-    agreements: list[AnnotatorAgreement]
-    disagreements: list[tuple[str, dict[str, Labels]]]
-
-
 class Labeling:
-    """The queue and the decisions about it. Its methods block and are called in threads.
+    """The queue and the decisions about it.
+
+    Its methods block: they are called in `threads`, and `measure_progress` in `progress_thread`,
+    so that neither slow storage nor a long computation delays other work of the replica.
 
     several: images may have several labels
     """
@@ -65,7 +51,12 @@ class Labeling:
         self.several = several
         self.added_classes = config.classes
         self.annotations_per_image = config.annotations_per_image
+        self.threads = ThreadPoolExecutor(_STORE_THREADS, "labels")
+        self.progress_thread = ThreadPoolExecutor(1, "progress")
         self._store = store
+        self._meter = ProgressMeter(queue, config.annotations_per_image, several=several)
+        self._newcomers: dict[str, AnnotatorRecord] = {}
+        self._newcomers_lock = threading.Lock()
 
     @classmethod
     def open(cls, config: LabelingConfig, *, several: bool) -> Labeling | None:
@@ -82,12 +73,19 @@ class Labeling:
         return cls(config, queue, store, several=several)
 
     def assign(self, annotator: str) -> AnnotatorWork:
-        """Assign the next images to an annotator."""
+        """Assign the next images to an annotator.
+
+        Does not create the record of an annotator without decisions: names are limited in number.
+        """
 
         def change(
             own: AnnotatorRecord, records: Mapping[str, AnnotatorRecord]
         ) -> AnnotatorRecord | None:
             now = datetime.datetime.now(datetime.UTC)
+            if own.version == 0:
+                assigned = self._with_assignment(self._find_newcomer(own), records, now)
+                self._keep_newcomer(assigned, now)
+                return None
             changed = self._with_assignment(own, records, now)
             is_recent = own.assigned_at is not None and (
                 (now - own.assigned_at).total_seconds() < ASSIGNMENT_S / 2
@@ -120,7 +118,7 @@ class Labeling:
                     )
                 return None
             now = datetime.datetime.now(datetime.UTC)
-            added = own.add(Decision(path, chosen, now, submission))
+            added = self._find_newcomer(own).add(Decision(path, chosen, now, submission))
             return self._with_assignment(added, records, now)
 
         return self._update(annotator, change, publish=True)
@@ -148,17 +146,23 @@ class Labeling:
 
     def measure_progress(self, classes: Sequence[str]) -> LabelingProgress:
         """Count the labels of all annotators and compare them."""
-        records = self._store.read_all()
-        counts = Counter(path for each in records.values() for path in each.labeled)
-        needed, paths = self.annotations_per_image, self.queue.paths
-        shared = [path for path in paths if counts[path] > 1]
-        disagreements = iter_disagreements(records, shared)
-        return LabelingProgress(
-            records,
-            sum(counts[path] >= needed for path in paths),
-            compute_agreements(records, classes, several=self.several),
-            list(itertools.islice(disagreements, MAX_DISAGREEMENTS)),
-        )
+        return self._meter.measure(self._store.read_all(), classes)
+
+    def _find_newcomer(self, own: AnnotatorRecord) -> AnnotatorRecord:
+        """The record of an annotator, or the first assignment of one who has no record yet."""
+        with self._newcomers_lock:
+            return own if own.version else self._newcomers.get(own.annotator, own)
+
+    def _keep_newcomer(self, record: AnnotatorRecord, now: datetime.datetime) -> None:
+        with self._newcomers_lock:
+            valid = {k: v for k, v in self._newcomers.items() if is_assignment_valid(v, now)}
+            self._newcomers = dict(list(valid.items())[-MAX_NEWCOMERS:])
+            self._newcomers[record.annotator] = record
+
+    def _list_newcomers(self, now: datetime.datetime) -> dict[str, AnnotatorRecord]:
+        with self._newcomers_lock:
+            newcomers = self._newcomers.items()
+            return {name: each for name, each in newcomers if is_assignment_valid(each, now)}
 
     def _with_assignment(
         self,
@@ -166,10 +170,12 @@ class Labeling:
         records: Mapping[str, AnnotatorRecord],
         now: datetime.datetime,
     ) -> AnnotatorRecord:
-        chosen = choose_images(self.queue, own, records, self.annotations_per_image, now)
+        everyone = {**self._list_newcomers(now), **records}
+        chosen = choose_images(self.queue, own, everyone, self.annotations_per_image, now)
         return replace(own, assigned=chosen, assigned_at=now)
 
     def _update(self, annotator: str, change: Change, *, publish: bool) -> AnnotatorWork:
         record, records = self._store.update(annotator, change, publish=publish)
+        record = self._find_newcomer(record)
         remaining = count_remaining(self.queue, record, records, self.annotations_per_image)
         return AnnotatorWork(record, remaining)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+
 from imgcls import log
-from imgcls.data.manifests.manifest import ManifestConfig, open_manifest, resolve_path
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest, resolve_paths
 from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import RequestError
 from imgcls.formatting import format_count
@@ -14,19 +17,21 @@ from imgcls.formatting import format_count
 MAX_IMAGES = 50_000
 """Maximum number of images: the decisions of an annotator are written again with each one."""
 _KEYS = KeyNames("labeling.manifest")
+_CREDENTIALS = re.compile(r"(://)[^/@?#\s]*@")
+_QUERY = re.compile(r"(https?://[^?#]*)\?[^#\s]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class LabelingQueue:
-    """The images to label. An image is identified by its path; `row` is its index here.
+    """The images to label. An image is identified by its absolute path; `row` is its index here.
 
-    paths:    as in the manifest, each once
-    root:     folder where relative paths start
-    queue_id: hash of the paths, by which a page notices that the queue has changed
+    paths:    absolute paths or URLs, each once
+    names:    text of each path in the manifest, for the page
+    queue_id: hash of the paths; requests with a row carry it, since the row is valid only with it
     """
 
     paths: tuple[str, ...]
-    root: str
+    names: tuple[str, ...]
     queue_id: str = field(init=False)
     _rows: dict[str, int] = field(init=False, repr=False)
 
@@ -42,26 +47,49 @@ class LabelingQueue:
         """Index of an image; None for one that is not in the queue."""
         return self._rows.get(path)
 
-    def get_url(self, row: int) -> str:
-        """Where the image is read from."""
-        url = resolve_path(self.paths[row], self.root)
-        assert url is not None
-        return url
+    def check_id(self, expected: str | None) -> None:
+        """Raise RequestError if the queue is not the one that the service was started with."""
+        if self.queue_id != expected:
+            raise RequestError(
+                "labeling.manifest: the list of images has changed since the service was started. "
+                "Run the command that started it again"
+            )
+
+    def describe(self, path: str) -> str:
+        """Text of an image for the page, also of one that is not in the queue."""
+        row = self.find_row(path)
+        return hide_secrets(path if row is None else self.names[row])
+
+
+def hide_secrets(path: str) -> str:
+    """A path or a text without the user names and passwords in URLs and the queries of HTTP URLs.
+
+    Signed URLs have their signature in the query. Of a data: URL only the media type is kept.
+
+    >>> hide_secrets("https://ana:secret@host/a.jpg?X-Amz-Signature=1")
+    'https://host/a.jpg?...'
+    """
+    if path[:5].lower() == "data:":
+        return f"{path.partition(',')[0][:60]},..."
+    return _QUERY.sub(r"\1?...", _CREDENTIALS.sub(r"\1", path))
 
 
 def read_queue(config: ManifestConfig) -> LabelingQueue:
-    """Read the paths of a manifest.
+    """Read the paths of a manifest and make them absolute.
 
     Rows without a path are left out, and an image that is listed twice is in the queue once.
     Raises ManifestError as `open_manifest` does, and RequestError for no images or too many.
     """
     manifest = open_manifest(config, keys=_KEYS)
-    paths: dict[str, None] = {}
+    paths: dict[str, str] = {}
     rows = 0
     for batch in manifest.batches():
-        column = batch.column(manifest.path_column).to_pylist()
+        column = pa.chunked_array([batch.column(manifest.path_column)])
         rows += len(column)
-        paths.update(dict.fromkeys(path for path in column if path))
+        absolute = resolve_paths(column, manifest.root).to_pylist()
+        for path, name in zip(absolute, column.to_pylist(), strict=True):
+            if name:
+                paths.setdefault(path, name)
         if len(paths) > MAX_IMAGES:
             raise RequestError(
                 f"labeling.manifest {config.path}: has more than {MAX_IMAGES:,} images, the limit "
@@ -75,4 +103,4 @@ def read_queue(config: ManifestConfig) -> LabelingQueue:
             f"labeling.manifest {config.path}: {format_count(rows - len(paths), 'row')} without a "
             "path, or with the path of an earlier row, left out",
         )
-    return LabelingQueue(tuple(paths), manifest.root)
+    return LabelingQueue(tuple(paths), tuple(paths.values()))

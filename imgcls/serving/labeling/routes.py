@@ -1,15 +1,18 @@
 """HTTP routes of labeling: the page, images of the queue, decisions, undo and progress.
 
-A client names an image by its row in the queue, never by a path.
+A client names an image by its row in the queue, never by a path. A row is valid only together with
+the ID of the queue: a replica with another list of images rejects the request (409).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import io
 import logging
 import unicodedata
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Path, Request
@@ -21,7 +24,7 @@ from imgcls.serving import page
 from imgcls.serving.api_keys import ApiKey
 from imgcls.serving.api_schemas import AUTH_ERRORS, PredictResponse, Secret, describe_problems
 from imgcls.serving.auth import AccessControl
-from imgcls.serving.labeling.images import BROWSER_FORMATS, convert_for_browser, read_queue_image
+from imgcls.serving.labeling.images import BROWSER_FORMATS, QueueImages, convert_for_browser
 from imgcls.serving.labeling.labeling import Labeling
 from imgcls.serving.labeling.schemas import (
     DecisionRequest,
@@ -44,7 +47,8 @@ LABEL_PAGE = page.StaticPage.load("label.html")
 _RETRY_AFTER_S = 5
 _STORE_ERRORS = AUTH_ERRORS | describe_problems(
     {
-        409: "The request does not fit the stored decisions; the detail has the reason.",
+        409: "The list of images has changed, or the request does not fit the stored decisions; "
+        "the detail has the reason.",
         503: "The folder of the labels cannot be read or written; see Retry-After.",
     }
 )
@@ -59,6 +63,7 @@ _BODY_ERRORS = _STORE_ERRORS | describe_problems(
 _IMAGE_ERRORS = AUTH_ERRORS | describe_problems(
     {
         404: "No such image.",
+        409: "The list of images has changed.",
         413: "Too many bytes or pixels.",
         415: "Not an image, or an unsupported image format.",
         422: "The image is missing, truncated, empty or damaged.",
@@ -72,6 +77,7 @@ _IMAGE_RESPONSE: dict[int | str, dict[str, Any]] = {
         "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+QueueId = Annotated[str, Path(max_length=64, description="ID of the queue.")]
 Row = Annotated[int, Path(ge=0, description="Index of the image in the queue.")]
 
 logger = logging.getLogger("ray.serve")
@@ -97,32 +103,34 @@ def add_labeling_routes(
 def _add_image_routes(
     app: FastAPI, service: Service, access: AccessControl, labeling: Labeling
 ) -> None:
-    async def read_image(row: int, key: ApiKey | None) -> bytes:
-        _check_row(labeling, row)
-        await access.charge(key, 1)
-        url = labeling.queue.get_url(row)
-        return await asyncio.to_thread(read_queue_image, url, service.config.limits)
+    images = QueueImages(labeling.queue, service.config.limits)
 
     @app.get(
-        "/v1/labeling/images/{row}",
+        "/v1/labeling/images/{queue}/{row}",
         responses=_IMAGE_RESPONSE | _IMAGE_ERRORS,
         response_class=Response,
         summary="Image of the labeling queue",
     )
-    async def image(request: Request, secret: Secret, row: Row) -> Response:
-        data = await read_image(row, access.authorize(secret, "label", request))
-        shown, kind = await asyncio.to_thread(convert_for_browser, data, service.config.limits)
+    async def image(request: Request, secret: Secret, queue: QueueId, row: Row) -> Response:
+        access.authorize(secret, "label", request)
+        _check_image(labeling, queue, row)
+        data = await images.read(row)
+        limits = service.config.limits
+        shown, kind = await service.run_in_decoder(lambda: convert_for_browser(data, limits))
         return Response(shown, media_type=kind)
 
     @app.get(
-        "/v1/labeling/images/{row}/suggestion",
+        "/v1/labeling/images/{queue}/{row}/suggestion",
         response_model=PredictResponse,
         response_model_exclude_unset=True,
         responses=_IMAGE_ERRORS,
         summary="Prediction for an image of the labeling queue",
     )
-    async def suggestion(request: Request, secret: Secret, row: Row) -> Any:
-        data = await read_image(row, access.authorize(secret, "label", request))
+    async def suggestion(request: Request, secret: Secret, queue: QueueId, row: Row) -> Any:
+        key = access.authorize(secret, "label", request)
+        _check_image(labeling, queue, row)
+        await access.charge(key, 1)  # for the image, too: a page asks for both
+        data = await images.read(row)
         options = PredictOptions(service.config.top_k, service.config.threshold)
         model, rows = await service.predict([Upload(io.BytesIO(data), len(data))], options)
         if rows[0]["status"] != OK:
@@ -159,7 +167,7 @@ def _add_queue_routes(
     async def progress(request: Request, secret: Secret) -> ProgressResponse:
         access.authorize(secret, "label", request)
         classes = _list_classes(service, labeling)
-        found = await _run(lambda: labeling.measure_progress(classes))
+        found = await _run(labeling.progress_thread, lambda: labeling.measure_progress(classes))
         return build_progress_response(found, labeling.queue)
 
 
@@ -174,6 +182,7 @@ def _add_decision_routes(
         """The body of a request and the name of its annotator."""
         key = access.authorize(secret, "label", request)
         body = _parse(model, await receive_json(request, service.config.limits, budget))
+        _check_queue(labeling, body.queue)
         return body, _find_annotator(key, body)
 
     @app.post(
@@ -185,7 +194,7 @@ def _add_decision_routes(
     )
     async def assign_next(request: Request, secret: Secret) -> WorkResponse:
         _, annotator = await receive(request, secret, LabelingRequest)
-        work = await _run(lambda: labeling.assign(annotator))
+        work = await _run(labeling.threads, lambda: labeling.assign(annotator))
         return build_work_response(work, labeling.queue)
 
     @app.post(
@@ -197,11 +206,12 @@ def _add_decision_routes(
     )
     async def decide(request: Request, secret: Secret) -> WorkResponse:
         body, annotator = await receive(request, secret, DecisionRequest)
-        if body.queue != labeling.queue.queue_id:
-            raise Problem(409, "queue_changed", "the list of images has changed; load it again")
-        _check_row(labeling, body.row)
+        _check_image(labeling, body.queue, body.row)
         labels = _check_labels(body.labels, _list_classes(service, labeling), labeling.several)
-        work = await _run(lambda: labeling.submit(annotator, body.row, labels, body.submission))
+        work = await _run(
+            labeling.threads,
+            lambda: labeling.submit(annotator, body.row, labels, body.submission),
+        )
         return build_work_response(work, labeling.queue)
 
     @app.post(
@@ -213,14 +223,15 @@ def _add_decision_routes(
     )
     async def undo(request: Request, secret: Secret) -> WorkResponse:
         body, annotator = await receive(request, secret, UndoRequest)
-        work = await _run(lambda: labeling.undo(annotator, body.submission))
+        work = await _run(labeling.threads, lambda: labeling.undo(annotator, body.submission))
         return build_work_response(work, labeling.queue)
 
 
-async def _run(call: Callable[[], T]) -> T:
+async def _run(threads: Executor, call: Callable[[], T]) -> T:
     """Run a call of the store in a thread; its errors become problems."""
+    context = contextvars.copy_context()
     try:
-        return await asyncio.to_thread(call)
+        return await asyncio.get_running_loop().run_in_executor(threads, context.run, call)
     except StorageError as error:
         logger.error("the folder of the labels: %s", error)
         raise Problem(503, "labels_unavailable", str(error), retry_after=_RETRY_AFTER_S) from error
@@ -265,7 +276,13 @@ def _list_classes(service: Service, labeling: Labeling) -> list[str]:
     return list(dict.fromkeys((*spec.classes, *labeling.added_classes)))
 
 
-def _check_row(labeling: Labeling, row: int) -> None:
+def _check_queue(labeling: Labeling, queue: str) -> None:
+    if queue != labeling.queue.queue_id:
+        raise Problem(409, "queue_changed", "the list of images has changed. Load the page again")
+
+
+def _check_image(labeling: Labeling, queue: str, row: int) -> None:
+    _check_queue(labeling, queue)
     if row >= len(labeling.queue):
         raise Problem(404, "image_unknown", f"the queue has no image {row}")
 
@@ -276,11 +293,12 @@ def _check_labels(
     """The labels in the order of the classes. Raises a Problem (400)."""
     if labels is None:
         return None
-    unknown = [name for name in labels if name not in classes]
-    if unknown:
-        raise Problem(400, "unknown_class", f"labels: {unknown[0][:100]!r} is not a class")
+    places = {name: place for place, name in enumerate(classes)}
+    unknown = next((name for name in labels if name not in places), None)
+    if unknown is not None:
+        raise Problem(400, "unknown_class", f"labels: {unknown[:100]!r} is not a class")
     if not several and len(labels) != 1:
         raise Problem(400, "invalid_labels", "labels: exactly one class is needed, or null")
     if len(set(labels)) < len(labels):
         raise Problem(400, "invalid_labels", "labels: a class is listed twice")
-    return tuple(sorted(labels, key=classes.index))
+    return tuple(sorted(labels, key=places.__getitem__))

@@ -8,10 +8,15 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from imgcls.models.bundle import TaskName
-from imgcls.serving.labeling.labeling import AnnotatorWork, LabelingProgress
+from imgcls.serving.labeling.labeling import AnnotatorWork
+from imgcls.serving.labeling.progress import LabelingProgress
 from imgcls.serving.labeling.queue import LabelingQueue
 
 MAX_LABELS = 1_000
+PATH_TEXT = (
+    "Path of the image as in the manifest, for display: without the credentials of a URL and the "
+    "query of an HTTP URL."
+)
 Annotator = Annotated[
     str, StringConstraints(strip_whitespace=True, pattern=r"^[\w.@ -]{1,64}$", max_length=64)
 ]
@@ -23,6 +28,7 @@ class LabelingRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    queue: str = Field(max_length=64, description="ID of the queue, from `GET /v1/labeling/queue`.")
     annotator: Annotator | None = Field(
         default=None,
         description="Name of the annotator. Ignored if the service has API keys: the name of the "
@@ -33,7 +39,6 @@ class LabelingRequest(BaseModel):
 class DecisionRequest(LabelingRequest):
     """Body of `POST /v1/labeling/decisions`."""
 
-    queue: str = Field(max_length=64, description="ID of the queue that `row` belongs to.")
     row: int = Field(ge=0, description="Index of the image in the queue.")
     submission: Submission = Field(
         description="ID chosen by the client: 32 hexadecimal digits. A request that is repeated "
@@ -55,7 +60,10 @@ class UndoRequest(LabelingRequest):
 class QueueDescription(BaseModel):
     """Response to `GET /v1/labeling/queue`."""
 
-    queue: str = Field(description="ID of the queue; it changes with the list of images.")
+    queue: str = Field(
+        description="ID of the queue; it changes with the list of images. All requests with a row "
+        "need it, and are rejected (409) by a replica with another list."
+    )
     task: TaskName
     classes: list[str] = Field(description="Classes to choose from.")
     images: int
@@ -69,7 +77,7 @@ class QueueImage(BaseModel):
     """An image of the queue."""
 
     row: int
-    path: str
+    path: str = Field(description=PATH_TEXT)
 
 
 class StoredDecision(BaseModel):
@@ -77,7 +85,7 @@ class StoredDecision(BaseModel):
 
     submission: str
     row: int | None = Field(description="Null if the image is not in the queue any more.")
-    path: str
+    path: str = Field(description=PATH_TEXT)
     labels: list[str] | None = Field(description="Null if the image was skipped.")
     labeled_at: datetime.datetime
 
@@ -85,6 +93,7 @@ class StoredDecision(BaseModel):
 class WorkResponse(BaseModel):
     """State of an annotator."""
 
+    queue: str = Field(description="ID of the queue that the rows belong to.")
     annotator: str
     assigned: list[QueueImage] = Field(description="The next images of this annotator, in order.")
     last: StoredDecision | None = Field(description="The newest decision, which undo takes back.")
@@ -121,7 +130,7 @@ class Disagreement(BaseModel):
     """An image with different labels and no majority."""
 
     row: int
-    path: str
+    path: str = Field(description=PATH_TEXT)
     labels: dict[str, list[str]] = Field(description="The labels by annotator.")
 
 
@@ -140,14 +149,17 @@ def build_work_response(work: AnnotatorWork, queue: LabelingQueue) -> WorkRespon
     record, last = work.record, work.record.last
     rows = [(queue.find_row(path), path) for path in record.assigned]
     return WorkResponse(
+        queue=queue.queue_id,
         annotator=record.annotator,
-        assigned=[QueueImage(row=row, path=path) for row, path in rows if row is not None],
+        assigned=[
+            QueueImage(row=row, path=queue.describe(path)) for row, path in rows if row is not None
+        ],
         last=None
         if last is None
         else StoredDecision(
             submission=last.submission,
             row=queue.find_row(last.path),
-            path=last.path,
+            path=queue.describe(last.path),
             labels=None if last.labels is None else list(last.labels),
             labeled_at=last.labeled_at,
         ),
@@ -171,7 +183,9 @@ def build_progress_response(progress: LabelingProgress, queue: LabelingQueue) ->
         ],
         agreements=[PairAgreement(**vars(each)) for each in progress.agreements],
         disagreements=[
-            Disagreement(row=row, path=path, labels={k: list(v) for k, v in labels.items()})
+            Disagreement(
+                row=row, path=queue.describe(path), labels={k: list(v) for k, v in labels.items()}
+            )
             for row, path, labels in rows
             if row is not None
         ],

@@ -90,6 +90,7 @@ class DecisionStore:
     ) -> tuple[AnnotatorRecord, Mapping[str, AnnotatorRecord]]:
         """Apply a change to the record of an annotator, once, also if others change it meanwhile.
 
+        change:  returns None to change nothing; the record of a new annotator is then not created
         publish: replace the labels table; also done if the change returns None, since the change
             may be that of an earlier request whose replica was killed before this step
         Returns the newest record, and those of all annotators. Raises StorageError, and OutputError
@@ -105,7 +106,7 @@ class DecisionStore:
                 raise OutputError(f"there are {MAX_ANNOTATORS} annotators already")
             changed = change(own, records)
             if changed is None:
-                if not publish or self._publish(key, own):
+                if not publish or own.version == 0 or self._publish(key, own):
                     return own, records
                 continue
             changed = replace(changed, version=own.version + 1)
@@ -192,7 +193,7 @@ class DecisionStore:
         probe = filesystem.join(self._folder, f"_probe-{random.getrandbits(64):016x}")
         filesystem.create(probe, b"imgcls")
         try:
-            check_create_is_exclusive(probe)
+            check_create_is_exclusive(probe, "two replicas", "--labeling.output")
         finally:
             filesystem.remove(probe)
 

@@ -1,5 +1,6 @@
 const MAX_KEYED = 30;
-const KEYS = [..."123456789abcdefghijklmnopqrtuvwxy0"];
+const KEYS = [..."123456789abcdefghijklmnopqrtuvwxy0"];  // without s and z: skip and undo
+const OWN_KEY = /^[a-z0-9]$/;
 const MAX_MATCHES = 12;
 const SMALL_IMAGE = 200;
 const KEY_RIGHTS = "The key needs the scope label.";
@@ -9,9 +10,9 @@ let work = null;
 let items = [];
 let current = null;
 let isUndoing = false;
-let sending = Promise.resolve();
 let applied = Promise.resolve();
-const pending = new Map();
+const pending = new Map();  // decisions that are not answered, by submission
+const returned = new Map();  // decisions that were rejected, by row: to be decided again
 const loaded = new Map();
 
 const isMultilabel = () => queue.task === "multilabel";
@@ -19,55 +20,6 @@ const plural = (count, noun) => count + " " + noun + (count === 1 ? "" : "s");
 const baseName = (path) => path.split(/[/\\#]/).pop() || path;
 const createId = () =>
   [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-
-// ---------------------------------------------------------------- requests
-
-class Rejected extends Error {
-  constructor(status, problem) {
-    super(problem.detail || problem.title || "error " + status);
-    this.status = status;
-  }
-}
-
-/** Send a request until it is answered; `tries` limits the attempts after failures that may pass. */
-async function request(path, { body, tries = 5, onWait } = {}) {
-  const options = { headers: headers() };
-  if (body) {
-    Object.assign(options, { method: "POST", body: JSON.stringify(body) });
-    options.headers["Content-Type"] = "application/json";
-  }
-  for (let attempt = 1; ; attempt += 1) {
-    let response = null;
-    try {
-      response = await fetch("v1/labeling/" + path, options);
-      if (response.ok) return await (response.headers.get("Content-Type").includes("json") ? response.json() : response.blob());
-    } catch { response = null; }
-    const mayPass = !response || response.status === 429 || response.status >= 500;
-    if (!mayPass || attempt >= tries) {
-      const kind = response?.headers.get("Content-Type") || "";
-      if (response) throw new Rejected(response.status, kind.includes("json") ? await response.json() : {});
-      throw new Rejected(0, { detail: "The server cannot be reached." });
-    }
-    if (onWait) onWait();
-    await sleep(Math.min(Number(response?.headers.get("Retry-After")) || 2 ** (attempt - 1), 10));
-  }
-}
-
-/** Send changes of labels one after another, each until it is stored or rejected. */
-function send(path, body) {
-  let hasWaited = false;
-  const onWait = () => {
-    hasWaited = true;
-    showMessage(plural(Math.max(pending.size, 1), "decision") + " not saved yet. Trying again.", true);
-  };
-  const annotator = queue.annotator ? {} : { annotator: getName() };
-  const sent = sending.then(() => request(path, { body: { ...annotator, ...body }, tries: Infinity, onWait }));
-  sending = sent.catch(() => null);
-  return sent.then((reply) => {
-    if (hasWaited) showMessage("Saved.");
-    return reply;
-  });
-}
 
 // ---------------------------------------------------------------- annotator
 
@@ -81,14 +33,19 @@ function showSetup(fields, text) {
   byId(fields[0]).focus();
 }
 
+function change() {
+  if (!pending.size && !isUndoing) return showSetup([queue.annotator ? "key" : "name"]);
+  showMessage("Change the annotator once all decisions are saved: " + plural(Math.max(pending.size, 1), "decision") + " not saved yet.", true);
+}
+
 async function start() {
   if (isKeyMalformed()) return showSetup(["key"], KEY_MALFORMED);
   try {
     queue = await request("queue");
     if (!queue.annotator && !getName()) return showSetup(["name"]);
     if (getName() && !queue.annotator) localStorage.setItem("annotator", getName());
-    byId("setup").hidden = true;
     work = await send("next", {});
+    byId("setup").hidden = true;
   } catch (problem) {
     const isKeyProblem = problem.status === 401 || problem.status === 403;
     if (isKeyProblem) return showSetup(["key"], byId("key").value ? problem.message + ". " + KEY_RIGHTS : "");
@@ -101,31 +58,51 @@ async function start() {
   byId("work").hidden = byId("overview").hidden = byId("bar").hidden = false;
   byId("search_field").hidden = queue.classes.length <= MAX_KEYED;
   current = null;
+  returned.clear();
+  showKeys();
   apply(work);
 }
 
 // ---------------------------------------------------------------- images
 
+const imagePath = (row) => "images/" + queue.queue + "/" + row;
+const LOADERS = {
+  image: (row) => request(imagePath(row)).then((blob) => URL.createObjectURL(blob)),
+  suggestion: (row) => request(imagePath(row) + "/suggestion").then((reply) => reply.predictions[0]),
+};
+
+/** The image and its suggestion; what failed and may pass is loaded again by the next call. */
 function load(row) {
-  if (!loaded.has(row)) {
-    const image = request("images/" + row).then((blob) => URL.createObjectURL(blob));
-    const suggestion = request("images/" + row + "/suggestion").then((reply) => reply.predictions[0]);
-    for (const promise of [image, suggestion]) promise.catch(() => null);  // shown with the image
-    loaded.set(row, { image, suggestion });
+  const entry = loaded.get(row) || {};
+  loaded.set(row, entry);
+  for (const [part, fetchPart] of Object.entries(LOADERS)) {
+    if (entry[part]) continue;
+    entry[part] = fetchPart(row);
+    entry[part].catch((problem) => { if (problem.mayPass) delete entry[part]; });
   }
-  return loaded.get(row);
+  return { ...entry };
+}
+
+/** Load the next images once the shown one is there. */
+function preload() {
+  const shown = current && loaded.get(current.row)?.image;
+  Promise.resolve(shown).catch(() => null).then(() => { for (const item of items) load(item.row); });
 }
 
 function forgetImages() {
-  const kept = new Set([...items.map((item) => item.row), current?.row, work.last?.row]);
+  const kept = new Set([...items.map((item) => item.row), ...returned.keys(), current?.row, work.last?.row]);
   for (const [row, { image }] of loaded) {
     if (kept.has(row)) continue;
-    image.then((url) => URL.revokeObjectURL(url), () => null);
+    image?.then((url) => URL.revokeObjectURL(url), () => null);
     loaded.delete(row);
   }
 }
 
-function showStatus(text, isBroken) {
+function showStatus(text, isBroken, mayPass) {
+  if (byId("retry").hidden === Boolean(mayPass)) {
+    byId("retry").hidden = !mayPass;
+    renderPanel();  // Enter is the key of another button
+  }
   byId("status").textContent = text;
   byId("status").className = isBroken ? "broken" : "";
 }
@@ -142,13 +119,20 @@ function show(item, labels) {
   renderPanel();
   const { image, suggestion } = load(item.row);
   image.then((url) => { if (current === shown) showImage(url, item); }, (problem) => {
-    if (current === shown) showStatus("This image cannot be shown: " + problem.message + ". Press s to skip it.", true);
+    if (current === shown) showBroken(problem);
   });
   suggestion.then((row) => { if (current === shown) showSuggestion(row); }, (problem) => {
     if (current === shown) byId("suggestion").textContent = "No suggestion: " + problem.message;
   });
   if (document.activeElement !== byId("search")) byId("figure").focus({ preventScroll: true });
 }
+
+function showBroken(problem) {
+  if (problem.mayPass) return showStatus("This image cannot be loaded now: " + problem.message, true, true);
+  showStatus("This image cannot be shown: " + problem.message + (problem.status === 409 ? "" : ". Skip it to continue."), true);
+}
+
+const retry = () => show(current, current.isTouched ? [...current.chosen] : undefined);
 
 function showImage(url, item) {
   const image = byId("image");
@@ -167,7 +151,7 @@ byId("image").addEventListener("load", () => {
 });
 byId("image").addEventListener("error", () => {
   if (current?.url && byId("image").src === current.url) {
-    showStatus("This image cannot be shown: the browser cannot decode it. Press s to skip it.", true);
+    showStatus("This image cannot be shown: the browser cannot decode it. Skip it to continue.", true);
   }
 });
 
@@ -199,14 +183,32 @@ function assignKeys(names) {
   const own = new Map();
   for (const name of names) {
     const key = name.toLowerCase();
-    if (KEYS.includes(key) && !own.has(key)) own.set(key, name);
+    if (OWN_KEY.test(key) && !own.has(key)) own.set(key, name);
   }
   const free = KEYS.filter((key) => !own.has(key));
   return names.map((name) => (own.get(name.toLowerCase()) === name ? name.toLowerCase() : free.shift()));
 }
 
+/** A letter for skip or undo, unless a class has it as its name. */
+const isFree = (key) => !queue.classes.some((name) => name.toLowerCase() === key);
+
+function showKeys() {
+  for (const [id, text, letter, key] of [["undo", "Undo", "z", "Backspace"], ["skip", "Skip", "s", "Delete"]]) {
+    byId(id).replaceChildren(create("kbd", "", isFree(letter) ? letter : key), text);
+    byId(id).setAttribute("aria-keyshortcuts", isFree(letter) ? letter + " " + key : key);
+  }
+}
+
+const getSearchText = () => byId("search").value.trim();
+
+function clearSearch() {
+  byId("search").value = "";
+  byId("figure").focus({ preventScroll: true });
+  renderPanel();
+}
+
 function findMatches() {
-  const text = byId("search").value.trim().toLowerCase();
+  const text = getSearchText().toLowerCase();
   if (!text) return [];
   const matches = queue.classes.filter((name) => name.toLowerCase().includes(text));
   matches.sort((a, b) => b.toLowerCase().startsWith(text) - a.toLowerCase().startsWith(text));
@@ -217,7 +219,7 @@ function renderPanel() {
   const isBlocked = !current || !current.isReady || isUndoing;
   const suggested = getSuggested() || [];
   const scores = new Map((current?.suggestion?.topk_labels || []).map((name, i) => [name, current.suggestion.topk_scores[i]]));
-  const text = byId("search").value.trim();
+  const text = getSearchText();
   const shown = !current ? [] : text && queue.classes.length > MAX_KEYED ? findMatches() : listShownClasses();
   const keys = assignKeys(shown);
   const focused = document.activeElement?.dataset?.name;
@@ -236,10 +238,11 @@ function renderPanel() {
     button.addEventListener("click", () => choose(name));
     return button;
   }));
+  if (text && current && !shown.length) byId("classes").append(create("p", "", "No class found."));
   if (focused) [...byId("classes").children].find((button) => button.dataset.name === focused)?.focus();
   const chosen = isMultilabel() ? queue.classes.filter((name) => current?.chosen.has(name)) : suggested;
   const label = isMultilabel() ? "Save: " + (chosen.join(", ") || "no class") : suggested.length ? "Accept: " + suggested[0] : "Accept the suggestion";
-  byId("accept").replaceChildren(create("kbd", "", "Enter"), label);
+  byId("accept").replaceChildren(...(text || !byId("retry").hidden ? [] : [create("kbd", "", "Enter")]), label);
   byId("accept").disabled = isBlocked || !canAccept();
   byId("skip").disabled = !current || isUndoing;
   byId("undo").disabled = isUndoing || !(work?.last || pending.size);
@@ -256,6 +259,14 @@ function choose(name) {
   renderPanel();
 }
 
+/** Enter: the first class that was found, or the suggestion. */
+function confirm() {
+  if (!byId("retry").hidden) return retry();
+  if (!getSearchText()) return accept();
+  const [match] = findMatches();
+  if (match) choose(match);
+}
+
 function accept() {
   if (!current?.isReady || isUndoing) return;
   if (!canAccept()) return showMessage("There is no suggestion to accept yet.", true);
@@ -268,37 +279,52 @@ function decide(labels) {
   if (!current || isUndoing) return;
   const item = { row: current.row, path: current.path };
   const submission = createId();
-  pending.set(submission, item.row);
+  const decision = { ...item, submission, labels };
+  returned.delete(item.row);
+  pending.set(submission, decision);
   showMessage("");
-  applied = send("decisions", { queue: queue.queue, row: item.row, submission, labels }).then((reply) => {
+  applied = decision.isStored = send("decisions", { row: item.row, submission, labels }).then((reply) => {
     pending.delete(submission);
     apply(reply);
-    if (byId("overview").open) showReport();
+    refreshReport();
+    return true;
   }, (problem) => {
     pending.delete(submission);
-    const hint = problem.status === 409 ? " Load the page again." : "";
-    showMessage(baseName(item.path) + " was not saved: " + problem.message + "." + hint, true);
-    if (problem.status === 401 || problem.status === 403) return showSetup(["key"], problem.message);
-    show(item, labels || []);
+    returned.set(item.row, { ...decision, text: baseName(item.path) + " was not saved: " + problem.message + "." });
+    showReturned();
+    if (problem.status === 401 || problem.status === 403) showSetup(["key"], problem.message);
+    else if (!current && !isUndoing) showNext();
+    return false;
   });
   current = null;
   showNext();
+  showReturned();
 }
 
+/** Why decisions were rejected, until they are decided again. */
+function showReturned() {
+  if (returned.size) showMessage([...returned.values()].map((each) => each.text).join(" "), true);
+}
+
+/** Undo the newest decision of this moment, also if it is not answered yet. */
 async function undo() {
-  if (isUndoing || !(work.last || pending.size)) return;
+  const sent = [...pending.values()].at(-1);
+  const decision = sent || work.last;
+  if (isUndoing || !decision) return;
   isUndoing = true;
   renderPanel();
   try {
-    await applied;
-    const last = work.last;
-    if (!last) return;
-    const reply = await send("undo", { submission: last.submission });
+    if (sent && !(await sent.isStored)) {  // there is nothing to undo
+      isUndoing = false;
+      if (byId("work").hidden) return;
+      return show(decision, isMultilabel() ? decision.labels || [] : undefined);
+    }
+    const reply = await send("undo", { submission: decision.submission });
     isUndoing = false;
     current = null;
-    apply(reply, last.row !== null);
-    if (last.row !== null) show({ row: last.row, path: last.path }, isMultilabel() ? last.labels || [] : undefined);
-    showMessage("Undone: " + baseName(last.path) + (last.labels ? " was " + (last.labels.join(", ") || "no class") : " was skipped"));
+    apply(reply, decision.row !== null);
+    if (decision.row !== null) show(decision, isMultilabel() ? decision.labels || [] : undefined);
+    showMessage("Undone: " + baseName(decision.path) + (decision.labels ? " was " + (decision.labels.join(", ") || "no class") : " was skipped"));
   } catch (problem) {
     showMessage(problem.message, true);
   } finally {
@@ -310,23 +336,24 @@ async function undo() {
 /** Take over the state that the server replied with. */
 function apply(reply, keepsImage) {
   work = reply;
-  const sent = new Set(pending.values());
-  items = work.assigned.filter((item) => !sent.has(item.row));
+  items = [...returned.values(), ...work.assigned.filter((item) => !returned.has(item.row))].filter(isOpen);
   const done = work.labeled + work.skipped;
   byId("bar").max = Math.max(done + work.remaining, 1);
   byId("bar").value = done;
   const skipped = work.skipped ? ", " + work.skipped + " skipped" : "";
   byId("counts").textContent = work.labeled + " labeled" + skipped + ", " + work.remaining + " left";
   if (!current && !keepsImage) showNext();
-  for (const item of items) load(item.row);
+  preload();
   forgetImages();
   renderPanel();
 }
 
+const isOpen = (item) => ![...pending.values()].some((each) => each.row === item.row);
+
+/** Show the first image that was returned, else the first one that is assigned. */
 function showNext() {
-  const sent = new Set(pending.values());
-  const next = items.find((item) => !sent.has(item.row));
-  if (next) return show(next);
+  const next = [...returned.values(), ...items].find(isOpen);
+  if (next) return show(next, isMultilabel() && returned.get(next.row)?.labels || undefined);
   byId("image").hidden = true;
   byId("image").removeAttribute("src");
   byId("caption").textContent = byId("suggestion").textContent = "";
@@ -336,97 +363,37 @@ function showNext() {
   renderPanel();
 }
 
-// ---------------------------------------------------------------- progress and agreement
-
-function createTable(names, rows) {
-  const table = create("table");
-  const head = table.createTHead().insertRow();
-  for (const name of names) {
-    const cell = create("th", "", name);
-    cell.scope = "col";
-    head.append(cell);
-  }
-  const body = table.createTBody();
-  for (const values of rows) {
-    const row = body.insertRow();
-    for (const value of values) row.insertCell().textContent = value;
-  }
-  const box = create("div", "scroll");
-  box.append(table);
-  return box;
-}
-
-async function showReport() {
-  let found;
-  try {
-    await applied;
-    found = await request("progress");
-  } catch (problem) {
-    return byId("report").replaceChildren(create("p", "message error", problem.message));
-  }
-  const parts = [create("p", "", found.complete + " of " + plural(found.images, "image") + " complete, with " + plural(queue.annotations_per_image, "label") + " per image")];
-  if (found.annotators.length) {
-    parts.push(createTable(["Annotator", "Labeled", "Skipped"], found.annotators.map((each) => [each.name, each.labeled, each.skipped])));
-  }
-  if (found.agreements.length) {
-    parts.push(create("h2", "", "Agreement"), createTable(["Annotators", "Images of both", "Same labels", "Cohen’s kappa"],
-      found.agreements.map((each) => [each.first + ", " + each.second, each.images, percent(each.equal), each.kappa === null ? "undefined" : each.kappa.toFixed(2)])));
-    parts.push(create("h2", "", "Disagreements"), createDisagreements(found.disagreements));
-  }
-  byId("report").replaceChildren(...parts);
-}
-
-function createDisagreements(disagreements) {
-  if (!disagreements.length) return create("p", "", "None.");
-  const list = create("ul");
-  for (const { row, path, labels } of disagreements) {
-    const button = create("button", "", baseName(path));
-    button.type = "button";
-    const texts = Object.entries(labels).map(([name, each]) => name + ": " + (each.join(", ") || "no class"));
-    button.append(create("small", "", texts.join("; ")));
-    button.addEventListener("click", () => {
-      show({ row, path });
-      byId("figure").scrollIntoView({ block: "nearest" });
-    });
-    const item = create("li");
-    item.append(button);
-    list.append(item);
-  }
-  return list;
-}
-
 // ---------------------------------------------------------------- events
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || byId("work").hidden || !byId("setup").hidden) return;
   const element = event.target.closest("input, button, summary");
   if (element?.tagName === "INPUT" || (element && (event.key === "Enter" || event.key === " "))) return;
-  const shown = queue.classes.length <= MAX_KEYED || !byId("search").value ? listKeyed() : [];
+  const shown = !getSearchText() && current ? listShownClasses() : [];
   const place = assignKeys(shown).indexOf(event.key.toLowerCase());
   if (event.key === "/" && !byId("search_field").hidden) {
     event.preventDefault();
     return byId("search").focus();
   }
-  const action = { Enter: accept, Backspace: undo, z: undo, s: () => decide(null) }[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  const skip = () => decide(null);
+  const actions = { Enter: confirm, Backspace: undo, Delete: skip };
+  if (isFree("z")) actions.z = undo;
+  if (isFree("s")) actions.s = skip;
+  if (getSearchText()) actions.Escape = clearSearch;
+  const action = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (action === undefined && !(place in shown)) return;
   event.preventDefault();
   if (event.repeat) return;
   if (action) action();
   else choose(shown[place]);
 });
-const listKeyed = () => (current ? listShownClasses() : []);
 
 byId("search").addEventListener("input", renderPanel);
 byId("search").addEventListener("keydown", (event) => {
-  if (event.key === "Escape") {
-    byId("search").value = "";
-    byId("figure").focus();
-    renderPanel();
-  } else if (event.key === "Enter" && !event.repeat) {
+  if (event.key === "Escape") clearSearch();
+  else if (event.key === "Enter" && !event.repeat) {
     event.preventDefault();
-    const [match] = findMatches();
-    if (match) choose(match);
-    else if (!byId("search").value.trim()) accept();
+    confirm();
   } else if (event.key === "ArrowDown") {
     event.preventDefault();
     byId("classes").firstElementChild?.focus();
@@ -435,7 +402,8 @@ byId("search").addEventListener("keydown", (event) => {
 byId("accept").addEventListener("click", accept);
 byId("undo").addEventListener("click", undo);
 byId("skip").addEventListener("click", () => decide(null));
-byId("change").addEventListener("click", () => showSetup([queue.annotator ? "key" : "name"]));
+byId("change").addEventListener("click", change);
+byId("retry").addEventListener("click", retry);
 byId("overview").addEventListener("toggle", () => { if (byId("overview").open) showReport(); });
 byId("refresh").addEventListener("click", showReport);
 byId("setup").addEventListener("submit", (event) => {

@@ -32,6 +32,7 @@ from imgcls.errors import (
     StorageUnavailable,
 )
 from imgcls.runs.lease import Lease
+from imgcls.serving.labeling.store import DecisionStore
 from tests.faults import KINDS, Proxy, refusal
 from tests.s3 import BUCKET, REAL, forget_connections, keys, url
 
@@ -351,8 +352,13 @@ def test_a_store_that_overwrites_what_it_should_create_is_refused(
     s3: Any, network: Callable[..., Proxy]
 ) -> None:
     network({}).drop = "if-none-match"
-    with pytest.raises(OutputError, match="ignores If-None-Match"):
+    with pytest.raises(
+        OutputError,
+        match="ignores If-None-Match, so two drivers could write at once; pass another --output",
+    ):
         Lease.acquire(url("out"))
+    with pytest.raises(OutputError, match=r"two replicas could .* another --labeling\.output"):
+        DecisionStore.open(url("out"), several=False)
     assert keys(s3, "out/") == []
 
 

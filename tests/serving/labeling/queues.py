@@ -35,6 +35,18 @@ def draw_mixed_queue(folder: Path) -> Path:
     return write_manifest(folder / "m.csv", [(name,) for name in FILES], ("path",))
 
 
+def read_submissions(output: Path) -> list[str]:
+    """The submissions in the newest record of each annotator, sorted."""
+    newest = {
+        file.name.rsplit(".", 2)[0]: file for file in sorted((output / "_decisions").iterdir())
+    }
+    return sorted(
+        submission
+        for file in newest.values()
+        for submission in pq.read_table(file)["submission"].to_pylist()
+    )
+
+
 def read_table(output: Path) -> pa.Table:
     """The labels table that is read: all files in the folder."""
     return pa.concat_tables([pq.read_table(file) for file in sorted(output.glob("*.parquet"))])
@@ -48,21 +60,32 @@ class Annotator:
     key: str | None = None
     name: str | None = None
 
+    @property
+    def queue(self) -> str:
+        """ID of the queue; empty for a key that may not see it."""
+        found: str = self.get("queue").json().get("queue", "")
+        return found
+
+    def get_image(self, row: object, queue: str | None = None) -> requests.Response:
+        return self.get(f"images/{self.queue if queue is None else queue}/{row}")
+
     def get(self, path: str) -> requests.Response:
         url = f"{self.running.url}/v1/labeling/{path}"
         return requests.get(url, headers=self._headers(), timeout=60)
 
     def post(self, path: str, **body: Any) -> requests.Response:
-        named = body if self.name is None else {"annotator": self.name, **body}
+        named = {} if self.name is None else {"annotator": self.name}
+        if "queue" not in body:
+            named["queue"] = self.queue
+        named |= body
         url = f"{self.running.url}/v1/labeling/{path}"
         return requests.post(url, json=named, headers=self._headers(), timeout=60)
 
     def decide(
         self, row: int, labels: list[str] | None, submission: str | None = None
     ) -> requests.Response:
-        queue = self.get("queue").json()["queue"]
-        body = {"queue": queue, "row": row, "labels": labels}
-        return self.post("decisions", submission=submission or uuid.uuid4().hex, **body)
+        submission = submission or uuid.uuid4().hex
+        return self.post("decisions", row=row, labels=labels, submission=submission)
 
     def _headers(self) -> dict[str, str]:
         return {} if self.key is None else {"Authorization": f"Bearer {self.key}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def press(page: Any, *keys: str) -> None:
 
 def get_rows(output: Path, annotator: str) -> list[tuple[str, Any]]:
     rows = read_table(output).to_pylist()
-    return [(row["path"], row["label"]) for row in rows if row["annotator"] == annotator]
+    return [(Path(row["path"]).name, row["label"]) for row in rows if row["annotator"] == annotator]
 
 
 def test_two_annotators_label_by_keyboard_and_undo(
@@ -103,6 +104,8 @@ def test_two_annotators_label_by_keyboard_and_undo(
             disagreements.last.click()
             wait_for_image(page, "5.jpg")
             press(page, "2")
+            wait_for_counts(page, "6 labeled")
+            page.click("#refresh")
             page.wait_for_function(
                 "() => !document.querySelector('#report').textContent.includes('5.jpg')"
             )
@@ -197,13 +200,22 @@ def test_many_classes_are_found_by_typing(browser: Any, color_bundle: Path, tmp_
         enter(page, "name", "ana")
         assert page.locator("#classes button").count() == 3  # the likely ones
         page.keyboard.press("/")
+        page.keyboard.type("nothing")
+        page.get_by_text("No class found.").wait_for()
+        page.keyboard.press("Enter")  # has no effect
+        page.keyboard.press("Escape")
+        assert page.locator("#classes button").count() == 3
+        page.keyboard.press("/")
         page.keyboard.type("CLASS 04")
         assert page.locator("#classes button").count() == 10
         watched.screenshot("label-search")
         page.keyboard.type("2")
+        assert "Enter" not in page.locator("#accept").inner_text()
+        page.click("#figure")  # the first match has the key also outside of the field
         page.keyboard.press("Enter")
         wait_for_image(page, "1.jpg")
-        page.keyboard.press("Enter")  # still in the field, which is empty: accepts
+        page.focus("#search")
+        page.keyboard.press("Enter")  # the field is empty: accepts
         wait_for_counts(page, "2 labeled")
         rows = get_rows(tmp_path / "labels", "ana")
         assert rows[0] == ("0.jpg", "class 042")
@@ -244,6 +256,167 @@ def test_unsaved_decisions_are_sent_again_once_the_server_answers(
         assert len(attempts) == 3
         assert len(set(attempts)) == 1
         assert get_rows(output, "ana") == [("0.jpg", "red")]
+
+
+def hold_decisions(page: Any) -> list[Any]:
+    """Hold the decisions back; a test answers them."""
+    held: list[Any] = []
+
+    def hold(route: Any) -> None:
+        held.append(route)
+
+    page.route("**/decisions", hold)
+    return held
+
+
+def reject(route: Any, detail: str) -> None:
+    body = json.dumps({"detail": detail})
+    route.fulfill(status=400, content_type="application/problem+json", body=body)
+
+
+def test_rejected_decisions_come_back_after_the_shown_image_and_undo_nothing_else(
+    browser: Any, color_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "labels"
+    with (
+        serving(
+            color_bundle,
+            labeling__manifest=str(draw_queue(tmp_path, 5)),
+            labeling__output=str(output),
+        ) as running,
+        opened(f"{running.url}/label", browser=browser) as watched,
+    ):
+        page = watched.page
+        enter(page, "name", "ana")
+        press(page, "1")
+        wait_for_counts(page, "1 labeled")
+        held = hold_decisions(page)
+        press(page, "2")
+        wait_for_image(page, "2.jpg")
+        page.keyboard.press("z")  # takes back the decision that is being sent
+        reject(held.pop(), "the first reason")
+        wait_for_image(page, "1.jpg")
+        assert "the first reason" in page.locator("#message").inner_text()
+        press(page, "2", "3")
+        wait_for_image(page, "3.jpg")
+        reject(held.pop(), "the second reason")
+        page.get_by_text("1.jpg was not saved: the second reason.").wait_for()
+        wait_for_held(page, held)
+        reject(held.pop(), "the third reason")
+        page.get_by_text("2.jpg was not saved: the third reason.").wait_for()
+        assert "the second reason" in page.locator("#message").inner_text()
+        assert page.locator("#caption").inner_text() == "3.jpg"  # still the same
+        page.unroute("**/decisions")
+        press(page, "1")
+        for name, key in (("1.jpg", "2"), ("2.jpg", "3"), ("4.jpg", "1")):
+            wait_for_image(page, name)
+            press(page, key)
+        wait_for_counts(page, "5 labeled")
+        assert page.locator("#message").inner_text() == ""
+        assert dict(get_rows(output, "ana")) == {
+            "0.jpg": "red", "1.jpg": "green", "2.jpg": "blue", "3.jpg": "red", "4.jpg": "red",
+        }  # fmt: skip
+
+
+def wait_for_held(page: Any, held: list[Any]) -> None:
+    for _ in range(300):
+        if held:
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError("no request arrived")
+
+
+def test_unsaved_decisions_stay_with_the_annotator_who_made_them(
+    browser: Any, color_bundle: Path, keys: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "labels"
+    with (
+        serving(
+            color_bundle,
+            keys__file=keys["file"],
+            labeling__manifest=str(draw_queue(tmp_path, 3)),
+            labeling__output=str(output),
+        ) as running,
+        opened(f"{running.url}/label", browser=browser) as watched,
+    ):
+        page = watched.page
+        page.locator("#key").wait_for()
+        enter(page, "key", keys["ana"])
+        held = hold_decisions(page)
+        press(page, "1", "2")
+        wait_for_held(page, held)
+        page.click("#change")
+        page.get_by_text("2 decisions not saved yet").wait_for()
+        assert page.locator("#setup").is_hidden()
+        # even if the field is changed meanwhile, the decisions are sent with the first key
+        page.evaluate("(key) => { byId('key').value = key; }", keys["both"])
+        held.pop().abort()
+        page.unroute("**/decisions")
+        wait_for_counts(page, "2 labeled")
+        page.click("#change")
+        page.locator("#key").wait_for()
+        assert get_rows(output, "ana") == [("0.jpg", "red"), ("1.jpg", "green")]
+
+
+def test_an_image_that_cannot_be_loaded_now_can_be_tried_again(
+    browser: Any, color_bundle: Path, tmp_path: Path
+) -> None:
+    with (
+        serving(
+            color_bundle,
+            labeling__manifest=str(draw_queue(tmp_path, 3)),
+            labeling__output=str(tmp_path / "labels"),
+        ) as running,
+        opened(f"{running.url}/label", browser=browser) as watched,
+    ):
+        page, order = watched.page, []
+        page.on("request", lambda each: order.append(each.url.rpartition("/")[2]))
+        page.route(
+            "**/images/*/0",
+            lambda route: route.fulfill(
+                status=503, content_type="application/problem+json", body='{"detail": "busy"}',
+                headers={"Retry-After": "0.01"},
+            ),
+        )  # fmt: skip
+        page.fill("#name", "ana")
+        page.keyboard.press("Enter")
+        page.get_by_text("This image cannot be loaded now: busy").wait_for()
+        assert "Enter" not in page.locator("#accept").inner_text()
+        watched.screenshot("label-retry")
+        page.wait_for_function("() => loaded.size === 3")
+        assert "1" not in order[: order.index("0") + 1]  # the shown image is loaded first
+        page.unroute("**/images/*/0")
+        page.click("#retry")
+        wait_for_image(page, "0.jpg")
+        assert page.locator("#retry").is_hidden()
+
+
+def test_classes_named_s_and_z_own_their_keys(
+    browser: Any, color_bundle: Path, tmp_path: Path
+) -> None:
+    loaded = load_bundle(str(color_bundle))
+    spec = loaded.spec.model_copy(update={"classes": ["s", "b", "Z"]})
+    save_bundle(str(tmp_path / "bundle"), spec, load_bundle_weights(loaded))
+    with (
+        serving(
+            tmp_path / "bundle",
+            labeling__manifest=str(draw_queue(tmp_path, 4)),
+            labeling__output=str(tmp_path / "labels"),
+        ) as running,
+        opened(f"{running.url}/label", browser=browser) as watched,
+    ):
+        page = watched.page
+        enter(page, "name", "ana")
+        assert page.locator("#undo").inner_text() == "BackspaceUndo"
+        assert page.locator("#skip").inner_text() == "DeleteSkip"
+        press(page, "s", "z", "b")
+        wait_for_counts(page, "3 labeled")
+        press(page, "Backspace")
+        wait_for_counts(page, "2 labeled")
+        press(page, "Delete")
+        wait_for_counts(page, "2 labeled, 1 skipped")
+        rows = get_rows(tmp_path / "labels", "ana")
+        assert rows == [("0.jpg", "s"), ("1.jpg", "Z"), ("2.jpg", None)]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -37,7 +37,8 @@ from imgcls.serving.labeling.queue import LabelingQueue
 from imgcls.serving.labeling.store import DecisionStore
 
 output, annotator, first, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-queue = LabelingQueue(tuple(f"{i}.jpg" for i in range(2000)), "/")
+paths = tuple(f"{i}.jpg" for i in range(2000))
+queue = LabelingQueue(paths, paths)
 store = DecisionStore.open(output, several=False)
 labeling = Labeling(LabelingConfig(), queue, store, several=False)
 print("ready", flush=True)
@@ -54,7 +55,7 @@ def open_labeling(output: object, *, several: bool = False, annotations: int = 1
     """A replica: what it knows is in the folder."""
     config = LabelingConfig.model_construct(annotations_per_image=annotations, classes=[])
     opened = DecisionStore.open(str(output), several=several)
-    return Labeling(config, LabelingQueue(PATHS, "/"), opened, several=several)
+    return Labeling(config, LabelingQueue(PATHS, PATHS), opened, several=several)
 
 
 def read_labels(output: object) -> dict[tuple[str, str], str | list[str] | None]:
@@ -216,10 +217,13 @@ def test_replicas_that_write_at_once_lose_and_double_nothing(place: Path) -> Non
     """Both of them for the same annotator, and each for one of its own."""
     output = str(place / "labels")
     replicas = [open_labeling(output), open_labeling(output)]
+    sent: dict[str, list[str]] = {"both": [], "own-0": [], "own-1": []}
 
     def write(replica: Labeling, name: str, first: int) -> None:
         for row in range(first, first + 5):
-            replica.submit(name, row, ("red",), new_id())
+            submission = new_id()
+            sent[name].append(submission)
+            replica.submit(name, row, ("red",), submission)
 
     with ThreadPoolExecutor(4) as pool:
         writing = [
@@ -232,6 +236,9 @@ def test_replicas_that_write_at_once_lose_and_double_nothing(place: Path) -> Non
     expected = {(PATHS[row + 10 * i], name) for row in range(5) for i in (0, 1)
                 for name in ("both", f"own-{i}")}  # fmt: skip
     assert set(read_labels(output)) == expected
+    records = DecisionStore.open(output, several=False).read_all()
+    found = {name: sorted(e.submission for e in each.decisions) for name, each in records.items()}
+    assert found == {name: sorted(each) for name, each in sent.items()}
 
 
 def start_writer(output: Path, annotator: str, first: int, count: int) -> subprocess.Popen[str]:
@@ -311,6 +318,24 @@ def test_each_image_is_assigned_to_as_many_annotators_as_wanted(tmp_path: Path) 
     two = open_labeling(tmp_path / "two", annotations=2)
     assert two.assign("ana").record.assigned == two.assign("ben").record.assigned == PATHS[:3]
     assert two.assign("cem").record.assigned == PATHS[3:6]
+
+
+def test_an_annotator_without_a_decision_takes_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first images are reserved meanwhile, and stay the same with the first decision."""
+    monkeypatch.setattr(store, "MAX_ANNOTATORS", 2)
+    labeling = open_labeling(tmp_path)
+    for name in ("ana", "ben", "cem"):
+        labeling.assign(name)
+    assert read_labels(tmp_path) == {}
+    assert filesystem.list_names(str(tmp_path / store.DECISIONS_FOLDER)) == []
+    assert labeling.assign("cem").record.assigned == PATHS[6:9]
+    labeling.assign("ana")
+    assert labeling.submit("cem", 6, ("red",), new_id()).record.assigned == PATHS[7:10]
+    labeling.submit("ben", 3, None, new_id())
+    with pytest.raises(OutputError, match="2 annotators already"):
+        labeling.submit("ana", 0, ("red",), new_id())
 
 
 def test_images_of_an_annotator_who_left_are_given_to_others(
