@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
@@ -108,8 +107,6 @@ class Endpoint:
         self._access = AccessControl(keyring, allowance, config.http.cors_origins)
         is_multilabel = self._service.model.classifier.bundle.spec.task == "multilabel"
         labeling = await asyncio.to_thread(Labeling.open, config.labeling, several=is_multilabel)
-        if labeling is not None:
-            labeling.queue.check_id(settings["queue_id"])
         self._app = build_app(self._service, self._access, self._coordinator, config, labeling)
 
     def _load_model(self, config: ServeConfig) -> ServedModel:
@@ -197,7 +194,7 @@ class Endpoint:
 
 
 def build_application(
-    config: ServeConfig, checked: PreflightResult, replicas: ReplicaPlan, settings_id: str
+    config: ServeConfig, fixed_keys: list[ApiKey], replicas: ReplicaPlan, settings_id: str
 ) -> serve.Application:
     """Build the Ray Serve application.
 
@@ -218,8 +215,7 @@ def build_application(
         **options,
         user_config={
             "config": config.dump_for_replicas(),
-            "keys": [key.model_dump(mode="json") for key in checked.fixed_keys],
-            "queue_id": checked.queue_id,
+            "keys": [key.model_dump(mode="json") for key in fixed_keys],
             "settings_id": settings_id,
         },
         ray_actor_options={
@@ -254,11 +250,11 @@ def build_from_args(args: dict[str, Any]) -> serve.Application:
     _check_labeling_paths(config.labeling)
     storage_settings.set_process_settings(config.storage)
     config = locate_model(config)
-    checked = run_preflight_checks(config)
+    fixed_keys = run_preflight_checks(config)
     replicas = plan_replicas(
         session.list_nodes(), config.replicas, may_grow=autoscaler.find_max_nodes() is not None
     )
-    return build_application(config, checked, replicas, read_description(config.model).sha256)
+    return build_application(config, fixed_keys, replicas, read_description(config.model).sha256)
 
 
 def _check_labeling_paths(labeling: LabelingConfig) -> None:
@@ -294,22 +290,10 @@ def locate_model(config: ServeConfig) -> ServeConfig:
     return config.model_copy(update={"model": bundle.url})
 
 
-@dataclass(frozen=True)
-class PreflightResult:
-    """Results of the checks before the start, for the replicas.
-
-    fixed_keys: keys that are not in `keys.file`
-    queue_id:   ID of the labeling queue; a replica that reads another list does not start
-    """
-
-    fixed_keys: list[ApiKey]
-    queue_id: str | None
-
-
-def run_preflight_checks(config: ServeConfig) -> PreflightResult:
+def run_preflight_checks(config: ServeConfig) -> list[ApiKey]:
     """Check the API keys, the bundle, the engine and the labeling queue before anything starts.
 
-    Raises RequestError or one of its subclasses.
+    Returns the keys that are not in `keys.file`. Raises RequestError or one of its subclasses.
     """
     env = config.keys.env
     fixed_keys = api_keys.load_keys_from_env(env) if env is not None else []
@@ -320,5 +304,5 @@ def run_preflight_checks(config: ServeConfig) -> PreflightResult:
         )
     bundle = load_bundle(config.model)
     check_engine(config.engine)
-    labeling = Labeling.open(config.labeling, several=bundle.spec.task == "multilabel")
-    return PreflightResult(fixed_keys, None if labeling is None else labeling.queue.queue_id)
+    Labeling.open(config.labeling, several=bundle.spec.task == "multilabel")
+    return fixed_keys

@@ -73,7 +73,7 @@ def serve(config: ServeConfig) -> None:
     """
     config = _resolve_paths(locate_model(config))
     _check_http(config)
-    checked = run_preflight_checks(config)
+    fixed_keys = run_preflight_checks(config)
     with Interruption().handle_signals() as interruption:
         _set_environment(config)
         session.connect()
@@ -91,7 +91,7 @@ def serve(config: ServeConfig) -> None:
         settings_id = uuid.uuid4().hex
         try:
             ray_serve.run(
-                build_application(config, checked, replicas, settings_id),
+                build_application(config, fixed_keys, replicas, settings_id),
                 name=APPLICATION,
                 route_prefix="/",
             )

@@ -47,14 +47,6 @@ class LabelingQueue:
         """Index of an image; None for one that is not in the queue."""
         return self._rows.get(path)
 
-    def check_id(self, expected: str | None) -> None:
-        """Raise RequestError if the queue is not the one that the service was started with."""
-        if self.queue_id != expected:
-            raise RequestError(
-                "labeling.manifest: the list of images has changed since the service was started. "
-                "Run the command that started it again"
-            )
-
     def describe(self, path: str) -> str:
         """Text of an image for the page, also of one that is not in the queue."""
         row = self.find_row(path)
