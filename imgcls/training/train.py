@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,9 +153,13 @@ def _train(config: TrainConfig, trial: TrialContext | None) -> TrainResult:
         session.connect()
         interruption = Interruption() if trial is None else trial.interruption
         with interruption.handle_signals(), session.unwrap_ray_errors():
-            return _Run(setup, checkpoints, lease, interruption, trial).run()
+            run = _Run(setup, checkpoints, lease, interruption, trial)
+            result = run.run()
     finally:
         lease.release()
+    if trial is None and not setup.config.find_lr:
+        register_bundle(setup.config.track, setup.config.output, run.logger_state)
+    return result
 
 
 def _claim_output(setup: TrainSetup) -> Checkpoints:
@@ -197,6 +201,7 @@ class _Run:
         self.checkpoints, self.lease = checkpoints, lease
         self.interruption, self.trial = interruption, trial
         self.began = time.monotonic()
+        self.logger_state: Mapping[str, Any] | None = None
 
     def run(self) -> TrainResult:
         workers = wait_for_worker_plan(self.config.scale, self.interruption)
@@ -280,9 +285,8 @@ class _Run:
             )
             self._log_best(outcome, best)
             loggers.finish({f"best_{k}": v for k, v in best.get_numbers().items()}, files)
+            self.logger_state = loggers.state
         filesystem.remove(self.checkpoints.folder)
-        if self.trial is None:
-            register_bundle(self.config.track, self.config.output, loggers.state)
         return TrainResult(self.config.output, list(outcome.history), best, sum(failed))
 
     def _load_best(self) -> tuple[EpochMetrics, Weights]:
