@@ -60,6 +60,7 @@ from imgcls.training.setup import (
     plan_decoding,
     resolve_setup,
 )
+from imgcls.training.starting_model import ModelRecord
 from imgcls.training.trainer import TrainLoopSpec
 
 __all__ = [
@@ -79,14 +80,16 @@ LOGGER_STATE_FILE = "trackers.json"
 class TrialContext:
     """What a search (`imgcls tune`) passes to each of its trials.
 
-    images:       decoded images to use if they were decoded as the trial needs them; or None
-    on_epoch:     called with the metrics of each epoch, in a thread of its own
-    interruption: stops the trial
+    images:           decoded images to use if they were decoded as the trial needs them; or None
+    on_epoch:         called with the metrics of each epoch, in a thread of its own
+    interruption:     stops the trial
+    registered_model: version of the registered model in the folder `model.name`; or None
     """
 
     images: CachedImages | None
     on_epoch: Callable[[EpochMetrics], None]
     interruption: Interruption
+    registered_model: ModelRecord | None = None
 
 
 def train(
@@ -140,7 +143,7 @@ def _train(config: TrainConfig, trial: TrialContext | None) -> TrainResult:
     config = config.model_copy(update={"output": filesystem.absolute(config.output)})
     if config.data.embeddings is not None:
         return train_head(config)
-    setup = resolve_setup(config)
+    setup = resolve_setup(config, None if trial is None else trial.registered_model)
     layout.check_output_writable(setup.config.output)
     finished = find_finished(setup)
     if finished is not None:
