@@ -1,4 +1,4 @@
-"""What a record says about an output that it names by its path, compared with what is there now."""
+"""What a record stores about an output that it names by its path, compared with what is there now."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ExpectedRun:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is known, so that no output can be told from another one."""
+        """Whether nothing is known, so that no output can be verified."""
         return self == ExpectedRun()
 
     def describe_differences(self, entry: RunEntry) -> str:

@@ -163,7 +163,7 @@ def test_a_manifest_with_a_relative_path_is_described_only_if_it_is_the_same(
     assert not {"unchanged", "labeled by"} & facts.keys()
 
 
-def test_a_bundle_that_cannot_be_read_and_another_one_at_its_path_are_told_apart(
+def test_a_bundle_that_cannot_be_read_and_another_one_at_its_path_are_named(
     tmp_path: Path, color_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("mlflow")
