@@ -1,4 +1,4 @@
-"""What a record stores about an output that it names by its path, compared with what is there now."""
+"""What a record stores about an output that it names by its path, and what is there now."""
 
 from __future__ import annotations
 
