@@ -36,7 +36,7 @@ from imgcls.evaluation.report_parts import (
 from imgcls.html import render_page
 from imgcls.metrics import tables
 from imgcls.metrics.formatting import format_percent
-from imgcls.models.bundle import BUNDLE_FILE, Bundle, read_description
+from imgcls.models.bundle import BUNDLE_FILE, Bundle, is_registry_uri, read_description
 
 REPORT_FILE = "report.html"
 
@@ -60,6 +60,10 @@ def write_report(config: ReportConfig) -> str:
     RequestError
         If the source is neither a run nor a trained bundle.
     """
+    if is_registry_uri(config.source):
+        raise RequestError(
+            f"source {config.source}: is a registered model; pass the folder of a run or a bundle"
+        )
     source = filesystem.absolute(config.source)
     target = config.output or filesystem.join(source, REPORT_FILE)
     if filesystem.exists(filesystem.join(source, BUNDLE_FILE)):

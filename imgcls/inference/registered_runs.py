@@ -22,7 +22,8 @@ ConfigT = TypeVar("ConfigT", PredictConfig, RelabelConfig)
 def keep_version(config: PredictConfig) -> PredictConfig:
     """The request with the version that the stored run began with, if its model was the same URI.
 
-    With `since`, a run that is committed is not resumed: the URI is resolved again.
+    With `since`, a run that is committed is not resumed: the URI is resolved again. A command that
+    resumes a run labels new rows with the same version.
     """
     if not is_registry_uri(config.model) or config.overwrite:
         return config

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,6 +23,7 @@ import yaml
 
 from imgcls.data.optional_packages import import_package
 from imgcls.data.storage import filesystem
+from imgcls.data.storage.credentials import hide_credentials
 from imgcls.data.storage.registry import STORES
 from imgcls.environment import set_env_defaults
 from imgcls.errors import (
@@ -39,6 +41,8 @@ LOADER_MODULE = "imgcls.models.mlflow_flavor"
 """Module that loads a registered bundle in MLflow, see there."""
 SERVER_TIMEOUT_S = 10
 """Timeout of one request; MLflow's default of 7 attempts of 120 s would block the driver."""
+TRANSFER_TIMEOUT_S = 120
+"""Timeout of one request that moves files of a model."""
 _UNKNOWN_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _MODEL_FILE = "MLmodel"
 _FORM = f"{REGISTRY_PREFIX}NAME/VERSION or {REGISTRY_PREFIX}NAME@ALIAS"
@@ -120,11 +124,14 @@ def check_registered(model: RegisteredModel, sha256: str) -> None:
 
 
 @contextlib.contextmanager
-def use_short_timeouts() -> Iterator[None]:
-    """Shorten MLflow's retries and timeouts, unless the environment already sets them."""
+def use_short_timeouts(seconds: int = SERVER_TIMEOUT_S) -> Iterator[None]:
+    """Shorten MLflow's retries and timeouts, unless the environment already sets them.
+
+    seconds: timeout of one request
+    """
     timeouts = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_TIMEOUT_S),
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
     }
     with set_env_defaults(timeouts):
         yield
@@ -134,14 +141,16 @@ def _explain_failure(
     uri: str, name: str, package: ModuleType, client: Any, error: Exception
 ) -> BundleError | StorageUnavailable:
     """The error for a version that was not found, or a registry that does not answer."""
-    registry = hide_credentials(package.get_registry_uri())
+    registry, reason = (
+        hide_credentials(text) for text in (package.get_registry_uri(), one_line(error))
+    )
     code = getattr(error, "error_code", "")
     if code not in _UNKNOWN_CODES:
         return StorageUnavailable(
             f"model {uri}: the registry {registry} does not answer correctly "
-            f"({one_line(error)}); check MLFLOW_TRACKING_URI"
+            f"({reason}); check MLFLOW_TRACKING_URI"
         )
-    reason, known = one_line(error).removeprefix(f"{code}: ").rstrip("."), "it has no versions"
+    reason, known = reason.removeprefix(f"{code}: ").rstrip("."), "it has no versions"
     with contextlib.suppress(Exception):
         versions = sorted(int(each.version) for each in _list_versions(client, name))
         aliases = sorted(client.get_registered_model(name).aliases)
@@ -167,18 +176,13 @@ def _list_versions(client: Any, name: str) -> list[Any]:
     return list(client.search_model_versions(f"name='{escaped}'"))
 
 
-def hide_credentials(uri: str) -> str:
-    """A URI without a user name and a password."""
-    scheme, separator, rest = uri.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}" if separator else uri
-
-
 def _find_folder(source: str) -> str | None:
     """The folder of a model that can be read in place; None for one that must be downloaded."""
     scheme = _SCHEME.match(source)
-    if scheme is None or scheme[1] == "file":
+    if scheme is None:
         return filesystem.absolute(source)
+    if scheme[1] == "file":
+        return filesystem.absolute(urllib.parse.unquote(source))
     return source if scheme[1] in STORES and scheme[1] not in _NO_FOLDERS else None
 
 
@@ -194,16 +198,34 @@ def _find_bundle(place: str, model: str) -> str:
             loader, data = flavor["loader_module"], flavor.get("data")
             if loader == LOADER_MODULE and data and ".." not in data and not os.path.isabs(data):
                 return filesystem.join(model, data)
+        if filesystem.is_local(model) and not filesystem.exists(model):
+            raise BundleError(
+                f"model {place}: the folder {model} does not exist on this machine; restore the "
+                "artifacts of this version, or make their folder reachable from here"
+            )
     except StorageError as error:
-        raise request_error(BundleError, f"model {place}: {error}", error) from error
+        raise request_error(
+            BundleError, f"model {place}: {error}{_describe_endpoint(model)}", error
+        ) from error
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         loader = f"an {_MODEL_FILE} that cannot be read ({one_line(error)})"
     what = (
         f"it is loaded by {loader}" if loader else f"it has no {BUNDLE_FILE} and no {_MODEL_FILE}"
     )
     raise BundleError(
-        f"model {place} in {model} is no bundle of imgcls: {what}. Register a bundle with `imgcls "
-        "train --track.register-as NAME`"
+        f"model {place} in {model} is no bundle of imgcls: {what}{_describe_endpoint(model)}. "
+        "Register a bundle with `imgcls train --track.register-as NAME`"
+    )
+
+
+def _describe_endpoint(model: str) -> str:
+    """A hint for a model in S3 if MLflow has an endpoint of its own, which is not used here."""
+    endpoint = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
+    if not model.startswith("s3://") or not endpoint:
+        return ""
+    return (
+        f" (MLFLOW_S3_ENDPOINT_URL {hide_credentials(endpoint)} is of MLflow alone: pass it as "
+        "--storage.endpoint-url too)"
     )
 
 
@@ -222,19 +244,31 @@ def _download(package: ModuleType, place: str, version: Any, source: str) -> str
         temporary = tempfile.mkdtemp(dir=os.path.dirname(folder), prefix=".download-")
     try:
         try:
-            with set_env_defaults({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
+            quiet = set_env_defaults({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"})
+            with quiet, use_short_timeouts(TRANSFER_TIMEOUT_S):
                 files = package.artifacts.download_artifacts(
                     artifact_uri=source, dst_path=temporary
                 )
         except Exception as error:
             raise StorageUnavailable(
-                f"model {place} cannot be downloaded from {source} ({one_line(error)})"
+                hide_credentials(
+                    f"model {place} cannot be downloaded from {source} ({one_line(error)})"
+                )
             ) from error
-        with contextlib.suppress(OSError):  # another process was first
-            os.rename(files, folder)
+        _move_download(files, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _move_download(files: str, folder: str) -> None:
+    """Move a whole download to its place, where that of another process may be by now."""
+    with filesystem.translate_os_errors(folder):
+        try:
+            os.rename(files, folder)
+        except OSError:
+            if not os.path.isdir(folder):
+                raise
 
 
 def find_model_cache() -> str:

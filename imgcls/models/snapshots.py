@@ -6,6 +6,7 @@ arguments, preprocessing) and `model.safetensors` or `pytorch_model.bin`; or a b
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -83,6 +84,19 @@ def find_snapshot_of_weights(weights: str | None) -> Snapshot | None:
     except StorageError as error:
         raise request_error(BundleError, f"model.weights {weights}: {error}", error) from error
     return _parse_config(folder, _read_config(folder)) if has_config else None
+
+
+def check_weights(weights: str, data: bytes) -> None:
+    """Raise BundleError if a weights file of a bundle is not the one that its description names."""
+    folder, _, name = weights.rpartition("/")
+    if not folder or name != WEIGHTS_FILE or not _has_file(folder, BUNDLE_FILE):
+        return
+    expected, found = read_description(folder).weights_sha256, hashlib.sha256(data).hexdigest()
+    if expected != found:
+        raise BundleError(
+            f"model.weights {weights}: has SHA-256 {found[:12]}..., but the bundle in its folder "
+            f"names {expected[:12]}...; the file is damaged, copy the bundle again"
+        )
 
 
 def _has_file(folder: str, name: str) -> bool:

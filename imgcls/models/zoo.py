@@ -23,6 +23,7 @@ from imgcls.models.finite import check_finite_tensors
 from imgcls.models.libraries.base import PRETRAINED, suggest_names
 from imgcls.models.libraries.registry import LIBRARIES, find_library
 from imgcls.models.snapshots import (
+    check_weights,
     find_folder,
     find_snapshot_of_weights,
     find_weights,
@@ -146,6 +147,7 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
         raise request_error(
             BundleError, f"model.weights: {error}; pass a file{also}", error
         ) from error
+    check_weights(weights, data)
     state = read_state_dict(weights, data)
     check_finite_tensors(state, f"model.weights {weights}")
     return state

@@ -39,6 +39,8 @@ PROGRESS_FILE = "_progress.json"
 SINCE_FOLDER = "_since"
 EXPLANATIONS_FOLDER = "explanations"
 SUCCESS_FILE = "_SUCCESS"
+_EVALUATION_FILES = ("report.html", "summary.json")
+"""Files that an evaluation of the run writes next to it."""
 CHECKPOINT_FOLDER = "_train"
 """Folder of an unfinished training in the folder of its bundle."""
 IDENTITY_FILE = "run.json"
@@ -91,6 +93,7 @@ def remove_run(output: str) -> None:
     """Remove a run: `_SUCCESS` first and `_run.json` last, so that it can resume after a kill."""
     for name in (
         SUCCESS_FILE,
+        *_EVALUATION_FILES,
         PREDICTIONS_FOLDER,
         METRICS_FOLDER,
         EXPLANATIONS_FOLDER,

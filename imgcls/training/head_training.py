@@ -8,6 +8,8 @@ a minute for a million images.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -57,9 +59,11 @@ def train_head(config: TrainConfig) -> TrainResult:
     try:
         _remove_unfinished(config)
         with Interruption().handle_signals() as interruption:
-            return _fit_and_publish(setup, run, lease, interruption)
+            result, logger_state = _fit_and_publish(setup, run, lease, interruption)
     finally:
         lease.release()
+    register_bundle(config.track, config.output, logger_state)
+    return result
 
 
 def _remove_unfinished(config: TrainConfig) -> None:
@@ -128,7 +132,8 @@ def _resolve_setup(config: TrainConfig, run: CommittedRun, source: Bundle) -> Tr
 
 def _fit_and_publish(
     setup: TrainSetup, run: CommittedRun, lease: Lease, interruption: Interruption
-) -> TrainResult:
+) -> tuple[TrainResult, Mapping[str, Any]]:
+    """The result, and the state of the metric loggers."""
     config, examples, began = setup.config, setup.examples, time.monotonic()
     vectors, index, reasons = gather_embeddings(run, examples.rows.column("url"))
     lacking = examples.rows.take(pa.array(list(reasons), pa.int64())).to_pylist()
@@ -172,12 +177,11 @@ def _fit_and_publish(
             seconds=time.monotonic() - began,
         )
         loggers.finish({f"best_{k}": v for k, v in epoch.get_numbers().items()}, files)
-    register_bundle(config.track, config.output, loggers.state)
     log.show(
         f"{epoch.format_line(1)}\n"
         f"head fitted, l2 {head.l2:g}, val {epoch.format_quality()} -> {config.output}"
     )
-    return TrainResult(config.output, [epoch], epoch, sum(failed))
+    return TrainResult(config.output, [epoch], epoch, sum(failed)), loggers.state
 
 
 def _check_failures(

@@ -153,7 +153,12 @@ def _build_spec(
                 "train_failed": failed[0],
                 "val_failed": failed[1],
             },
-        },
+        }
+        | (
+            {}
+            if setup.registered_model is None
+            else {"registered_model": dict(setup.registered_model)}
+        ),
         # JSON has no NaN: the mAP if no class has both positives and negatives
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
     )

@@ -13,9 +13,15 @@ from typing import Any
 
 from imgcls import log
 from imgcls.data.optional_packages import import_package
+from imgcls.data.storage.credentials import hide_credentials
 from imgcls.errors import ImgclsError, RunFailed, one_line
 from imgcls.models.bundle import Bundle, read_description
-from imgcls.models.mlflow_registry import HASH_TAG, find_version, hide_credentials
+from imgcls.models.mlflow_registry import (
+    HASH_TAG,
+    TRANSFER_TIMEOUT_S,
+    find_version,
+    use_short_timeouts,
+)
 from imgcls.training.config import TrackConfig
 
 MODEL_ARTIFACT = "model"
@@ -37,21 +43,27 @@ def register_bundle(
     bundle, name = read_description(url), config.register_as
     place = f"{name!r} in {hide_credentials(config.mlflow)}"
     try:
-        client = package.MlflowClient(config.mlflow)
-        known = find_version(client, name, bundle.sha256)
+        with use_short_timeouts():
+            client = package.MlflowClient(config.mlflow)
+            known = find_version(client, name, bundle.sha256)
+            run_id = (logger_state or {}).get("mlflow", {}).get("run_id")
+            if known is None and run_id is None:
+                run_id = _create_run(client, config, url)
+        if known is None:
+            _upload_model(client, bundle, run_id)
+            with use_short_timeouts():  # another command may have been first during the upload
+                known = find_version(client, name, bundle.sha256)
+                version = known or _create_version(client, package, bundle, name, run_id)
         if known is not None:
             log.show(f"registered before: version {known} of {place}")
             return known
-        run_id = (logger_state or {}).get("mlflow", {}).get("run_id")
-        if run_id is None:
-            run_id = _create_run(client, config, url)
-        version = _create_version(client, package, bundle, name, run_id)
     except ImgclsError:
         raise
     except Exception as error:
         raise RunFailed(
-            f"the bundle is in {url}, but was not registered as {place}: {one_line(error)}. Rerun "
-            "the same command, which registers it without training again"
+            f"the bundle is in {url}, but was not registered as {place}: "
+            f"{hide_credentials(one_line(error))}. Rerun the same command, which registers it "
+            "without training again"
         ) from error
     log.show(f"registered: version {version} of {place}, bundle {bundle.sha256[:12]}")
     return version
@@ -67,13 +79,18 @@ def _create_run(client: Any, config: TrackConfig, url: str) -> str:
     return str(run.info.run_id)
 
 
-def _create_version(client: Any, package: Any, bundle: Bundle, name: str, run_id: str) -> str:
+def _upload_model(client: Any, bundle: Bundle, run_id: str) -> None:
+    """Write a bundle as an MLflow model into the artifacts of a run."""
     from imgcls.models.mlflow_flavor import save_mlflow_model  # imports torch
 
     with tempfile.TemporaryDirectory(prefix="imgcls-register-") as temporary:
         folder = os.path.join(temporary, MODEL_ARTIFACT)
         save_mlflow_model(bundle, folder)
-        client.log_artifacts(run_id, folder, MODEL_ARTIFACT)
+        with use_short_timeouts(TRANSFER_TIMEOUT_S):
+            client.log_artifacts(run_id, folder, MODEL_ARTIFACT)
+
+
+def _create_version(client: Any, package: Any, bundle: Bundle, name: str, run_id: str) -> str:
     try:
         client.create_registered_model(name)
     except package.exceptions.MlflowException as error:

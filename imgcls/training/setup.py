@@ -43,6 +43,7 @@ from imgcls.training.optim.strategy import (
 )
 from imgcls.training.sampler import steps_per_epoch
 from imgcls.training.scaling import WorkerPlan, fits_object_store
+from imgcls.training.starting_model import ModelRecord, find_starting_model, use_model
 
 SAMPLES_PLOT = "plots/augmented.png"
 SAMPLE_COUNT = 8
@@ -58,6 +59,7 @@ class TrainSetup:
     class_weights:     per class, for the loss; None for equal weights
     head_coefficients: see `network.compute_head_coefficients`; empty without a probe
     identity:          settings, data and initial weights; equal for two runs of one training
+    registered_model:  version of the registered model that it starts from; None for another
     """
 
     config: TrainConfig
@@ -69,13 +71,18 @@ class TrainSetup:
     class_weights: list[float] | None
     head_coefficients: tuple[float, ...]
     identity: dict[str, Any]
+    registered_model: ModelRecord | None = None
 
 
-def resolve_setup(config: TrainConfig) -> TrainSetup:
+def resolve_setup(config: TrainConfig, registered_model: ModelRecord | None = None) -> TrainSetup:
     """Check a request and derive everything that a training needs before Ray starts.
 
+    registered_model: of a request whose `model.name` is the folder of a registered model already
     Raises a RequestError when the training cannot work as requested.
     """
+    starting = find_starting_model(config)
+    if starting is not None:
+        registered_model, config = starting.record, use_model(config, starting.url)
     config = config.model_copy(update={"model": networks.resolve_snapshot(config.model)})
     examples = read_examples(config.data, config.task)
     strategy = resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
@@ -117,7 +124,8 @@ def resolve_setup(config: TrainConfig) -> TrainSetup:
         network=network,
         class_weights=class_weights,
         head_coefficients=coefficients,
-        identity=_compute_identity(config, examples, network),
+        identity=_compute_identity(config, examples, network, registered_model),
+        registered_model=registered_model,
     )
 
 
@@ -184,7 +192,10 @@ def _min_rows_per_part(config: TrainConfig, rows: int) -> int:
 
 
 def _compute_identity(
-    config: TrainConfig, examples: Examples, network: nn.Module
+    config: TrainConfig,
+    examples: Examples,
+    network: nn.Module,
+    registered_model: ModelRecord | None,
 ) -> dict[str, Any]:
     """Settings, data and initial weights; the number of workers is not part of it."""
     digest = hashlib.blake2b(digest_size=16)
@@ -195,6 +206,7 @@ def _compute_identity(
         "settings": config.identity(),
         "data": {key: source.fingerprint for key, source in examples.sources.items()},
         "initial_weights": digest.hexdigest(),
+        **({} if registered_model is None else {"registered_model": dict(registered_model)}),
     }
 
 

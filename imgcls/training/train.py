@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ from imgcls.training.setup import (
     plan_decoding,
     resolve_setup,
 )
+from imgcls.training.starting_model import ModelRecord
 from imgcls.training.trainer import TrainLoopSpec
 
 __all__ = [
@@ -79,14 +80,16 @@ LOGGER_STATE_FILE = "trackers.json"
 class TrialContext:
     """What a search (`imgcls tune`) passes to each of its trials.
 
-    images:       decoded images to use if they were decoded as the trial needs them; or None
-    on_epoch:     called with the metrics of each epoch, in a thread of its own
-    interruption: stops the trial
+    images:           decoded images to use if they were decoded as the trial needs them; or None
+    on_epoch:         called with the metrics of each epoch, in a thread of its own
+    interruption:     stops the trial
+    registered_model: version of the registered model in the folder `model.name`; or None
     """
 
     images: CachedImages | None
     on_epoch: Callable[[EpochMetrics], None]
     interruption: Interruption
+    registered_model: ModelRecord | None = None
 
 
 def train(
@@ -140,7 +143,7 @@ def _train(config: TrainConfig, trial: TrialContext | None) -> TrainResult:
     config = config.model_copy(update={"output": filesystem.absolute(config.output)})
     if config.data.embeddings is not None:
         return train_head(config)
-    setup = resolve_setup(config)
+    setup = resolve_setup(config, None if trial is None else trial.registered_model)
     layout.check_output_writable(setup.config.output)
     finished = find_finished(setup)
     if finished is not None:
@@ -153,9 +156,13 @@ def _train(config: TrainConfig, trial: TrialContext | None) -> TrainResult:
         session.connect()
         interruption = Interruption() if trial is None else trial.interruption
         with interruption.handle_signals(), session.unwrap_ray_errors():
-            return _Run(setup, checkpoints, lease, interruption, trial).run()
+            run = _Run(setup, checkpoints, lease, interruption, trial)
+            result = run.run()
     finally:
         lease.release()
+    if trial is None and not setup.config.find_lr:
+        register_bundle(setup.config.track, setup.config.output, run.logger_state)
+    return result
 
 
 def _claim_output(setup: TrainSetup) -> Checkpoints:
@@ -197,6 +204,7 @@ class _Run:
         self.checkpoints, self.lease = checkpoints, lease
         self.interruption, self.trial = interruption, trial
         self.began = time.monotonic()
+        self.logger_state: Mapping[str, Any] | None = None
 
     def run(self) -> TrainResult:
         workers = wait_for_worker_plan(self.config.scale, self.interruption)
@@ -280,9 +288,8 @@ class _Run:
             )
             self._log_best(outcome, best)
             loggers.finish({f"best_{k}": v for k, v in best.get_numbers().items()}, files)
+            self.logger_state = loggers.state
         filesystem.remove(self.checkpoints.folder)
-        if self.trial is None:
-            register_bundle(self.config.track, self.config.output, loggers.state)
         return TrainResult(self.config.output, list(outcome.history), best, sum(failed))
 
     def _load_best(self) -> tuple[EpochMetrics, Weights]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import math
 import queue
@@ -54,6 +55,12 @@ from imgcls.training.search_space import (
     check_space,
 )
 from imgcls.training.setup import TrainSetup, decode_dataset, plan_decoding, resolve_setup
+from imgcls.training.starting_model import (
+    ModelRecord,
+    check_space_models,
+    find_starting_model,
+    use_model,
+)
 
 STATE_FOLDER = "_tune"
 _MAP = "val_mean_average_precision"
@@ -103,15 +110,23 @@ def tune(config: TuneConfig) -> TuneResult:
     """
     config = _resolve_paths(config)
     check_space(config)
-    task = resolve_setup(build_trial_config(config, {}, config.output))
+    check_space_models(config)
+    starting = find_starting_model(config)
+    stored = config if starting is None else use_model(config, starting.pinned_uri)
+    record = None if starting is None else starting.record
+    if starting is not None:
+        config = use_model(config, starting.url)
+    task = resolve_setup(build_trial_config(config, {}, config.output), record)
     with Interruption().handle_signals() as interruption:
         lease = Lease.acquire(config.output)
         try:
-            _claim_output(config)
+            _claim_output(stored, record)
             session.connect()
-            return _run_search(config, task, interruption)
+            result = _run_search(config, task, interruption)
         finally:
             lease.release()
+    register_bundle(config.track, result.bundle)
+    return result
 
 
 def _resolve_paths(config: TuneConfig) -> TuneConfig:
@@ -138,13 +153,18 @@ def _resolve_paths(config: TuneConfig) -> TuneConfig:
     )
 
 
-def _claim_output(config: TuneConfig) -> None:
-    """Record this search in the output folder; raise OutputError if it has another one."""
+def _claim_output(config: TuneConfig, registered_model: ModelRecord | None = None) -> None:
+    """Record this search in the output folder; raise OutputError if it has another one.
+
+    config: with the version in `model.name` for a registered model
+    """
     url = filesystem.join(config.output, SEARCH_FILE)
     free = {"output", "overwrite", "scale", "track", "storage", "tune"}
     mine = config.model_dump_json(exclude=free) + config.tune.model_dump_json(
         exclude={"max_concurrent"}
     )
+    if registered_model is not None:
+        mine += json.dumps({"registered_model": dict(registered_model)})
     if config.overwrite:
         for name in (BEST_FOLDER, TRIALS_FOLDER, STATE_FOLDER, RESULTS_FILE, SEARCH_FILE):
             filesystem.remove(filesystem.join(config.output, name))
@@ -177,7 +197,7 @@ def _run_search(config: TuneConfig, task: TrainSetup, interruption: Interruption
         decoding = run_in_thread(lambda: decode_dataset(task, settings, cpus, execution))
         images = wait_interruptibly(decoding, interruption, execution.stop)
     with _silence_tune():
-        tuner = _build_tuner(config, images, concurrent)
+        tuner = _build_tuner(config, images, concurrent, task.registered_model)
         grid = wait_interruptibly(run_in_thread(tuner.fit), interruption)
     return _write_results(config, grid)
 
@@ -202,13 +222,20 @@ def resolve_concurrency(
     return min(fit, wanted or fit, config.tune.total_trials)
 
 
-def _build_tuner(config: TuneConfig, images: CachedImages | None, concurrent: int) -> Any:
+def _build_tuner(
+    config: TuneConfig,
+    images: CachedImages | None,
+    concurrent: int,
+    registered_model: ModelRecord | None,
+) -> Any:
     search = config.tune
     mode = "min" if config.best_by == "val_loss" else "max"
     # The workers of a trial reserve the CPUs. Tune requires the trial itself to reserve something:
     # one byte of memory.
     trainable = ray_tune.with_resources(
-        ray_tune.with_parameters(Trial, config=config, images=images),
+        ray_tune.with_parameters(
+            Trial, config=config, images=images, registered_model=registered_model
+        ),
         ray_tune.PlacementGroupFactory([{"memory": 1}]),
     )
     state = filesystem.join(config.output, STATE_FOLDER)
@@ -280,7 +307,14 @@ def _build_scheduler(config: TuneConfig) -> Any:
 class Trial(ray_tune.Trainable):
     """One trial in an actor of Ray Tune: a training that reports each epoch."""
 
-    def setup(self, values: Any, *, config: TuneConfig, images: CachedImages | None) -> None:  # type: ignore[override]
+    def setup(  # type: ignore[override]
+        self,
+        values: Any,
+        *,
+        config: TuneConfig,
+        images: CachedImages | None,
+        registered_model: ModelRecord | None,
+    ) -> None:
         storage_settings.set_process_settings(config.storage)
         folder = filesystem.join(config.output, TRIALS_FOLDER, self.trial_id)
         self._metric = config.best_by
@@ -291,7 +325,9 @@ class Trial(ray_tune.Trainable):
         self._interruption = Interruption()
         self._output = contextlib.ExitStack()  # Ray writes it to the log file of this actor
         self._output.enter_context(log.command_handler())
-        trial = training.TrialContext(images, self._epochs.put, self._interruption)
+        trial = training.TrialContext(
+            images, self._epochs.put, self._interruption, registered_model
+        )
         settings = build_trial_config(config, values, folder)
         self._future = run_in_thread(lambda: training.train(settings, trial=trial))
 
@@ -395,7 +431,6 @@ def _write_results(config: TuneConfig, grid: Any) -> TuneResult:
     first = finished.iloc[0]
     best = filesystem.join(config.output, BEST_FOLDER)
     _copy_best(str(first["bundle"]), best)
-    register_bundle(config.track, best)
     values = {key: first[key] for key in config.tune.space}
     log.show(
         f"best: {_format_values(values)}  {config.best_by} {first[config.best_by]:.4f} -> {best}\n"

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 import imgcls
-from imgcls.errors import BundleError, RequestError, StorageUnavailable
+from imgcls.errors import BundleError, RequestError, StorageError, StorageUnavailable
 from imgcls.models.bundle import load_bundle, load_bundle_weights, save_bundle
 from imgcls.models.mlflow_registry import (
     HASH_TAG,
+    _describe_endpoint,
+    _move_download,
     find_model_cache,
-    hide_credentials,
     parse_registry_uri,
     resolve_registered,
 )
@@ -139,6 +140,7 @@ def test_a_registry_that_is_not_set_or_does_not_answer_is_an_error_with_the_fix(
     with pytest.raises(StorageUnavailable, match="check MLFLOW_TRACKING_URI") as caught:
         load_bundle("models:/colors/1")
     assert "registry http://127.0.0.1:9 does" in str(caught.value)
+    assert "secret" not in str(caught.value)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(BundleError, match="set MLFLOW_TRACKING_URI, such as"):
         load_bundle("models:/colors/1")
@@ -150,6 +152,33 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
         load_bundle("models:/colors/1")
 
 
-def test_a_uri_is_shown_without_its_password() -> None:
-    assert hide_credentials("postgresql://me:x@host/db") == "postgresql://host/db"
-    assert hide_credentials("sqlite:////srv/a@b.db") == "sqlite:////srv/a@b.db"
+def test_a_folder_whose_name_is_quoted_in_its_uri_is_found(
+    model_store: ModelStore, color_bundle: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a b"
+    shutil.copytree(color_bundle, folder)
+    model_store.client.create_registered_model("quoted")
+    assert "%20" in folder.as_uri()
+    for uri in (folder.as_uri(), (tmp_path / "no c").as_uri()):
+        model_store.client.create_model_version("quoted", uri)
+    assert load_bundle("models:/quoted/1").url == str(folder)
+    with pytest.raises(BundleError, match=r"no c does not exist on this machine; restore"):
+        load_bundle("models:/quoted/2")
+
+
+def test_a_download_that_cannot_be_stored_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError):
+        _move_download(str(tmp_path / "none"), str(tmp_path / "gone" / "model"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "first" / "model").mkdir(parents=True)
+    _move_download(str(tmp_path / "mine"), str(tmp_path / "first"))  # another process was first
+
+
+def test_the_endpoint_of_mlflow_is_named_where_its_artifacts_are_not_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "http://me:secret@minio:9000")
+    hint = _describe_endpoint("s3://bucket/model")
+    assert "http://minio:9000 is of MLflow alone: pass it as --storage.endpoint-url" in hint
+    assert "secret" not in hint
+    assert _describe_endpoint("/local/model") == ""

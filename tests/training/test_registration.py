@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from imgcls.errors import RequestError, RunFailed
 from imgcls.models.bundle import load_bundle
+from imgcls.training import registration
 from imgcls.training.config import TrackConfig
 from imgcls.training.loggers.base import check_loggers
 from imgcls.training.registration import register_bundle
@@ -53,9 +55,8 @@ def test_nothing_is_registered_without_a_name(model_store: ModelStore, color_bun
 
 
 def test_a_registry_that_does_not_answer_keeps_the_bundle_and_names_the_fix(
-    color_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    color_bundle: Path,
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     config = TrackConfig(mlflow="http://127.0.0.1:9", register_as="colors")
     with pytest.raises(RequestError, match=r"track.mlflow http://127.0.0.1:9: "):
         check_loggers(config, "/out")
@@ -69,3 +70,18 @@ def test_names_that_a_uri_cannot_have_are_refused(name: str) -> None:
         TrackConfig(mlflow="sqlite:///x.db", register_as=name)
     with pytest.raises(ValueError, match=r"set track\.mlflow too"):
         TrackConfig(register_as="colors")
+
+
+def test_a_bundle_that_another_command_registered_meanwhile_gets_no_second_version(
+    model_store: ModelStore, color_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = registration._upload_model
+
+    def lose(*values: Any) -> None:
+        monkeypatch.setattr(registration, "_upload_model", upload)
+        model_store.register("raced", color_bundle)
+        upload(*values)
+
+    monkeypatch.setattr(registration, "_upload_model", lose)
+    assert register_bundle(model_store.track("raced"), str(color_bundle)) == "1"
+    assert len(model_store.client.search_model_versions("name='raced'")) == 1

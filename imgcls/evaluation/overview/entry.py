@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from imgcls.data.storage.credentials import hide_credentials
+
 Kind = Literal[
     "predictions",
     "embeddings",
@@ -133,4 +135,5 @@ class RunEntry:
         """All but the record, as JSON values."""
         values = asdict(self)
         del values["record"]
+        values["url"] = hide_credentials(self.url)
         return values

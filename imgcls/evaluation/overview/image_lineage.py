@@ -9,16 +9,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls.data.storage import filesystem
-from imgcls.errors import OutputError, RequestError
+from imgcls.errors import OutputError, RequestError, StorageUnavailable
 from imgcls.evaluation.overview.entry import RunEntry
 from imgcls.evaluation.overview.label_provenance import Facts, describe_label_row, match_image
 from imgcls.evaluation.overview.lineage import LineageBuilder, LineageNode
-from imgcls.evaluation.overview.overview import RunList, compute_entry_order
+from imgcls.evaluation.overview.overview import RunList, compute_entry_order, find_series
+from imgcls.evaluation.overview.records import UNREADABLE, explain_problem
 from imgcls.formatting import format_count
+from imgcls.inference.nights import compute_run_order
 from imgcls.metrics.formatting import format_percent
 from imgcls.runs.committed import CommittedRun, iter_tables, open_run
 from imgcls.runs.embeddings import normalize_urls
 
+_MAX_PROBLEMS = 10
+"""Runs that could not be read and are named."""
+_HitOrder = tuple[Any, ...]
 _LABEL_SCORES = ("confidence", "label_score")
 
 
@@ -26,16 +31,22 @@ def build_image_lineage(runs: RunList, image: str) -> LineageNode:
     """The newest prediction of an image, and the tree of the run that made it.
 
     Reads the paths of the committed runs of each folder of runs, the newest first, until one has
-    the image. Of several folders, whose order is their own, the last commit counts.
+    the image. Of several folders, whose order is their own, the last commit counts; of several
+    histories, the newest run that they merged. Runs that cannot be read are facts of the tree.
     Raises RequestError if no run has it.
     """
     url = normalize_urls(pa.chunked_array([[filesystem.absolute(image)]]))[0].as_py()
     builder = LineageBuilder(runs, url)
-    problems: list[str] = []
+    problems = [
+        f"{each.path}: {each.problem}"
+        for each in runs.entries
+        if each.state == "damaged" and each.kind in ("predictions", "history", "unknown")
+    ]
     for kind in ("predictions", "history"):
         hits = list(_find_hits(runs, kind, url, problems))
         if hits:
-            entry, facts = max(hits, key=lambda hit: hit[0].date or "")
+            _, entry, facts = max(hits, key=lambda hit: hit[0])
+            facts += [("not searched", each) for each in problems[:_MAX_PROBLEMS]]
             return LineageNode("", f"image {url}", tuple(facts), (builder.build(entry, "run"),))
     count = sum(each.state == "committed" for each in runs.entries)
     damaged = f" ({problems[0]})" if problems else ""
@@ -48,22 +59,26 @@ def build_image_lineage(runs: RunList, image: str) -> LineageNode:
 
 def _find_hits(
     runs: RunList, kind: str, image: str, problems: list[str]
-) -> Iterator[tuple[RunEntry, Facts]]:
-    """The newest run of each folder that has the image, and the facts of its row."""
+) -> Iterator[tuple[_HitOrder, RunEntry, Facts]]:
+    """The newest run of each folder that has the image, and each history; facts of the row."""
     series: dict[str, list[RunEntry]] = {}
     for entry in runs.entries:
         if entry.state == "committed" and entry.kind == kind:
-            series.setdefault(filesystem.parent(entry.url), []).append(entry)
+            place = entry.url if kind == "history" else find_series(entry)
+            series.setdefault(place, []).append(entry)
     for entries in series.values():
         for entry in sorted(entries, key=compute_entry_order, reverse=True):
             try:
                 run = open_run(entry.url)
-            except OutputError as error:
-                problems.append(str(error))
+                row = _find_row(run, image)
+            except StorageUnavailable:
+                raise
+            except UNREADABLE as error:
+                problems.append(f"{entry.path}: {explain_problem(error)}")
                 continue
-            row = _find_row(run, image)
             if row is not None:
-                yield entry, _describe_row(run, row)
+                order = compute_run_order(run) if kind == "history" else None
+                yield (*(order or ()), entry.date or ""), entry, _describe_row(run, row)
                 break
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from pydantic import ValidationError
 
 from imgcls.data.manifests.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import ImgclsError, StorageUnavailable, one_line
+from imgcls.evaluation.overview.links import is_relative
+from imgcls.evaluation.overview.records import get_text
 from imgcls.formatting import format_count
 from imgcls.runs.embeddings import resolve_urls
 
@@ -29,8 +32,20 @@ def describe_manifest(settings: Any, fingerprint: str | None, image: str | None 
     settings:    its configuration, as a run or a bundle stored it
     fingerprint: of its rows at that time
     image:       absolute path of an image whose row is described too
-    A manifest that cannot be opened has one fact, the reason.
+    A manifest that cannot be opened has one fact, the reason. One with a relative path is described
+    if it has the fingerprint: the directory of the command that stored the path is not known.
     """
+    path = get_text(settings, "path")
+    if path is None or not is_relative(path):
+        return _describe_now(settings, fingerprint, image)
+    facts = [] if fingerprint is None else _describe_now(settings, fingerprint, image)
+    if ("unchanged", "yes") in facts:
+        return facts
+    reason = f"a relative path, and no manifest with this fingerprint is in {os.getcwd()}"
+    return [("not checked", reason if fingerprint is not None else "a relative path")]
+
+
+def _describe_now(settings: Any, fingerprint: str | None, image: str | None) -> Facts:
     try:
         manifest = open_manifest(_parse_settings(settings))
         now = manifest.fingerprint()
@@ -44,8 +59,6 @@ def describe_manifest(settings: Any, fingerprint: str | None, image: str | None 
             for table in _iter_columns(manifest, counted.names):
                 counted.add(table, manifest, image)
         return facts + counted.describe()
-    except StorageUnavailable:
-        raise
     except (ImgclsError, ValueError, OSError, pa.ArrowException) as error:
         return [("cannot be opened", one_line(error))]
 

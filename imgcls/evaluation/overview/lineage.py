@@ -1,7 +1,8 @@
 """Lineage of an output: a tree of the runs, bundles and manifests that it was made from.
 
-Outputs are linked by the hash of the bundle and by path, as their own records name them. Manifests
-are opened to see whether they are unchanged, and who labeled their images.
+Bundles are found by their hash. Runs are found by their path, and shown if they are the ones that
+the record means; a link that no hash verifies is marked. Manifests are opened to see whether they
+are unchanged, and who labeled their images.
 """
 
 from __future__ import annotations
@@ -11,23 +12,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from imgcls.data.storage import filesystem
+from imgcls.data.storage.credentials import hide_credentials
 from imgcls.evaluation.overview.entry import Kind, RunEntry
 from imgcls.evaluation.overview.label_provenance import describe_manifest
-from imgcls.evaluation.overview.overview import RunList, format_headline
-from imgcls.evaluation.overview.readers import get_text, read_bundle_entry
+from imgcls.evaluation.overview.links import ExpectedRun, describe_path_link, find_embedded_run
+from imgcls.evaluation.overview.overview import RunList, escape_text, format_headline
+from imgcls.evaluation.overview.readers import read_bundle_entry
+from imgcls.evaluation.overview.records import get_text
 from imgcls.formatting import format_count, format_duration, format_share
-from imgcls.models.bundle import is_registry_uri
+from imgcls.models.bundle import REGISTRY_PREFIX, is_registry_uri
 
 MAX_MERGED = 10
 """Runs of a history that are shown, the newest ones."""
 _MAX_DEPTH = 20
 _HASH_DIGITS = 64
+_UNKNOWN_RUN = ExpectedRun()
 Facts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class LineageNode:
-    """An output, a manifest or weights, with what it was made from.
+    """An output, a manifest or weights, with what it was made from; texts have no credentials.
 
     relation: how its parent uses it, such as "model"; empty for the root
     title:    kind and path
@@ -38,6 +43,11 @@ class LineageNode:
     title: str
     facts: tuple[tuple[str, str], ...] = ()
     children: tuple[LineageNode, ...] = ()
+
+    def __post_init__(self) -> None:
+        facts = tuple((name, hide_credentials(value)) for name, value in self.facts)
+        object.__setattr__(self, "facts", facts)
+        object.__setattr__(self, "title", hide_credentials(self.title))
 
     def to_json(self) -> dict[str, Any]:
         """The tree as JSON values."""
@@ -65,10 +75,19 @@ class LineageBuilder:
                 self._bundles.setdefault(entry.bundle_sha256, entry)
 
     def build(
-        self, entry: RunEntry, relation: str = "", above: tuple[str, ...] = ()
+        self,
+        entry: RunEntry,
+        relation: str = "",
+        above: tuple[str, ...] = (),
+        link: str | None = None,
     ) -> LineageNode:
-        """The tree of an output; above: URLs of the outputs that it is part of."""
-        facts = _list_facts(entry)
+        """The tree of an output.
+
+        above: URLs of the outputs that it is part of
+        link:  how its parent found it, if no hash verifies that
+        """
+        facts = [] if link is None else [("link", link)]
+        facts += _list_facts(entry)
         if entry.url in above or len(above) >= _MAX_DEPTH:
             return LineageNode(relation, _build_title(entry), (("shown above", "yes"),))
         inner = (*above, entry.url)
@@ -87,15 +106,19 @@ class LineageBuilder:
         elif entry.kind in ("training", "tune"):
             yield from self._iter_search_parents(entry, above)
         else:
-            for name in ("run", "run_a", "run_b"):
-                yield from self._follow(get_text(entry.record, name), "predictions", name, above)
+            expected = ExpectedRun.from_record(entry.record)
+            yield from self._follow(get_text(entry.record, "run"), "run", above, expected)
+            for name in ("run_a", "run_b"):
+                yield from self._follow(get_text(entry.record, name), name, above)
 
     def _iter_run_parents(self, entry: RunEntry, above: tuple[str, ...]) -> Iterator[LineageNode]:
         config = _get_section(entry.record, "provenance", "config")
         relabel = config.get("relabel")
         labels = None
         if isinstance(relabel, Mapping):
-            yield from self._follow(get_text(relabel, "source"), "predictions", "source", above)
+            settings = _get_section(entry.record, "identity", "settings")
+            expected = ExpectedRun.from_record(settings.get("relabeled"))
+            yield from self._follow(get_text(relabel, "source"), "source", above, expected)
             labels = relabel.get("labels")
         if isinstance(labels, Mapping):
             yield self._build_manifest("labels", labels, None)
@@ -104,13 +127,13 @@ class LineageBuilder:
         # of `--since`, the run's own fingerprint is that of the rows that were new
         fingerprint = get_text(entry.record, "since", "listed") or entry.fingerprint
         yield self._build_manifest("data", config.get("manifest"), fingerprint)
-        yield from self._follow(get_text(config, "reference"), "predictions", "reference", above)
+        yield from self._follow(get_text(config, "reference"), "reference", above)
 
     def _iter_merged(self, entry: RunEntry, above: tuple[str, ...]) -> Iterator[LineageNode]:
         merged = _get_section(entry.record, "identity").get("merged")
         urls = [each for each in merged if isinstance(each, str)] if merged else []
         for url in reversed(urls[-MAX_MERGED:]):
-            yield from self._follow(url, "predictions", "merged run", above)
+            yield from self._follow(url, "merged run", above)
         if len(urls) > MAX_MERGED:
             more = format_count(len(urls) - MAX_MERGED, "older run")
             yield LineageNode("merged run", f"and {more}")
@@ -123,8 +146,7 @@ class LineageBuilder:
             manifest = _get_section(settings, "data").get("train")
             yield self._build_manifest("training data", manifest, entry.fingerprint)
             weights = get_text(settings, "model", "weights")
-            if weights is not None:
-                yield LineageNode("starting weights", weights)
+            yield from self._build_start(entry.record, weights, above)
         if entry.bundle_sha256 is not None:
             yield self._find_model(entry, above)
 
@@ -140,11 +162,22 @@ class LineageBuilder:
                 fingerprint = get_text(source, "fingerprint")
                 yield self._build_manifest(relation, settings, fingerprint, source.get("rows"))
         weights = get_text(config, "model", "weights") or get_text(made, "imported_from")
+        yield from self._build_start(made, weights, above)
+        run, expected = get_text(config, "data", "embeddings"), find_embedded_run(made)
+        yield from self._follow(run, "embeddings", above, expected, kind="embeddings")
+        yield from self._iter_parents(made, above)
+
+    def _build_start(
+        self, record: Mapping[str, Any], weights: str | None, above: tuple[str, ...]
+    ) -> Iterator[LineageNode]:
+        """The registered model that a training began with, or its weights."""
+        found = _get_section(record, "registered_model")
+        name, version, sha256 = (get_text(found, key) for key in ("name", "version", "sha256"))
+        if name is not None and version is not None:
+            uri = f"{REGISTRY_PREFIX}{name}/{version}"
+            yield self._build_bundle("starting model", uri, sha256, above)
         if weights is not None:
             yield LineageNode("starting weights", weights)
-        run = get_text(config, "data", "embeddings")
-        yield from self._follow(run, "embeddings", "embeddings", above)
-        yield from self._iter_parents(made, above)
 
     def _iter_parents(
         self, made: Mapping[str, Any], above: tuple[str, ...]
@@ -152,7 +185,8 @@ class LineageBuilder:
         """The bundle that was calibrated, and other bundles that the provenance names."""
         calibration = _get_section(made, "calibration")
         run = get_text(calibration, "predictions")
-        yield from self._follow(run, "predictions", "calibrated on", above)
+        expected = ExpectedRun.from_record(calibration)
+        yield from self._follow(run, "calibrated on", above, expected)
         parents: list[tuple[str, Any]] = []
         if calibration:
             parents.append(("calibrated from", calibration))
@@ -173,28 +207,45 @@ class LineageBuilder:
     ) -> LineageNode:
         """The tree of a bundle: of the one in the folder with this hash, else of that at `url`."""
         found = self._bundles.get(sha256 or "")
-        if found is None and url is not None:
-            there = read_bundle_entry(url if is_registry_uri(url) else filesystem.absolute(url))
-            if there is not None and sha256 in (None, there.bundle_sha256):
-                found = there
         if found is not None:
             return self.build(found, relation, above)
         facts = [] if sha256 is None else [("SHA-256", sha256)]
-        reason = "no bundle with this hash in the folder, nor at its path"
-        return LineageNode(relation, f"bundle {url or '?'}", (*facts, ("not found", reason)))
+        facts.append(("not found", "no bundle with this hash in the folder, nor at its path"))
+        if url is not None:
+            there = read_bundle_entry(url if is_registry_uri(url) else filesystem.absolute(url))
+            if isinstance(there, str):
+                facts.append(("cannot be read", there))
+            elif sha256 is None:
+                return self.build(there, relation, above, describe_path_link(url))
+            elif there.bundle_sha256 == sha256:
+                return self.build(there, relation, above)
+            else:
+                facts.append(("another bundle is at this path now", there.bundle_sha256 or "?"))
+        return LineageNode(relation, f"bundle {url or '?'}", tuple(facts))
 
     def _follow(
-        self, url: str | None, kind: Kind, relation: str, above: tuple[str, ...]
+        self,
+        url: str | None,
+        relation: str,
+        above: tuple[str, ...],
+        expected: ExpectedRun = _UNKNOWN_RUN,
+        kind: Kind = "predictions",
     ) -> Iterator[LineageNode]:
-        """The tree of another output that a record names by its path."""
+        """The tree of another output that a record names by its path, if it is still that one."""
         if url is None:
             return
-        entry = self._runs.find(url)
-        if entry is not None:
-            yield self.build(entry, relation.replace("_", " "), above)
-        else:
+        entry, relation = self._runs.find(url), relation.replace("_", " ")
+        if entry is None:
             facts = (("not found", f"not among the outputs in {self._runs.folder}"),)
-            yield LineageNode(relation.replace("_", " "), f"{kind} {url}", facts)
+            yield LineageNode(relation, f"{kind} {url}", facts)
+            return
+        differences = expected.describe_differences(entry)
+        if differences:
+            facts = (("another run is at this path now", differences),)
+            yield LineageNode(relation, _build_title(entry), facts)
+        else:
+            link = describe_path_link(url) if expected.is_empty else None
+            yield self.build(entry, relation, above, link)
 
     def _build_manifest(
         self, relation: str, settings: Any, fingerprint: str | None, rows: Any = None
@@ -274,10 +325,10 @@ def _get_section(tree: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
 def format_tree(node: LineageNode, prefix: str = "", branch: str = "") -> str:
     """A tree as text, with its facts below each title."""
     relation = f"{node.relation}: " if node.relation else ""
-    lines = [f"{prefix}{branch}{relation}{node.title}"]
+    lines = [f"{prefix}{branch}{relation}{escape_text(node.title)}"]
     inner = prefix + ("" if not branch else "   " if branch.startswith("└") else "│  ")
     stem = "│  " if node.children else "   "
-    lines += [f"{inner}{stem}{name} {value}" for name, value in node.facts]
+    lines += [f"{inner}{stem}{name} {escape_text(value)}" for name, value in node.facts]
     for place, child in enumerate(node.children):
         is_last = place == len(node.children) - 1
         lines.append(format_tree(child, inner, "└─ " if is_last else "├─ "))

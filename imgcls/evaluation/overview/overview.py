@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,12 +24,14 @@ from imgcls.evaluation.overview.search import READ_THREADS, find_outputs
 from imgcls.formatting import format_count, format_share
 from imgcls.inference.nights import RunOrder, compute_order
 from imgcls.metrics.formatting import format_interval, format_percent
+from imgcls.models.bundle import is_registry_uri
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _MAX_CELL = 60
 _SHORT_HASH = 12
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}(?:\.\d+)?")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -125,6 +128,8 @@ def list_runs(
     if depth < 0:
         raise RequestError(f"depth {depth}: must be at least 0")
     with use_settings(storage):
+        if is_registry_uri(os.fspath(folder)):
+            raise RequestError(f"folder {folder}: is a registered model; pass a folder of outputs")
         url = filesystem.absolute(os.fspath(folder))
         found = find_outputs(url, depth)
         with create_thread_pool(READ_THREADS, "read") as pool:
@@ -137,12 +142,13 @@ def list_runs(
 def mark_current(entries: Sequence[RunEntry]) -> list[RunEntry]:
     """Mark the newest committed run of predictions of each folder of runs, and its bundle.
 
-    The order is that of `predict --since`: by the sequence number, then by date.
+    The order is that of `predict --since`: by the sequence number, then by date. Folders that
+    differ in a date alone are one folder of runs.
     """
     newest: dict[str, tuple[RunOrder, RunEntry]] = {}
     for entry in entries:
         if entry.kind == "predictions" and entry.state == "committed":
-            order, above = compute_entry_order(entry), filesystem.parent(entry.url)
+            order, above = compute_entry_order(entry), find_series(entry)
             if above not in newest or order > newest[above][0]:
                 newest[above] = (order, entry)
     current = {entry.url for _, entry in newest.values()}
@@ -155,6 +161,11 @@ def mark_current(entries: Sequence[RunEntry]) -> list[RunEntry]:
         )
         for entry in entries
     ]
+
+
+def find_series(entry: RunEntry) -> str:
+    """The folder of runs that a run is in, with {date} for dates as of `--output a/{date}/b`."""
+    return _DATE.sub("{date}", filesystem.parent(entry.url))
 
 
 def compute_entry_order(entry: RunEntry) -> RunOrder:
@@ -217,8 +228,8 @@ def _list_cells(entry: RunEntry) -> tuple[str, ...]:
         _shorten(escape_text(entry.path)),
         entry.kind,
         entry.state,
-        (entry.date or "")[:16].replace("T", " "),
-        _shorten(format_model(entry)),
+        escape_text((entry.date or "")[:16].replace("T", " ")),
+        _shorten(escape_text(format_model(entry))),
         "" if entry.rows is None else f"{entry.rows:,}",
         format_headline(entry),
         "" if entry.error_rate is None else format_share(entry.error_rate),
@@ -230,7 +241,7 @@ def format_model(entry: RunEntry) -> str:
     """Name, start of the hash, and whether it is the current model."""
     sha256 = (entry.bundle_sha256 or "")[:_SHORT_HASH]
     current = "current" if entry.is_current else ""
-    name = "" if entry.kind == "bundle" else escape_text(entry.model_name)
+    name = "" if entry.kind == "bundle" else entry.model_name
     return " ".join(text for text in (name, sha256, current) if text)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from imgcls.data.storage import filesystem
+from imgcls.data.storage.credentials import hide_credentials
 from imgcls.evaluation.overview.entry import RunEntry
 from imgcls.evaluation.overview.lineage import LineageNode
 from imgcls.evaluation.overview.overview import RunList, describe_counts
@@ -38,14 +39,18 @@ def render_notebook_list(runs: RunList) -> str:
 
 def render_lineage(runs: RunList, tree: LineageNode) -> str:
     """Render the page of one lineage."""
-    values = {"title": tree.title, "subtitle": f"lineage, in {runs.folder}", "tree": tree}
+    values = {
+        "title": tree.title,
+        "subtitle": f"lineage, in {hide_credentials(runs.folder)}",
+        "tree": tree,
+    }
     return render_page(TEMPLATES, "lineage.html.j2", values)
 
 
 def _build_values(runs: RunList, target: str | None) -> dict[str, Any]:
     return {
         "title": f"{base_name(runs.folder)}: all runs",
-        "subtitle": f"{runs.folder}: {describe_counts(runs.entries)}",
+        "subtitle": f"{hide_credentials(runs.folder)}: {describe_counts(runs.entries)}",
         "cards": list(_list_cards(runs)),
         "rows": [_build_row(entry, target) for entry in runs.entries],
         "notes": runs.notes,

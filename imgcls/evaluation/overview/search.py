@@ -46,12 +46,14 @@ class FoundFolder:
     path:    relative to the folder that was searched; "." for itself
     files:   names of its files, with the time of their last change where the store has one
     folders: names of its folders
+    sizes:   bytes of its files, where the store has them
     """
 
     url: str
     path: str
     files: dict[str, datetime.datetime | None]
     folders: frozenset[str]
+    sizes: dict[str, int | None] = field(default_factory=dict)
 
     @property
     def is_output(self) -> bool:
@@ -83,12 +85,16 @@ def find_outputs(url: str, depth: int) -> FoundOutputs:
 
     Raises RequestError when there is no such folder, StorageError when it cannot be listed.
     """
+    if filesystem.is_local(url) and os.path.isfile(filesystem.local_path(url)):
+        raise RequestError(f"folder {url}: is a file; pass a folder of outputs of imgcls")
     found = FoundOutputs()
     root, listed = url, 0
     with create_thread_pool(READ_THREADS, "list") as pool:
         level = [(url, ".")]
         for left in range(depth, -1, -1):
             answers = list(pool.map(_list_folder, *zip(*level, strict=True)))
+            if not listed:
+                _check_exists(answers[0][0])
             listed += len(answers)
             below: list[tuple[str, str]] = []
             for answer, note in answers:
@@ -109,6 +115,14 @@ def find_outputs(url: str, depth: int) -> FoundOutputs:
             level = below
     found.outputs.sort(key=lambda each: each.path)
     return found
+
+
+def _check_exists(folder: FoundFolder) -> None:
+    """Raise RequestError for an empty folder of a store, which has no folders of its own."""
+    if not filesystem.is_local(folder.url) and not folder.files and not folder.folders:
+        raise RequestError(
+            f"folder {folder.url}: does not exist; pass a folder of outputs of imgcls"
+        )
 
 
 def _list_inner(root: str, folder: FoundFolder, found: FoundOutputs) -> list[tuple[str, str]]:
@@ -132,6 +146,7 @@ def _list_inner(root: str, folder: FoundFolder, found: FoundOutputs) -> list[tup
 def _list_folder(url: str, path: str) -> tuple[FoundFolder, str | None]:
     """A folder, and a note when not all of it was listed."""
     files: dict[str, datetime.datetime | None] = {}
+    sizes: dict[str, int | None] = {}
     folders: set[str] = set()
     note = None
     try:
@@ -141,6 +156,7 @@ def _list_folder(url: str, path: str) -> tuple[FoundFolder, str | None]:
                 break
             folders.update(each.rstrip("/").rpartition("/")[2] for each in page.folders)
             files.update((each.path.rpartition("/")[2], each.mtime) for each in page.files)
+            sizes.update((each.path.rpartition("/")[2], each.size) for each in page.files)
     except StorageError as error:
         if path == ".":
             if isinstance(error, StorageMissing):
@@ -149,4 +165,4 @@ def _list_folder(url: str, path: str) -> tuple[FoundFolder, str | None]:
                 ) from error
             raise
         note = f"{path}: cannot be listed ({error})"
-    return FoundFolder(url, path, files, frozenset(folders)), note
+    return FoundFolder(url, path, files, frozenset(folders), sizes), note

@@ -6,6 +6,7 @@ import json
 
 from imgcls import log
 from imgcls.data.storage import filesystem
+from imgcls.data.storage.credentials import hide_credentials
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.evaluation.config import RunsConfig
 from imgcls.evaluation.overview.image_lineage import build_image_lineage, find_entry
@@ -28,7 +29,7 @@ def show_runs(config: RunsConfig) -> RunList | LineageNode:
         for entry in runs.entries:
             log.show(json.dumps(entry.to_json()))
     else:
-        log.show(f"{runs.folder}: {describe_counts(runs.entries)}")
+        log.show(f"{hide_credentials(runs.folder)}: {describe_counts(runs.entries)}")
         if runs.entries:
             log.show(runs.format_table())
         for note in runs.notes:
@@ -42,8 +43,7 @@ def _show_lineage(config: RunsConfig, runs: RunList, lineage: str) -> LineageNod
     tree = (
         build_image_lineage(runs, lineage) if entry is None else LineageBuilder(runs).build(entry)
     )
-    text = json.dumps(tree.to_json()) if config.json_lines else format_tree(tree)
-    log.show("\n".join(map(escape_text, text.split("\n"))))
+    log.show(json.dumps(tree.to_json()) if config.json_lines else format_tree(tree))
     _write_page(config, render_lineage(runs, tree) if config.html is not None else None)
     return tree
 

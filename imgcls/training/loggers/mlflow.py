@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from imgcls.data.optional_packages import import_package
 from imgcls.data.storage import filesystem
+from imgcls.data.storage.credentials import hide_credentials
 from imgcls.errors import RequestError, one_line
 from imgcls.models.mlflow_registry import use_short_timeouts
 
@@ -74,8 +75,9 @@ class MLflowLogger:
                     client.search_registered_models(max_results=1)
         except Exception as error:
             raise RequestError(
-                f"track.mlflow {self._uri}: {one_line(error)}. Pass the URI of a running "
-                "MLflow server, or of a file as in sqlite:///mlflow.db."
+                f"track.mlflow {hide_credentials(self._uri)}: "
+                f"{hide_credentials(one_line(error))}. Pass the URI of a running MLflow server, or "
+                "of a file as in sqlite:///mlflow.db."
             ) from error
 
     def start(self, settings: Mapping[str, Any], first: int) -> str:
@@ -89,10 +91,11 @@ class MLflowLogger:
                 self._continue_run(run)
             else:
                 self._log_settings(package, settings)
-        if not self._uri.startswith(("http://", "https://")):
-            return f"run {run.info.run_id} in {self._uri}"
+        uri = hide_credentials(self._uri)
+        if not uri.startswith(("http://", "https://")):
+            return f"run {run.info.run_id} in {uri}"
         place = f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-        return f"{self._uri.rstrip('/')}/#/{place}"
+        return f"{uri.rstrip('/')}/#/{place}"
 
     def log_epoch(self, number: int, values: Mapping[str, float]) -> None:
         if number > self._last_epoch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,16 @@ from imgcls.errors import RequestError
 from imgcls.evaluation.overview.image_lineage import build_image_lineage, find_entry
 from imgcls.evaluation.overview.lineage import LineageBuilder, LineageNode, format_tree
 from imgcls.evaluation.overview.overview import list_runs
+from imgcls.inference.history import CompactConfig, compact
+from imgcls.models.bundle import load_bundle
 from imgcls.runs import layout
-from tests.conftest import write_manifest
-from tests.evaluation.overview.outputs import change_json, train_bundle, write_labels
+from tests.conftest import copied, write_manifest
+from tests.evaluation.overview.outputs import (
+    change_json,
+    commit_night,
+    train_bundle,
+    write_labels,
+)
 from tests.evaluation.runs import commit, drawn
 
 Made = tuple[Path, Any]
@@ -50,7 +58,7 @@ def test_a_run_leads_to_its_bundle_its_training_data_and_its_annotators(made: Ma
     assert facts["labeled from"] == "2026-01-01 to 2026-01-03"
     assert facts["label source"] == "imgcls 2, cvat 1"
     assert child(model, "starting weights").title == "w.pth"
-    assert "cannot be opened" in dict(child(tree, "data").facts)  # drawn.csv is no file
+    assert "not checked" in dict(child(tree, "data").facts)  # drawn.csv: in which directory?
 
 
 def test_a_manifest_that_was_changed_since_is_marked(tmp_path: Path, color_bundle: Path) -> None:
@@ -68,13 +76,131 @@ def test_a_calibrated_bundle_leads_to_its_parent_and_the_run_it_was_calibrated_o
 ) -> None:
     parent = train_bundle(tmp_path / "parent", color_bundle, write_labels(tmp_path / "t.csv"))
     run = commit(tmp_path / "held-out", drawn(10), bundle_sha256=parent.sha256, model=parent.url)
-    record = {"bundle_sha256": parent.sha256, "predictions": str(run), "method": "temperature"}
+    record = {
+        "bundle_sha256": parent.sha256,
+        "manifest_fingerprint": "f" * 32,
+        "predictions": str(run),
+        "method": "temperature",
+    }
     teacher = {"url": str(tmp_path / "gone"), "bundle_sha256": "e" * 64}
     train_bundle(tmp_path / "child", color_bundle, calibration=record, teacher=teacher)
     tree = build(tmp_path, "child")
     assert child(tree, "calibrated from").title == "bundle parent"
     assert child(child(tree, "calibrated on"), "model").title == "bundle parent"
-    assert "not found" in dict(child(tree, "teacher").facts)
+    facts = dict(child(tree, "teacher").facts)
+    assert "not found" in facts
+    assert "gone" in facts["cannot be read"]
+
+
+def test_a_run_that_was_replaced_is_not_taken_for_the_one_that_was_evaluated(
+    made: Made, tmp_path: Path
+) -> None:
+    folder, bundles = copied(made[0], tmp_path / "out"), made[1]
+    night = folder / "labels" / "date=2026-01-02"
+    change_json(folder / "evaluated" / "summary.json", run=str(night))
+    assert child(child(build(folder, "evaluated"), "run"), "model").title == "bundle models/new"
+    shutil.rmtree(night)
+    commit_night(night, 2, bundles["old"], seed=2)
+    run = child(build(folder, "evaluated"), "run")
+    old, new = (bundles[name].sha256[:12] for name in ("old", "new"))
+    differs = f"bundle {old} instead of {new}"
+    assert run.facts == (("another run is at this path now", differs),)
+    assert run.children == ()
+
+
+def test_embeddings_and_relabeled_runs_are_known_by_their_commit(
+    tmp_path: Path, color_bundle: Path
+) -> None:
+    run = commit(tmp_path / "run", drawn(5))
+    config = {"data": {"embeddings": str(run)}}
+    for name, month in (("same", "01"), ("changed", "02")):
+        seen = {"run_id": "drawn", "committed": f"2026-{month}-01T00:00:00"}
+        known = {"data": {"data.embeddings": seen}}
+        train_bundle(tmp_path / name, color_bundle, run=known, config=config)
+        relabeled = commit(tmp_path / f"labels-{name}", drawn(5))
+        record = json.loads((relabeled / layout.RUN_FILE).read_text())
+        record["provenance"]["config"]["relabel"] = {"source": str(run)}
+        record["identity"]["settings"]["relabeled"] = seen
+        (relabeled / layout.RUN_FILE).write_text(json.dumps(record))
+    for path, relation in (("{}", "embeddings"), ("labels-{}", "source")):
+        same = child(build(tmp_path, path.format("same")), relation)
+        assert "link" not in dict(same.facts)
+        assert same.children
+        (fact,) = child(build(tmp_path, path.format("changed")), relation).facts
+        differs = "committed 2026-01-01T00:00:00 instead of 2026-02-01T00:00:00"
+        assert fact == ("another run is at this path now", differs)
+
+
+def test_links_that_no_hash_verifies_and_relative_paths_are_marked(
+    tmp_path: Path, color_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = commit(tmp_path / "run", drawn(5))
+    (tmp_path / "compared").mkdir()
+    compared = {"run_a": str(run), "run_b": "run"}
+    (tmp_path / "compared" / "summary.json").write_text(json.dumps(compared))
+    tree = build(tmp_path, "compared")
+    assert dict(child(tree, "run a").facts)["link"] == "by path, not verified"
+    link = f"by path, not verified; a relative path, read in {tmp_path}"
+    assert dict(child(tree, "run b").facts)["link"] == link
+    train_bundle(tmp_path / "parent", color_bundle, seed=1)
+    train_bundle(tmp_path / "child", color_bundle, parent={"url": str(tmp_path / "parent")})
+    parent = child(build(tmp_path, "child"), "parent")
+    assert dict(parent.facts)["link"] == "by path, not verified"
+
+
+def test_a_manifest_with_a_relative_path_is_described_only_if_it_is_the_same(
+    tmp_path: Path, color_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_labels(tmp_path / "train.csv")
+    train_bundle(tmp_path / "model", color_bundle, Path("train.csv"))
+    facts = dict(child(build(tmp_path, "model"), "training data").facts)
+    assert facts["labeled by"] == "ann 2, bob 1"
+    write_manifest(tmp_path / "train.csv", [("images/000001.jpg", "ant")], ("path", "label"))
+    facts = dict(child(build(tmp_path, "model"), "training data").facts)
+    assert "not checked" in facts
+    assert not {"unchanged", "labeled by"} & facts.keys()
+
+
+def test_a_bundle_that_cannot_be_read_and_another_one_at_its_path_are_named(
+    tmp_path: Path, color_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    parents = [
+        {"url": "models:/any/1", "bundle_sha256": "e" * 64},
+        {"url": str(color_bundle), "bundle_sha256": "e" * 64},
+    ]
+    train_bundle(tmp_path / "model", color_bundle, parents=parents)
+    silent, replaced = build(tmp_path, "model").children
+    assert "does not answer correctly" in dict(silent.facts)["cannot be read"]
+    there = load_bundle(str(color_bundle)).sha256
+    assert dict(replaced.facts)["another bundle is at this path now"] == there
+    assert replaced.children == ()
+
+
+def test_the_registered_model_that_a_training_began_with_is_shown(
+    tmp_path: Path, color_bundle: Path
+) -> None:
+    start = train_bundle(tmp_path / "start", color_bundle, seed=1)
+    found = {"uri": "models:/m@live", "name": "m", "version": "3", "sha256": start.sha256}
+    train_bundle(tmp_path / "model", color_bundle, registered_model=found)
+    assert child(build(tmp_path, "model"), "starting model").title == "bundle start"
+
+
+def test_credentials_and_control_characters_are_not_shown(
+    tmp_path: Path, color_bundle: Path
+) -> None:
+    config = {
+        "data": {"train": {"path": "https://me:secret@127.0.0.1:9/a.csv?sig=secret"}},
+        "model": {"weights": "https://host/w.pth?X-Amz-Signature=secret"},
+    }
+    train_bundle(tmp_path / "model", color_bundle, config=config, git_commit="a\n\x1b[31mb")
+    text = format_tree(build(tmp_path, "model"))
+    assert "secret" not in text
+    assert "git commit a\\n\\x1b[31mb" in text
+    assert "https://host/w.pth?..." in text
 
 
 def test_records_that_name_each_other_end(tmp_path: Path, color_bundle: Path) -> None:
@@ -145,6 +271,41 @@ def test_of_runs_in_several_folders_the_last_commit_has_the_newest_prediction(
         change_json(run / layout.SUCCESS_FILE, committed=f"{committed}T00:00:00+00:00")
     tree = build_image_lineage(list_runs(tmp_path), image)
     assert child(tree, "run").title == "predictions b/1"
+
+
+def test_runs_that_cannot_be_searched_are_named_with_an_older_prediction(
+    made: Made, tmp_path: Path
+) -> None:
+    folder = copied(made[0], tmp_path / "out")
+    image = folder / "labels" / "date=2026-01-01" / "images" / "000002.jpg"
+    for night in ("01", "02"):
+        file = folder / "labels" / f"date=2026-01-{night}" / layout.RUN_FILE
+        record = json.loads(file.read_text())
+        record["identity"]["manifest"]["root"] = str(image.parent.parent)
+        file.write_text(json.dumps(record))
+    newest = folder / "labels" / "date=2026-01-02"
+    part = newest / "predictions" / "part-00000.parquet"
+    part.write_bytes(b"x" * part.stat().st_size)
+    for damage in (lambda: None, lambda: (newest / layout.RUN_FILE).write_text("{")):
+        damage()
+        tree = build_image_lineage(list_runs(folder), str(image))
+        assert child(tree, "run").title == "predictions labels/date=2026-01-01"
+        assert dict(tree.facts)["not searched"].startswith("labels/date=2026-01-02: ")
+
+
+def test_of_several_histories_the_one_with_the_newest_run_counts(
+    made: Made, tmp_path: Path
+) -> None:
+    folder = copied(made[0], tmp_path / "out")
+    night = made[0] / "labels" / "date=2026-01-01"  # the runs' paths begin there
+    compact(CompactConfig(source=str(folder / "labels"), output=str(folder / "all")))
+    shutil.rmtree(folder / "labels" / "date=2026-01-02")
+    compact(CompactConfig(source=str(folder / "labels"), output=str(folder / "older")))
+    change_json(folder / "older" / layout.SUCCESS_FILE, committed="2030-01-01T00:00:00+00:00")
+    shutil.rmtree(folder / "labels")
+    shutil.rmtree(folder / "latest")
+    tree = build_image_lineage(list_runs(folder), str(night / "images" / "000002.jpg"))
+    assert child(tree, "run").title == "history all"
 
 
 def test_an_image_that_no_run_has_is_refused(made: Made, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,8 +16,10 @@ import imgcls
 from imgcls.cli import main
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError
+from imgcls.evaluation.overview import records
 from imgcls.evaluation.overview.entry import RunEntry
 from imgcls.evaluation.overview.overview import RunList, list_runs
+from imgcls.evaluation.overview.page import render_list
 from imgcls.evaluation.select import select
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
@@ -152,6 +156,8 @@ DAMAGE = {
     "old": (layout.RUN_FILE, '{"format_version": 99}', "another version of imgcls"),
     "wrong": (layout.RUN_FILE, '{"format_version": 1, "plan": {"rows": "many"}}', "identity"),
     "empty": (layout.SUCCESS_FILE, "{}", "is damaged, or another tool wrote over it"),
+    "deep": (layout.RUN_FILE, "[" * 100_000, "nested too deeply"),
+    "endless": (layout.SUCCESS_FILE, '{"rows": 1, "status": {"ok": Infinity}}', "is damaged"),
     "text": (layout.SUCCESS_FILE, "<b>done</b>", "is damaged, or another tool wrote over it"),
 }
 
@@ -191,6 +197,83 @@ def test_damaged_bundles_metrics_and_foreign_files_are_listed_as_such(
     assert "metrics/summary.parquet: " in str(found["run"].problem)
     assert found["run"].headline is None
     assert "without _run.json" in str(found["spark"].problem)
+
+
+def test_numbers_that_are_not_finite_are_named_and_not_listed(tmp_path: Path, made: Made) -> None:
+    for value in ("NaN", "Infinity"):
+        folder = copied(made[0] / "evaluated", tmp_path / value)
+        stored = json.loads((folder / "summary.json").read_text())
+        name = "accuracy" if value == "NaN" else "labelled"
+        stored["metrics"][name]["value"] = float(value)
+        (folder / "summary.json").write_text(json.dumps(stored))
+    run = copied(made[0] / "labels" / "date=2026-01-01", tmp_path / "run")
+    rows = pq.read_table(run / "metrics" / "summary.parquet").to_pylist()
+    rows = [row | ({"value": math.nan} if row["metric"] == "accuracy" else {}) for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), run / "metrics" / "summary.parquet")
+    found = by_path(list_runs(tmp_path))
+    assert {path: each.state for path, each in found.items()} == {
+        "NaN": "damaged", "Infinity": "damaged", "run": "committed",
+    }  # fmt: skip
+    assert "accuracy is nan" in str(found["NaN"].problem)
+    assert "accuracy is nan" in str(found["run"].problem)
+    for each in found.values():
+        json.dumps(each.to_json(), allow_nan=False)
+
+
+def test_a_record_that_is_too_large_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 100)
+    commit(tmp_path / "out", drawn(5))
+    (entry,) = list_runs(tmp_path).entries
+    assert entry.state == "damaged"
+    assert "_run.json: has 0 MB; a record of imgcls is smaller" in str(entry.problem)
+
+
+def test_a_damaged_lease_is_named_and_the_run_is_not(tmp_path: Path) -> None:
+    run = commit(tmp_path / "out", drawn(5))
+    (run / layout.SUCCESS_FILE).unlink()
+    (run / "_lease").mkdir()
+    for text in ("{", '{"pid": 1}'):
+        (run / "_lease" / "000001.json").write_text(text)
+        (entry,) = list_runs(tmp_path).entries
+        assert (entry.kind, entry.state) == ("predictions", "waiting")
+        assert str(entry.problem).startswith("_lease: ")
+
+
+def test_folders_of_other_tools_named_train_are_no_outputs(tmp_path: Path) -> None:
+    (tmp_path / "other" / "_train").mkdir(parents=True)
+    assert list_runs(tmp_path).entries == ()
+
+
+def test_urls_are_listed_without_credentials(tmp_path: Path) -> None:
+    url = "https://me:secret@host/model?sig=secret"
+    run = commit(tmp_path / "out", drawn(5), model=url)
+    record = json.loads((run / layout.RUN_FILE).read_text())
+    record["provenance"]["config"]["manifest"]["path"] = url
+    (run / layout.RUN_FILE).write_text(json.dumps(record))
+    runs = list_runs(tmp_path)
+    (entry,) = runs.entries
+    assert (entry.model, entry.manifest) == ("https://host/model?...",) * 2
+    shown = runs.format_table() + render_list(runs) + json.dumps(entry.to_json())
+    assert "secret" not in shown
+
+
+def test_nights_whose_date_is_inside_the_path_have_one_newest_run(
+    made: Made, tmp_path: Path
+) -> None:
+    for night in ("01", "02"):
+        name = f"date=2026-01-{night}"
+        copied(made[0] / "labels" / name, tmp_path / "labels" / name / "out")
+    current = [e.path for e in list_runs(tmp_path).entries if e.is_current]
+    assert current == ["labels/date=2026-01-02/out"]
+
+
+def test_a_replaced_run_has_no_report_of_the_earlier_one(made: Made, tmp_path: Path) -> None:
+    run = copied(made[0] / "labels" / "date=2026-01-01", tmp_path / "run")
+    assert (run / "report.html").exists()
+    layout.remove_run(str(run))
+    assert not any((run / name).exists() for name in ("report.html", "summary.json"))
 
 
 def test_listings_and_hidden_folders_are_no_outputs(tmp_path: Path) -> None:
@@ -234,9 +317,18 @@ def test_a_link_to_an_output_is_noted_and_not_listed_twice(made: Made, tmp_path:
     assert f"models/current is a link to {tmp_path / 'models' / 'new'}" in runs.notes
 
 
-def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="does not exist; pass a folder of outputs"):
-        list_runs(tmp_path / "gone")
+        list_runs(str(place / "gone"))
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="is a file; pass a folder of outputs"):
+        list_runs(tmp_path / "file")
+
+
+@pytest.mark.parametrize("command", ["runs", "report"])
+def test_a_registered_model_is_no_output(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "models:/m/1"]) == 2
+    assert "models:/m/1: is a registered model" in "".join(capsys.readouterr())
 
 
 def test_the_table_of_python_has_a_row_per_output(made: Made, tmp_path: Path) -> None:
@@ -267,7 +359,8 @@ def test_the_command_prints_a_table_or_a_json_line_per_output(
 def test_control_characters_in_names_do_not_reach_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commit(tmp_path / "\x1b[31mred\nline", drawn(5))
+    run = commit(tmp_path / "\x1b[31mred\nline", drawn(5))
+    change_json(run / layout.SUCCESS_FILE, committed="\x1b[5m2026")
     assert main(["runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out

@@ -1,0 +1,142 @@
+"""The registered bundle that a training starts from: the version that it began with is kept.
+
+`_train/run.json`, `bundle.json` and `_tune.json` have its URI, version and hash. A training that is
+resumed uses this version, also if the alias has another one by then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from imgcls import log
+from imgcls.data.storage import filesystem
+from imgcls.errors import BundleError, RequestError, StorageError, StorageUnavailable
+from imgcls.models.bundle import REGISTRY_PREFIX, is_registry_uri, read_description
+from imgcls.training.checkpoints import Checkpoints
+from imgcls.training.config import TrainConfig
+from imgcls.training.search_space import SEARCH_FILE, TuneConfig
+
+ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+ModelRecord = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StartingModel:
+    """A version of a registered model.
+
+    url:    folder of its bundle
+    record: URI as it was requested, name, version and hash of the bundle
+    """
+
+    url: str
+    record: ModelRecord
+
+    @property
+    def pinned_uri(self) -> str:
+        """The URI of the version, which no alias changes."""
+        return f"{REGISTRY_PREFIX}{self.record['name']}/{self.record['version']}"
+
+
+def find_starting_model(config: TrainConfig) -> StartingModel | None:
+    """The version that `model.name` means, or that the stored training began with.
+
+    None for a model that is not in the registry. Raises RequestError for weights that are named by
+    a URI of the registry, BundleError for a version that is not found or was changed.
+    """
+    uri, weights = config.model.name, config.model.weights
+    if is_registry_uri(weights or ""):
+        raise RequestError(
+            f"model.weights {weights}: is a bundle; pass it as model.name, with model.weights "
+            "pretrained"
+        )
+    if not is_registry_uri(uri):
+        return None
+    if weights is None:
+        log.emit(
+            "note",
+            f"model.name {uri}: the network starts from random weights; pass --model.weights "
+            "pretrained to start from those of the bundle",
+        )
+    stored = None if config.overwrite else _load_stored(config)
+    if stored is not None and stored.get("uri") == uri:
+        bundle = read_description(StartingModel("", stored).pinned_uri)
+        if bundle.sha256 != stored.get("sha256"):
+            raise BundleError(
+                f"model.name {uri}: version {stored['version']} has the bundle "
+                f"{bundle.sha256[:12]}, but the training in {config.output} began with "
+                f"{str(stored.get('sha256'))[:12]}; pass --overwrite to start over"
+            )
+    else:
+        bundle = read_description(uri)
+    found = bundle.registered
+    assert found is not None
+    log.emit(
+        "model",
+        f"{uri}: version {found.version}, bundle {bundle.sha256[:12]} in {bundle.url}",
+        name=found.name,
+        version=found.version,
+        sha256=bundle.sha256,
+    )
+    record = {"uri": uri, "name": found.name, "version": found.version, "sha256": bundle.sha256}
+    return StartingModel(bundle.url, record)
+
+
+def use_model(config: ConfigT, name: str) -> ConfigT:
+    """The configuration with another `model.name`."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
+
+
+def check_space_models(config: TuneConfig) -> None:
+    """Raise RequestError for a search over versions of registered models.
+
+    A trial may run on another machine, which may not reach the registry.
+    """
+    for key, axis in config.tune.space.items():
+        for value in (*(axis.choice or ()), *(axis.grid or ())):
+            if isinstance(value, str) and is_registry_uri(value):
+                raise RequestError(
+                    f"tune.space.{key}: {value}: a search has one registered model; pass it as "
+                    "model.name, or pass the folders of the bundles here"
+                )
+
+
+def _load_stored(config: TrainConfig) -> ModelRecord | None:
+    """The model that the training or the search in the output began with."""
+    if isinstance(config, TuneConfig):
+        return parse_search_model(_read(filesystem.join(config.output, SEARCH_FILE)))
+    known = Checkpoints(config.output).read_identity()
+    if known is None:
+        try:
+            known = read_description(config.output).spec.provenance.get("run")
+        except StorageUnavailable:
+            raise
+        except BundleError:
+            return None
+    found = known.get("registered_model") if isinstance(known, Mapping) else None
+    return found if isinstance(found, Mapping) else None
+
+
+def parse_search_model(text: str) -> ModelRecord | None:
+    """The registered model in `_tune.json`, the third of its JSON values; None without one."""
+    values: list[Any] = []
+    try:
+        while text:
+            value, end = json.JSONDecoder().raw_decode(text)
+            values.append(value)
+            text = text[end:].lstrip()
+    except ValueError:
+        return None
+    found = values[2].get("registered_model") if len(values) > 2 else None
+    return found if isinstance(found, Mapping) else None
+
+
+def _read(url: str) -> str:
+    try:
+        return filesystem.read(url).decode(errors="replace")
+    except StorageUnavailable:
+        raise
+    except StorageError:
+        return ""
