@@ -5,13 +5,14 @@ confident mistakes; of an unlabeled run, those with the lowest confidence. The t
 counted do not change. The name of a picture is derived from what it shows, so a run that was
 interrupted is resumed, and doing it twice writes the same files.
 
-out/explanations/000000042-0f3a5c917d2e.jpg
-out/explanations/explanations.parquet        written last
+out/_explanations/000000042-0f3a5c917d2e.jpg
+out/_explanations/explanations.parquet        written last
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from imgcls import log
 from imgcls.cluster.interrupts import Interruption
 from imgcls.data import image_files
 from imgcls.data.decoding.open_image import MAX_PIXELS
+from imgcls.data.formats import EXPLANATIONS_FOLDER
 from imgcls.data.manifests.label_columns import NEGATIVE
 from imgcls.data.manifests.manifest import normalize_labels, resolve_path
 from imgcls.data.storage import filesystem
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from imgcls.models.explain import Explainer
 
 TABLE_NAME = "explanations.parquet"
+_PICTURE_NAME = re.compile(r"\d{9,}-[0-9a-f]{12}\.jpg")
 _BATCH_ROWS = 65_536
 _ORDERS = {"mistakes": "descending", "uncertain": "ascending"}
 _SCHEMA = pa.schema(
@@ -66,7 +69,7 @@ def _explain_run(run: CommittedRun, bundle: Bundle, count: int, interruption: In
         log.emit("note", f"{run.url}: was made by another bundle; its rows are not explained")
         return
     rows = select_rows(run, count)
-    folder = filesystem.join(run.url, layout.EXPLANATIONS_FOLDER)
+    folder = filesystem.join(run.url, EXPLANATIONS_FOLDER)
     names = [_name_file(run, row) for row in rows.to_pylist()]
     present = set(filesystem.list_names(folder))
     if not present.issuperset(names):
@@ -85,8 +88,9 @@ def _explain_run(run: CommittedRun, bundle: Bundle, count: int, interruption: In
     table = rows.append_column("file", files)
     if TABLE_NAME not in present or not _read_table(table_url).equals(table):
         layout.write_table(table_url, table)
-    for name in sorted(present - {*names, TABLE_NAME}):  # of another request
-        filesystem.remove(filesystem.join(folder, name))
+    for name in sorted(present.difference(names)):
+        if _PICTURE_NAME.fullmatch(name):  # of another request
+            filesystem.remove(filesystem.join(folder, name))
     drawn = len(files) - files.null_count
     log.emit("explained", f"{format_count(drawn, 'row')}: {folder}", rows=drawn)
 

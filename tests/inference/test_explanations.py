@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from imgcls.cluster.interrupts import Interruption
+from imgcls.data.formats import EXPLANATIONS_FOLDER
 from imgcls.errors import Interrupted
 from imgcls.inference import explanations
 from imgcls.inference.explanations import explain_runs, select_rows
@@ -93,12 +94,14 @@ def test_pictures_and_their_table_are_written_and_nothing_else_changes(
 ) -> None:
     before = read_files(run)
     explain_runs(bundle, [str(run)], 4, Interruption())
-    written = pq.read_table(run / "explanations" / "explanations.parquet").to_pylist()
+    written = pq.read_table(run / EXPLANATIONS_FOLDER / "explanations.parquet").to_pylist()
     assert [row["row"] for row in written] == select_rows(open_run(str(run)), 4)["row"].to_pylist()
     for row in written:
-        with Image.open(run / "explanations" / row["file"]) as picture:
+        with Image.open(run / EXPLANATIONS_FOLDER / row["file"]) as picture:
             assert picture.size == (192, 144)  # 64 x 48, three times as large
-    after = {name: data for name, data in read_files(run).items() if "explanations" not in name}
+    after = {
+        name: data for name, data in read_files(run).items() if EXPLANATIONS_FOLDER not in name
+    }
     assert after == before
 
 
@@ -107,7 +110,7 @@ def test_an_interrupted_explanation_is_resumed_with_the_same_files(
 ) -> None:
     explain_runs(bundle, [str(run)], 4, Interruption())
     whole = read_files(run)
-    folder = run / "explanations"
+    folder = run / EXPLANATIONS_FOLDER
     for path in sorted(folder.iterdir()):
         path.unlink()
     stopped = Interruption()
@@ -133,15 +136,26 @@ def test_an_interrupted_explanation_is_resumed_with_the_same_files(
 def test_another_number_of_rows_replaces_the_pictures(run: Path, bundle: Bundle) -> None:
     explain_runs(bundle, [str(run)], 5, Interruption())
     explain_runs(bundle, [str(run)], 2, Interruption())
-    assert len(list((run / "explanations").glob("*.jpg"))) == 2
-    assert pq.read_table(run / "explanations" / "explanations.parquet").num_rows == 2
+    assert len(list((run / EXPLANATIONS_FOLDER).glob("*.jpg"))) == 2
+    assert pq.read_table(run / EXPLANATIONS_FOLDER / "explanations.parquet").num_rows == 2
+
+
+def test_files_of_others_next_to_the_pictures_are_kept(run: Path, bundle: Bundle) -> None:
+    explain_runs(bundle, [str(run)], 3, Interruption())
+    names = ("notes.txt", "holiday.jpg", "000000001-0123456789ab.jpg.bak", "12-0123456789ab.jpg")
+    for name in names:
+        (run / EXPLANATIONS_FOLDER / name).write_text("mine")
+    explain_runs(bundle, [str(run)], 2, Interruption())
+    kept = {path.name for path in (run / EXPLANATIONS_FOLDER).iterdir()}
+    assert kept.issuperset(names)
+    assert len(kept) == len(names) + 3  # two pictures and the table
 
 
 def test_an_image_that_is_gone_has_no_picture(run: Path, bundle: Bundle) -> None:
     gone = select_rows(open_run(str(run)), 3).to_pylist()[1]
     (run / gone["path"]).unlink(missing_ok=True)
     explain_runs(bundle, [str(run)], 3, Interruption())
-    written = pq.read_table(run / "explanations" / "explanations.parquet").to_pylist()
+    written = pq.read_table(run / EXPLANATIONS_FOLDER / "explanations.parquet").to_pylist()
     assert [row["file"] is None for row in written] == [False, True, False]
 
 
@@ -149,7 +163,7 @@ def test_a_run_of_another_bundle_is_not_explained(
     run: Path, multilabel_bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     explain_runs(load_bundle(str(multilabel_bundle)), [str(run)], 3, Interruption())
-    assert not (run / "explanations").exists()
+    assert not (run / EXPLANATIONS_FOLDER).exists()
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
