@@ -80,6 +80,11 @@ class EvaluationOptions(LabelJoinConfig):
     explain_model: str | None = None
     """With explain: bundle that made the run. Default: the folder that was passed to predict."""
 
+    @property
+    def num_mistakes(self) -> int:
+        """Number of mistakes to keep, of which `explain` are explained."""
+        return max(self.gallery, self.explain)
+
 
 class EvaluateConfig(EvaluationOptions):
     """Evaluate existing predictions, or run prediction on a manifest and evaluate the result."""

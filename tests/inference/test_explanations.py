@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,9 +12,10 @@ from PIL import Image
 
 from imgcls.cluster.interrupts import Interruption
 from imgcls.data.formats import EXPLANATIONS_FOLDER
-from imgcls.errors import Interrupted
+from imgcls.errors import Interrupted, RunFailed
 from imgcls.inference import explanations
 from imgcls.inference.explanations import explain_runs, select_rows
+from imgcls.metrics.columns import limit_batch_rows
 from imgcls.models.bundle import Bundle, load_bundle
 from imgcls.runs.committed import open_run
 from tests.conftest import COLORS
@@ -99,10 +101,8 @@ def test_pictures_and_their_table_are_written_and_nothing_else_changes(
     for row in written:
         with Image.open(run / EXPLANATIONS_FOLDER / row["file"]) as picture:
             assert picture.size == (192, 144)  # 64 x 48, three times as large
-    after = {
-        name: data for name, data in read_files(run).items() if EXPLANATIONS_FOLDER not in name
-    }
-    assert after == before
+    after = read_files(run)
+    assert {name: after[name] for name in after if EXPLANATIONS_FOLDER not in name} == before
 
 
 def test_an_interrupted_explanation_is_resumed_with_the_same_files(
@@ -114,7 +114,7 @@ def test_an_interrupted_explanation_is_resumed_with_the_same_files(
     for path in sorted(folder.iterdir()):
         path.unlink()
     stopped = Interruption()
-    draw = explanations._draw
+    draw = explanations.explain_rows
 
     def stop_after_two(*arguments: object) -> object:
         for number, picture in enumerate(draw(*arguments)):  # type: ignore[arg-type]
@@ -122,12 +122,12 @@ def test_an_interrupted_explanation_is_resumed_with_the_same_files(
                 stopped.request_stop("the test")
             yield picture
 
-    monkeypatch.setattr(explanations, "_draw", stop_after_two)
-    with pytest.raises(Interrupted):
+    monkeypatch.setattr(explanations, "explain_rows", stop_after_two)
+    with pytest.raises(Interrupted, match=r"the test; .*run is committed.*rerun the same command"):
         explain_runs(bundle, [str(run)], 4, stopped)
     kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(kept) == 2
-    monkeypatch.setattr(explanations, "_draw", draw)
+    monkeypatch.setattr(explanations, "explain_rows", draw)
     explain_runs(bundle, [str(run)], 4, Interruption())
     assert read_files(run) == whole
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -160,10 +160,27 @@ def test_an_image_that_is_gone_has_no_picture(run: Path, bundle: Bundle) -> None
 
 
 def test_a_run_of_another_bundle_is_not_explained(
-    run: Path, multilabel_bundle: Path, caplog: pytest.LogCaptureFixture
+    run: Path, multilabel_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     explain_runs(load_bundle(str(multilabel_bundle)), [str(run)], 3, Interruption())
     assert not (run / EXPLANATIONS_FOLDER).exists()
+    assert "was made by another bundle; its rows are not explained" in capsys.readouterr().out
+
+
+def test_a_bundle_that_was_replaced_meanwhile_fails_a_run_that_is_committed(
+    run: Path, color_bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(color_bundle, tmp_path / "bundle")
+    bundle = load_bundle(str(tmp_path / "bundle"))
+    (tmp_path / "bundle" / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(RunFailed, match=r"run is committed.*model\.safetensors.*rerun the same"):
+        explain_runs(bundle, [str(run)], 3, Interruption())
+
+
+def test_batches_are_smaller_for_many_classes() -> None:
+    assert [limit_batch_rows(count, 65_536) for count in (3, 1_000, 100_000)] == [
+        65_536, 8_000, 1_024
+    ]  # fmt: skip
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
