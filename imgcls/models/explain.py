@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from imgcls.data.decoding.decode import Pixels
-from imgcls.errors import BundleError
+from imgcls.errors import NotExplainable
 from imgcls.models.bundle import Bundle, check_has_classes
 from imgcls.models.normalize import Normalizer
 from imgcls.models.target_layer import TargetLayer, find_target_layer
@@ -41,8 +41,9 @@ class Explainer:
     Raises
     ------
     BundleError
-        If the bundle has no classes, its weights do not fit, or its network has no feature map over
-        the image.
+        If the bundle has no classes, or its weights are missing or do not fit.
+    NotExplainable
+        If its network has no feature map over the image.
 
     Examples
     --------
@@ -62,8 +63,8 @@ class Explainer:
         self._lock = threading.Lock()
         try:
             self._target = find_target_layer(self._network, self.preprocess.crop)
-        except BundleError as error:
-            raise BundleError(f"bundle {bundle.url}: {error}") from error
+        except NotExplainable as error:
+            raise NotExplainable(f"bundle {bundle.url}: {error}") from error
 
     @property
     def target_layer(self) -> TargetLayer:

@@ -115,6 +115,9 @@ class ModelDescription(BaseModel):
     engine: str = Field(description="Library that runs the network, and its version.")
     embedding_width: int
     metrics: dict[str, float]
+    explained_images: int = Field(
+        description="Maximum number of images in a request with explain=true; 0: not available."
+    )
 
 
 class ProblemDetails(BaseModel):
