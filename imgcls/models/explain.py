@@ -58,11 +58,13 @@ class Explainer:
         check_has_classes(bundle)
         self.classes = bundle.spec.classes
         self.preprocess = bundle.spec.preprocess
-        self._network = load_plain_network(bundle).to(device).requires_grad_(False)
-        self._normalize = Normalizer(self.preprocess, torch.device(device))
         self._lock = threading.Lock()
         try:
-            self._target = find_target_layer(self._network, self.preprocess.crop)
+            # tensors that are made in inference mode can have no gradients
+            with torch.inference_mode(False):
+                self._network = load_plain_network(bundle).to(device).requires_grad_(False)
+                self._normalize = Normalizer(self.preprocess, torch.device(device))
+                self._target = find_target_layer(self._network, self.preprocess.crop)
         except NotExplainable as error:
             raise NotExplainable(f"bundle {bundle.url}: {error}") from error
 

@@ -84,8 +84,7 @@ def find_target_layer(network: nn.Module, size: int) -> TargetLayer:
     Convolutional networks: the output of the last block, before the pooling layers at the end; the
     last one with more than one cell. Transformers: the last one with patches that the final layer
     depends on. With a class token this is the normalized input of the last attention.
-    Raises NotExplainable if there is none, or if most layers come after it: these would have no part
-    in the explanation.
+    Raises NotExplainable if there is none, or if most layers come after it.
     """
     trace = _Trace(network)
     device = next(network.parameters()).device
