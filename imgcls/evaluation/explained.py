@@ -91,7 +91,7 @@ def list_overlays(overlays: Overlays, row: Mapping[str, Any]) -> list[dict[str, 
         {
             "label": name,
             "image": overlays[row["row"], name],
-            "alt": f"{row['path']}, parts that speak for {name}",
+            "alt": f"{row['path']}, image regions that contribute to the score of {name}",
         }
         for name in names
         if name is not None and (row["row"], name) in overlays

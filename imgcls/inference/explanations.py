@@ -52,7 +52,7 @@ def explain_runs(
 
     outputs: the folders that it worked on or found committed
     count:   maximum number of rows of each run; 0 explains none
-    Raises RunFailed or StorageError, which say that the run is committed.
+    Raises RunFailed or StorageError, with a hint that the run is committed.
     """
     if not count:
         return

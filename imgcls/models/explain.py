@@ -1,4 +1,4 @@
-"""Class activation maps: which parts of an image speak for a class (Grad-CAM).
+"""Class activation maps (Grad-CAM): image regions that contribute to the score of a class.
 
 Computed in float32 by plain PyTorch from the weights of a bundle, whatever engine and precision
 predict with. Nothing here runs unless an explanation is requested.
@@ -88,7 +88,7 @@ class Explainer:
         Returns
         -------
         ndarray of float32, shape (N, crop, crop)
-            0 to 1; all 0 where no part of the image speaks for the class.
+            0 to 1; all 0 where no region of the image increases the score of the class.
         """
         # the hook on the network belongs to one call
         with self._lock, torch.inference_mode(False):
@@ -111,7 +111,7 @@ def compute_class_maps(
     The weight of a channel is the mean over space of the gradient of the class's logit; the map is
     the positive part of the weighted sum of the channels. It is scaled to 0 to 1 before and after
     it is resized bilinearly.
-    Returns (N, H, W) float32 in [0, 1]; all 0 if no part of the image speaks for the class.
+    Returns (N, H, W) float32 in [0, 1]; all 0 if no region increases the score of the class.
     """
     with torch.enable_grad(), target.keep_output(network) as kept:
         logits = network(inputs)

@@ -72,8 +72,9 @@ _THRESHOLD_TEXT = (
     "predicted label. Replaces the thresholds of all classes. Default: those of the model."
 )
 _EXPLAIN_TEXT = (
-    "Also return which parts of each image speak for the class with the highest score. For few "
-    f"images per request; each counts as {1 + EXPLANATION_COST} images of the rate limit."
+    "Also return a class activation map of each image: the regions that contribute to the highest "
+    f"score. For few images per request; each counts as {1 + EXPLANATION_COST} images of the rate "
+    "limit."
 )
 _BINARY_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
 _PREDICT_BODY = {

@@ -26,7 +26,7 @@ Secret = Annotated[str | None, Depends(_get_secret)]
 
 
 class ExplanationImage(BaseModel):
-    """Which parts of an image speak for a class (Grad-CAM)."""
+    """Class activation map (Grad-CAM): image regions that contribute to the score of a class."""
 
     label: str = Field(description="The explained class: the one with the highest score.")
     image: str = Field(

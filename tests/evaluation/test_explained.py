@@ -48,7 +48,7 @@ def test_mistakes_have_maps_of_the_prediction_and_of_the_label(explained: Path) 
     }
     page = found.render(in_notebook=False)
     assert page.count("<summary>Why</summary>") == 5
-    alt = f"{rows[0]['path']}, parts that speak for {rows[0]['label']}"
+    alt = f"{rows[0]['path']}, image regions that contribute to the score of {rows[0]['label']}"
     assert f'alt="{alt}"' in page
     assert "<summary>Why</summary>" in found.render(in_notebook=True)
 

@@ -232,7 +232,9 @@ def test_an_image_is_explained_by_a_button(server: Running, tmp_path: Path) -> N
         page.page.get_by_role("button", name="Explain").click()
         page.page.get_by_role("button", name="Show image").wait_for()
         assert picture.get_attribute("src").startswith("data:image/jpeg;base64,")
-        assert picture.get_attribute("alt").startswith("parts speak for ")
+        assert picture.get_attribute("alt").startswith(
+            "image regions that contribute to the score of "
+        )
         page.page.wait_for_function("document.querySelector('#results img').naturalWidth > 0")
         page.screenshot("serve-explained")
         page.page.get_by_role("button", name="Show image").click()
