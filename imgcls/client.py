@@ -123,8 +123,9 @@ class Client:
         scores : bool
             Also return the score of each class, as a dict with the class names as keys.
         explain : bool
-            Also return which parts of each image speak for its best class: a dict ``explanation``
-            with the ``label`` and a data URI ``image``, a JPEG. For few images per request.
+            Also return the class activation map of each image for its best class: a dict
+            ``explanation`` with the ``label`` and a data URI ``image``, a JPEG. For few images per
+            request.
 
         Returns
         -------

@@ -44,6 +44,10 @@ class BundleError(RequestError):
     """The model bundle is missing, damaged or does not fit."""
 
 
+class NotExplainable(BundleError):
+    """The network has no feature map over the image, so its predictions cannot be explained."""
+
+
 class OutputError(RequestError):
     """The output folder cannot be written, or belongs to another run."""
 

@@ -153,11 +153,13 @@ def has_image_suffix(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
+EXPLANATIONS_FOLDER = "_explanations"
+"""Folder of the pictures of `predict --explain`, which no listing of images has."""
 SYSTEM_FOLDERS = frozenset((
     "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "lost+found", "__macosx",
-    "$recycle.bin", "system volume information",
+    "$recycle.bin", "system volume information", EXPLANATIONS_FOLDER,
 ))  # fmt: skip
-"""Folders that file systems, NAS devices and archivers create, in lower case."""
+"""Folders that file systems, NAS devices, archivers and imgcls create, in lower case."""
 
 
 def is_hidden_name(name: str) -> bool:

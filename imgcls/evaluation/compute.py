@@ -15,7 +15,7 @@ from imgcls.evaluation import row_lookup
 from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate, aggregate_run
 from imgcls.evaluation.config import EvaluationOptions
 from imgcls.evaluation.embedding_map import compute_map
-from imgcls.evaluation.explained import explain_mistakes, open_explainer
+from imgcls.evaluation.explained import explain_mistakes, open_explainer, select_most_confident
 from imgcls.evaluation.label_join import JoinedLabels, resolve_labels, select_run_columns
 from imgcls.evaluation.multilabel import MultiLabelEvaluation, compute_multilabel
 from imgcls.evaluation.result import RunEvaluation, build_slice_row, build_slice_table
@@ -125,7 +125,7 @@ def compute_evaluation(
     evaluation: Evaluation | MultiLabelEvaluation = compute(run, config, need_labels=need_labels)
     if explainer is None:
         return evaluation
-    mistakes = evaluation.mistakes.slice(0, config.explain)
+    mistakes = select_most_confident(evaluation.mistakes, config.explain)
     return replace(evaluation, overlays=explain_mistakes(explainer, run, mistakes))
 
 
@@ -141,7 +141,7 @@ def _compute_single_label(
         scores=run.has_scores and label_column is not None,
         sets=run.has_label_sets,
         ood=run.has_ood,
-        gallery=config.gallery,
+        gallery=config.num_mistakes,
     )
     found = aggregate_run(run, spec, joined)
     counts = found.counts
@@ -172,8 +172,8 @@ def _compute_single_label(
         coverage_curve=build_coverage_curve(found.selective),
         slices=_build_slices(found, run.top_k, config.small_slice),
         mistakes=mistakes,
-        uncertain=uncertain,
-        strangest=strangest,
+        uncertain=uncertain.slice(0, config.gallery),
+        strangest=strangest.slice(0, config.gallery),
         label_issues=row_lookup.rank_label_issues(found, issues),
         embedding_map=compute_map(run, label_column, joined),
     )

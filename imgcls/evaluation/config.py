@@ -75,10 +75,15 @@ class EvaluationOptions(LabelJoinConfig):
     thumbnails: bool = True
     """Read the images and show thumbnails in the report."""
     explain: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Number of mistakes in the report with the parts of the image that speak for their classes
-    (Grad-CAM), which takes a forward and a backward pass of the model for each."""
+    """Number of mistakes in the report with class activation maps (Grad-CAM): image regions that
+    contribute to the scores. Takes a forward and a backward pass of the model for each."""
     explain_model: str | None = None
     """With explain: bundle that made the run. Default: the folder that was passed to predict."""
+
+    @property
+    def num_mistakes(self) -> int:
+        """Number of mistakes to keep, of which `explain` are explained."""
+        return max(self.gallery, self.explain)
 
 
 class EvaluateConfig(EvaluationOptions):

@@ -9,14 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
-from imgcls.data import image_files
-from imgcls.data.manifests.manifest import resolve_path
-from imgcls.errors import ImageError
 from imgcls.evaluation.config import EvaluationOptions
 from imgcls.models.bundle import load_bundle
 from imgcls.runs.committed import CommittedRun, load_source_bundle
+from imgcls.runs.explained_rows import build_explainer, explain_rows
 
 if TYPE_CHECKING:
     from imgcls.models.explain import Explainer
@@ -45,11 +44,7 @@ def open_explainer(run: CommittedRun, config: EvaluationOptions) -> Explainer | 
     """
     if not config.explain:
         return None
-    from imgcls.models.explain import Explainer
-
-    bundle = load_source_bundle(run, config.explain_model, "explain-model")
-    settings = run.run_record["identity"]["settings"]
-    return Explainer(bundle.with_decode(settings.get("decode")))
+    return build_explainer(run, load_source_bundle(run, config.explain_model, "explain-model"))
 
 
 def check_explainable(model: str) -> None:
@@ -65,23 +60,28 @@ def explain_mistakes(explainer: Explainer, run: CommittedRun, mistakes: pa.Table
     mistakes: as in `RunEvaluation`; those of a multilabel run are explained for their class alone
     An image that cannot be read any more has none.
     """
-    from imgcls.models.explanation import explain_file
     from imgcls.models.notebook_repr import encode_data_uri
 
     wanted = list(_list_rows(mistakes.to_pylist(), explainer.classes))
-    urls = (resolve_path(each.path, run.root) for each in wanted)
-    found: dict[tuple[int, str], str] = {}
-    for each, data in zip(wanted, image_files.read_ahead(urls), strict=True):
-        if not isinstance(data, bytes):
-            continue
-        codes = [explainer.classes.index(name) for name in each.classes]
-        try:
-            explanations = explain_file(explainer, data, codes, side=OVERLAY_SIDE)
-        except ImageError:
-            continue
-        for one in explanations:
-            found[each.row, one.label] = encode_data_uri(one.overlay())
-    return found
+    rows = [(each.path, each.classes) for each in wanted]
+    found = explain_rows(explainer, run, rows, OVERLAY_SIDE)
+    return {
+        (each.row, one.label): encode_data_uri(one.overlay())
+        for each, explanations in zip(wanted, found, strict=True)
+        for one in explanations
+    }
+
+
+def select_most_confident(mistakes: pa.Table, count: int) -> pa.Table:
+    """The `count` most confident mistakes of `RunEvaluation.mistakes`, of which the worst first.
+
+    Those of a multilabel run are ranked by the distance of the score from that of the label.
+    """
+    if "given" not in mistakes.schema.names:
+        return mistakes.slice(0, count)
+    score, given = mistakes["score"].to_numpy(), mistakes["given"].to_numpy()
+    order = np.argsort(-np.where(given, 1 - score, score), kind="stable")
+    return mistakes.take(order[:count])
 
 
 def list_overlays(overlays: Overlays, row: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -91,7 +91,7 @@ def list_overlays(overlays: Overlays, row: Mapping[str, Any]) -> list[dict[str, 
         {
             "label": name,
             "image": overlays[row["row"], name],
-            "alt": f"{row['path']}, parts that speak for {name}",
+            "alt": f"{row['path']}, image regions that contribute to the score of {name}",
         }
         for name in names
         if name is not None and (row["row"], name) in overlays

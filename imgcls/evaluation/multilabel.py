@@ -123,7 +123,7 @@ def compute_multilabel(
         scores=run.has_scores and labels is not None,
         ood=run.has_ood,
         gallery=config.gallery,
-        cells=count_kept_cells(run.classes, MAX_ISSUES, config.gallery),
+        cells=count_kept_cells(run.classes, MAX_ISSUES, config.num_mistakes),
     )
     found = aggregate_run(run, settings, joined)
     counts, ranking = found.counts, found.ranking
@@ -136,7 +136,7 @@ def compute_multilabel(
     reader = CellReader(run, None if labels is None else labels.columns, joined)
     mistakes, issue_rows, strangest = reader.read(
         [
-            select_mistakes(found, config.gallery),
+            select_mistakes(found, config.gallery, config.explain),
             issues.take(slice(0, config.gallery)),
             Cells.from_rows(found.strangest),
         ]

@@ -24,7 +24,7 @@ from imgcls.evaluation.aggregate import (
 )
 from imgcls.evaluation.label_join import KeyedLabels
 from imgcls.evaluation.label_list_join import LabelReader
-from imgcls.metrics.columns import OOD_COLUMN, Bools, Ints, take_scores
+from imgcls.metrics.columns import OOD_COLUMN, Bools, Ints, limit_batch_rows, take_scores
 from imgcls.metrics.multilabel import (
     CooccurrenceCounts,
     MultiLabelCounts,
@@ -34,8 +34,6 @@ from imgcls.metrics.multilabel import (
 )
 from imgcls.metrics.multilabel.columns import MULTILABEL_COLUMNS
 from imgcls.metrics.score_bins import ONE, view_bits
-
-_BATCH_CELLS = 8_000_000
 
 Targets = NDArray[np.int8]
 
@@ -68,7 +66,7 @@ class MultiLabelSettings:
     @property
     def batch_rows(self) -> int:
         """As for `AggregateSettings`."""
-        return max(1_024, min(BATCH_ROWS, _BATCH_CELLS // len(self.classes)))
+        return limit_batch_rows(len(self.classes), BATCH_ROWS)
 
     def create(self) -> MultiLabelAggregate:
         """As for `AggregateSettings`."""

@@ -69,23 +69,28 @@ class Cells:
         return Cells(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
-def select_mistakes(found: MultiLabelAggregate, gallery: int) -> Cells:
+def select_mistakes(found: MultiLabelAggregate, gallery: int, confident: int = 0) -> Cells:
     """The worst mistakes of the classes with the most, false positives of a class first.
 
-    At most a quarter of `gallery` false positives and as many false negatives of each class.
+    At most a quarter of `gallery` false positives and as many false negatives of each class, and
+    besides these the `confident` most confident ones of all of these classes.
     """
     counts, cells = found.counts, Cells.from_aggregate(found)
     wrong = cells.take(cells.given != cells.predicted)
     number = counts.false_positives + counts.false_negatives
     order = np.argsort(-number, kind="stable")[:MAX_CLASSES_WITH_MISTAKES]
+    labels = order[number[order] > 0]
+    wrong = wrong.take(np.isin(wrong.label, labels))
+    rank = np.argsort(np.argsort(-compute_margins(wrong), kind="stable"))
     size = max(1, gallery // 4)
-    empty = np.zeros(0, np.int64)
-    chosen = [
-        np.flatnonzero((wrong.label == label) & (wrong.given == given))[:size]
-        for label in order[number[order] > 0]
-        for given in (False, True)
-    ]
-    return wrong.take(np.concatenate([empty, *chosen]))
+    chosen = [np.zeros(0, np.int64)]
+    for label in labels:
+        for given in (False, True):
+            cells_of_class = np.flatnonzero((wrong.label == label) & (wrong.given == given))
+            is_chosen = rank[cells_of_class] < confident
+            is_chosen[:size] = True
+            chosen.append(cells_of_class[is_chosen])
+    return wrong.take(np.concatenate(chosen))
 
 
 def rank_issues(found: MultiLabelAggregate) -> Cells:

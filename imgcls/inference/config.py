@@ -141,8 +141,9 @@ class PredictConfig(RunConfig):
     max_ood_share: UnitFloat | None = None
     """Maximum share of predicted rows that are out of distribution in a committed run."""
     explain: int = Field(default=0, ge=0, le=1000)
-    """After the commit, write pictures of this number of rows that show which parts of the image
-    speak for the class: the most confident mistakes, or without labels the least confident rows."""
+    """After the commit, write class activation maps (image regions that contribute to the score of
+    the class) of this number of rows: the most confident mistakes, or without labels the least
+    confident rows."""
 
 
 class EmbedConfig(RunConfig):

@@ -5,15 +5,16 @@ confident mistakes; of an unlabeled run, those with the lowest confidence. The t
 counted do not change. The name of a picture is derived from what it shows, so a run that was
 interrupted is resumed, and doing it twice writes the same files.
 
-out/explanations/000000042-0f3a5c917d2e.jpg
-out/explanations/explanations.parquet        written last
+out/_explanations/000000042-0f3a5c917d2e.jpg
+out/_explanations/explanations.parquet        written last
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -22,24 +23,22 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.cluster.interrupts import Interruption
-from imgcls.data import image_files
-from imgcls.data.decoding.open_image import MAX_PIXELS
+from imgcls.data.formats import EXPLANATIONS_FOLDER
 from imgcls.data.manifests.label_columns import NEGATIVE
-from imgcls.data.manifests.manifest import normalize_labels, resolve_path
+from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.storage import filesystem
-from imgcls.errors import ImageError
+from imgcls.errors import Interrupted, RequestError, RunFailed, StorageError
 from imgcls.formatting import format_count
-from imgcls.metrics.columns import Bools, read_ok_rows, take_scores
+from imgcls.metrics.columns import Bools, limit_batch_rows, read_ok_rows, take_scores
 from imgcls.metrics.multilabel import read_multilabel_rows
 from imgcls.models.bundle import Bundle
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables, open_run
-
-if TYPE_CHECKING:
-    from imgcls.models.explain import Explainer
+from imgcls.runs.explained_rows import build_explainer, explain_rows
 
 TABLE_NAME = "explanations.parquet"
-_BATCH_ROWS = 65_536
+_PICTURE_NAME = re.compile(r"\d{9,}-[0-9a-f]{12}\.jpg")
+_MAX_BATCH_ROWS = 65_536
 _ORDERS = {"mistakes": "descending", "uncertain": "ascending"}
 _SCHEMA = pa.schema(
     [("row", pa.int64()), ("path", pa.string()), ("label", pa.string()), ("score", pa.float32())]
@@ -53,12 +52,28 @@ def explain_runs(
 
     outputs: the folders that it worked on or found committed
     count:   maximum number of rows of each run; 0 explains none
+    Raises RunFailed or StorageError, with a hint that the run is committed.
     """
     if not count:
         return
     for url in dict.fromkeys(outputs):
         if layout.is_committed(url):
-            _explain_run(open_run(url), bundle, count, interruption)
+            with _add_commit_hint(url):
+                _explain_run(open_run(url), bundle, count, interruption)
+
+
+@contextlib.contextmanager
+def _add_commit_hint(url: str) -> Iterator[None]:
+    """Turn the errors of the block into those of a run whose table is committed."""
+    hint = f"{url} is committed, but not all of its explanations are written"
+    try:
+        yield
+    except Interrupted as error:
+        raise Interrupted(f"{error}; {hint}; rerun the same command for the rest") from None
+    except StorageError as error:
+        raise type(error)(f"{hint}: {error}; rerun the same command for the rest") from error
+    except RequestError as error:
+        raise RunFailed(f"{hint}: {error}; rerun the same command for the rest") from error
 
 
 def _explain_run(run: CommittedRun, bundle: Bundle, count: int, interruption: Interruption) -> None:
@@ -66,27 +81,26 @@ def _explain_run(run: CommittedRun, bundle: Bundle, count: int, interruption: In
         log.emit("note", f"{run.url}: was made by another bundle; its rows are not explained")
         return
     rows = select_rows(run, count)
-    folder = filesystem.join(run.url, layout.EXPLANATIONS_FOLDER)
+    folder = filesystem.join(run.url, EXPLANATIONS_FOLDER)
     names = [_name_file(run, row) for row in rows.to_pylist()]
     present = set(filesystem.list_names(folder))
     if not present.issuperset(names):
-        from imgcls.models.explain import Explainer
-
-        settings = run.run_record["identity"]["settings"]
-        explainer = Explainer(bundle.with_decode(settings.get("decode")))
         missing = [at for at, name in enumerate(names) if name not in present]
-        for at, picture in zip(missing, _draw(explainer, run, rows.take(missing)), strict=True):
+        wanted = [(row["path"], [row["label"]]) for row in rows.take(missing).to_pylist()]
+        found = explain_rows(build_explainer(run, bundle), run, wanted)
+        for at, explanations in zip(missing, found, strict=True):
             interruption.check()
-            if picture is not None:
-                filesystem.write(filesystem.join(folder, names[at]), picture)
+            for one in explanations:
+                filesystem.write(filesystem.join(folder, names[at]), one.encode_jpeg())
                 present.add(names[at])
     files = pa.array([name if name in present else None for name in names], pa.string())
     table_url = filesystem.join(folder, TABLE_NAME)
     table = rows.append_column("file", files)
     if TABLE_NAME not in present or not _read_table(table_url).equals(table):
         layout.write_table(table_url, table)
-    for name in sorted(present - {*names, TABLE_NAME}):  # of another request
-        filesystem.remove(filesystem.join(folder, name))
+    for name in sorted(present.difference(names)):
+        if _PICTURE_NAME.fullmatch(name):  # of another request
+            filesystem.remove(filesystem.join(folder, name))
     drawn = len(files) - files.null_count
     log.emit("explained", f"{format_count(drawn, 'row')}: {folder}", rows=drawn)
 
@@ -104,7 +118,8 @@ def select_rows(run: CommittedRun, count: int) -> pa.Table:
     names += run.create_counter().select_columns(run.schema)
     if run.task == "multilabel":
         names.append("scores")
-    for table in iter_tables(run, list(dict.fromkeys(names)), _BATCH_ROWS):
+    batch_rows = limit_batch_rows(len(run.classes), _MAX_BATCH_ROWS)
+    for table in iter_tables(run, list(dict.fromkeys(names)), batch_rows):
         mistakes, has_labels = _find_mistakes(run, table)
         is_labeled = is_labeled or has_labels
         for name, new in (("mistakes", mistakes), ("uncertain", _read_best(run, table))):
@@ -158,29 +173,6 @@ def _read_best(run: CommittedRun, table: pa.Table) -> pa.Table:
 def _build_rows(run: CommittedRun, table: pa.Table, label: pa.Array, score: pa.Array) -> pa.Table:
     columns = [table["row"], table[run.path_column].cast(pa.string()), label, score]
     return pa.table(dict(zip(_SCHEMA.names, columns, strict=True))).cast(_SCHEMA)
-
-
-def _draw(explainer: Explainer, run: CommittedRun, rows: pa.Table) -> Iterator[bytes | None]:
-    """The overlay of each row as a JPEG; None if the image cannot be read any more."""
-    from imgcls.models.explanation import explain_file
-
-    urls = [resolve_path(path, run.root) for path in rows["path"].to_pylist()]
-    settings = run.run_record["identity"]["settings"]
-    labels = rows["label"].to_pylist()
-    max_pixels = settings.get("max_pixels", MAX_PIXELS)
-    max_bytes = settings.get("max_bytes", image_files.MAX_IMAGE_BYTES)
-    images = image_files.read_ahead(urls, max_bytes=max_bytes)
-    for data, label in zip(images, labels, strict=True):
-        if not isinstance(data, bytes):
-            yield None
-            continue
-        code = explainer.classes.index(label)
-        try:
-            found = explain_file(explainer, data, [code], max_pixels=max_pixels)
-        except ImageError:
-            yield None
-            continue
-        yield found[0].encode_jpeg()
 
 
 def _name_file(run: CommittedRun, row: dict[str, object]) -> str:

@@ -23,6 +23,7 @@ UNKNOWN_LABEL, NULL_LABEL = -1, -2
 PREDICTED_COLUMNS = ("predicted_label", "confidence", "accepted", "status")
 EVALUATED_COLUMNS = (*PREDICTED_COLUMNS, "label_score", "label_rank")
 """Columns that `read_ok_rows` reads besides the label column; the last two only with labels."""
+_MAX_BATCH_CELLS, _MIN_BATCH_ROWS = 8_000_000, 1_024
 OOD_COLUMN = "is_ood"
 """Column that it reads if the table has it."""
 
@@ -167,6 +168,14 @@ def _encode_names(values: pa.Array, names: pa.Array) -> Ints:
     if text.null_count:
         codes[pc.is_null(text).to_numpy(zero_copy_only=False)] = NULL_LABEL
     return codes
+
+
+def limit_batch_rows(num_classes: int, max_rows: int) -> int:
+    """Maximum number of rows of a batch with a value of each class, which bounds its memory.
+
+    max_rows: the maximum for few classes
+    """
+    return max(_MIN_BATCH_ROWS, min(max_rows, _MAX_BATCH_CELLS // max(1, num_classes)))
 
 
 def take_scores(column: pa.ChunkedArray, rows: Ints) -> NDArray[np.floating[Any]]:

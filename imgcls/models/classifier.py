@@ -346,7 +346,7 @@ class Classifier:
         *,
         storage: StorageConfig | Mapping[str, Any] | None = None,
     ) -> Explanations:
-        """Compute which parts of images speak for a class (Grad-CAM), one image at a time.
+        """Compute class activation maps: the image regions that contribute to the score of a class.
 
         The first call loads the network a second time, in float32 and plain PyTorch.
 

@@ -1,4 +1,4 @@
-"""Class activation maps: which parts of an image speak for a class (Grad-CAM).
+"""Class activation maps (Grad-CAM): image regions that contribute to the score of a class.
 
 Computed in float32 by plain PyTorch from the weights of a bundle, whatever engine and precision
 predict with. Nothing here runs unless an explanation is requested.
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from imgcls.data.decoding.decode import Pixels
-from imgcls.errors import BundleError
+from imgcls.errors import NotExplainable
 from imgcls.models.bundle import Bundle, check_has_classes
 from imgcls.models.normalize import Normalizer
 from imgcls.models.target_layer import TargetLayer, find_target_layer
@@ -41,8 +41,9 @@ class Explainer:
     Raises
     ------
     BundleError
-        If the bundle has no classes, its weights do not fit, or its network has no feature map over
-        the image.
+        If the bundle has no classes, or its weights are missing or do not fit.
+    NotExplainable
+        If its network has no feature map over the image.
 
     Examples
     --------
@@ -57,13 +58,15 @@ class Explainer:
         check_has_classes(bundle)
         self.classes = bundle.spec.classes
         self.preprocess = bundle.spec.preprocess
-        self._network = load_plain_network(bundle).to(device).requires_grad_(False)
-        self._normalize = Normalizer(self.preprocess, torch.device(device))
         self._lock = threading.Lock()
         try:
-            self._target = find_target_layer(self._network, self.preprocess.crop)
-        except BundleError as error:
-            raise BundleError(f"bundle {bundle.url}: {error}") from error
+            # tensors that are made in inference mode can have no gradients
+            with torch.inference_mode(False):
+                self._network = load_plain_network(bundle).to(device).requires_grad_(False)
+                self._normalize = Normalizer(self.preprocess, torch.device(device))
+                self._target = find_target_layer(self._network, self.preprocess.crop)
+        except NotExplainable as error:
+            raise NotExplainable(f"bundle {bundle.url}: {error}") from error
 
     @property
     def target_layer(self) -> TargetLayer:
@@ -85,7 +88,7 @@ class Explainer:
         Returns
         -------
         ndarray of float32, shape (N, crop, crop)
-            0 to 1; all 0 where no part of the image speaks for the class.
+            0 to 1; all 0 where no region of the image increases the score of the class.
         """
         # the hook on the network belongs to one call
         with self._lock, torch.inference_mode(False):
@@ -108,7 +111,7 @@ def compute_class_maps(
     The weight of a channel is the mean over space of the gradient of the class's logit; the map is
     the positive part of the weighted sum of the channels. It is scaled to 0 to 1 before and after
     it is resized bilinearly.
-    Returns (N, H, W) float32 in [0, 1]; all 0 if no part of the image speaks for the class.
+    Returns (N, H, W) float32 in [0, 1]; all 0 if no region increases the score of the class.
     """
     with torch.enable_grad(), target.keep_output(network) as kept:
         logits = network(inputs)

@@ -37,7 +37,7 @@ _COLORS = ((40, 60, 200), (0, 190, 190), (250, 220, 40), (220, 20, 20))
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Which parts of an image speak for a class.
+    """Class activation map of an image: the regions that contribute to the score of a class.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class Explanation:
         The explained class.
     class_map
         (height, width) float32 from 0 to 1, over the whole image; 0 outside of the part that the
-        network saw, and everywhere if no part speaks for the class.
+        network saw, and everywhere if no region increases the score of the class.
     image
         The image, RGB and upright, in the size of the map.
     source
@@ -59,7 +59,7 @@ class Explanation:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no part of the image speaks for the class."""
+        """Whether no region of the image increases the score of the class."""
         return not self.class_map.any()
 
     def overlay(self) -> Image.Image:
@@ -96,8 +96,8 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         label = html.escape(self.label)
-        what = f"parts that speak for {label}"
-        note = "<div>no part speaks for it</div>" if self.is_empty else ""
+        what = f"image regions that contribute to the score of {label}"
+        note = "<div>no region increases its score</div>" if self.is_empty else ""
         picture = encode_data_uri(self.overlay(), _QUALITY)
         image = f'<img src="{picture}" alt="{what}" style="max-width:100%">'
         return render_frame(f"{image}<div><b>{label}</b></div>{note}", self.source)

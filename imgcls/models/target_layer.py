@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from imgcls.errors import BundleError
+from imgcls.errors import NotExplainable
 from imgcls.models import zoo
 
 Layout = Literal["channels_first", "channels_last", "tokens"]
@@ -84,7 +84,7 @@ def find_target_layer(network: nn.Module, size: int) -> TargetLayer:
     Convolutional networks: the output of the last block, before the pooling layers at the end; the
     last one with more than one cell. Transformers: the last one with patches that the final layer
     depends on. With a class token this is the normalized input of the last attention.
-    Raises BundleError if there is none.
+    Raises NotExplainable if there is none, or if most layers come after it.
     """
     trace = _Trace(network)
     device = next(network.parameters()).device
@@ -98,38 +98,53 @@ def find_target_layer(network: nn.Module, size: int) -> TargetLayer:
             for each in trace.features
         )
     if isinstance(objective, torch.Tensor) and objective.requires_grad and trace.candidates:
-        outputs = [output for _, output in trace.candidates]
+        outputs = [each.output for each in trace.candidates]
         found = torch.autograd.grad(objective, outputs, allow_unused=True)
-        for (layer, _), gradient in reversed(list(zip(trace.candidates, found, strict=True))):
-            if gradient is not None and bool(layer.to_map(gradient).any()):
-                return layer
-    raise BundleError(
+        for each, gradient in reversed(list(zip(trace.candidates, found, strict=True))):
+            if gradient is not None and bool(each.layer.to_map(gradient).any()):
+                if 2 * each.layers_before < trace.num_layers:
+                    break
+                return each.layer
+    raise NotExplainable(
         f"{type(network).__name__}: has no feature map over the image that its final layer depends "
         "on, so its predictions cannot be explained; use another architecture"
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A layer with its output, and the number of layers with parameters that ran until then."""
+
+    layer: TargetLayer
+    output: torch.Tensor
+    layers_before: int
+
+
 class _Trace:
     """Records the candidates for the target layer in one forward pass, in order.
 
-    candidates: layers with their outputs
     features:   inputs of the final layers
+    num_layers: layers with parameters that ran before the final ones
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.candidates: list[tuple[TargetLayer, torch.Tensor]] = []
+        self.candidates: list[_Candidate] = []
         self.features: list[torch.Tensor] = []
         self._network = network
         self._heads = set(zoo.find_heads(network))
         self._calls: dict[str, int] = {}
         self._side = 0
         self._is_pooled = False
+        self._prefix = _find_num_prefix_tokens(network)
+        self.num_layers = 0
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
         """Record forward passes within the block."""
         handles = []
         for name, module in self._network.named_modules():
+            if name not in self._heads and any(True for _ in module.parameters(recurse=False)):
+                handles.append(module.register_forward_pre_hook(self._count_layer))
             if name in self._heads:
                 handles.append(module.register_forward_pre_hook(self._keep_features))
             elif name and not self._is_in_attention(name):
@@ -152,6 +167,10 @@ class _Trace:
             ("attention" in each or "attn" in each) and "block" not in each for each in classes
         )
 
+    def _count_layer(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not self.features:
+            self.num_layers += 1
+
     def _keep_features(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.features.append(inputs[0])
 
@@ -167,10 +186,10 @@ class _Trace:
                 self._side = layer.side
             if any(word in type(module).__name__ for word in _POOLING):
                 self._is_pooled = True
-            elif next(module.children(), None) is None and any(True for _ in module.parameters()):
+            elif next(module.children(), None) is None and _has_parameters(module):
                 self._is_pooled = False
             if not self._is_pooled:
-                self.candidates.append((layer, output))
+                self.candidates.append(_Candidate(layer, output, self.num_layers))
             return output.clone()  # the next layer may change it in place
 
         return hook
@@ -182,9 +201,11 @@ class _Trace:
         shape = tuple(output.shape)
         if shape[0] != _IMAGES:
             return None
-        if len(shape) == 3 and _has_norm(module):
+        if len(shape) == 3:
             side, prefix = self._split_tokens(shape[1])
-            return TargetLayer(name, call, "tokens", side, prefix) if side > 1 else None
+            is_block = _has_norm(module) or (side == self._side and _has_parameters(module))
+            is_map = side > 1 and is_block
+            return TargetLayer(name, call, "tokens", side, prefix) if is_map else None
         if len(shape) != 4:
             return None
         is_first, is_last = shape[2] == shape[3], shape[1] == shape[2]
@@ -198,11 +219,25 @@ class _Trace:
 
     def _split_tokens(self, count: int) -> tuple[int, int]:
         """Side of the grid of patches and number of tokens before them; 0 if it is no grid."""
+        for prefix in (self._prefix, 0):
+            side = math.isqrt(max(0, count - prefix))
+            if side**2 == count - prefix:
+                return side, prefix
         grid = self._side**2  # of the convolution that makes patches
-        if 0 <= count - grid <= _MAX_PREFIX:
-            return self._side, count - grid
-        side = math.isqrt(count)
-        return (side, 0) if side**2 == count else (0, 0)
+        return (self._side, count - grid) if 0 <= count - grid <= _MAX_PREFIX else (0, 0)
+
+
+def _find_num_prefix_tokens(network: nn.Module) -> int:
+    """Number of tokens before those of the patches, where the network has it as an attribute."""
+    for module in network.modules():
+        number = getattr(module, "num_prefix_tokens", None)
+        if isinstance(number, int):
+            return number
+    return 0
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _has_norm(module: nn.Module) -> bool:

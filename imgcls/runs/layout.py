@@ -10,7 +10,7 @@ out/predictions/part-00000.parquet
 out/metrics/*.parquet
 out/_since/*.parquet             with --since: images that were deleted, broken or failed before
 out/_SUCCESS                     written last
-out/explanations/                with --explain: pictures of some rows, and their table; after that
+out/_explanations/               with --explain: pictures of some rows, and their table; after that
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from imgcls.data.formats import EXPLANATIONS_FOLDER
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.filesystem import join
 from imgcls.errors import OutputError, StorageError, StorageMissing, request_error
@@ -37,7 +38,6 @@ PREDICTIONS_FOLDER = "predictions"
 METRICS_FOLDER = "metrics"
 PROGRESS_FILE = "_progress.json"
 SINCE_FOLDER = "_since"
-EXPLANATIONS_FOLDER = "explanations"
 SUCCESS_FILE = "_SUCCESS"
 _EVALUATION_FILES = ("report.html", "summary.json")
 """Files that an evaluation of the run writes next to it."""

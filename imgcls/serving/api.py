@@ -62,8 +62,9 @@ _PREDICT_ERRORS = AUTH_ERRORS | describe_problems(
         415: "Not an image, an unsupported image format, or an unsupported content type.",
         422: "The only image of the request is truncated, empty or damaged.",
         429: "Rate limit of the API key exceeded; see Retry-After.",
-        501: "With explain=true: the network of the model cannot be explained.",
-        503: "The queue is full, or the GPU failed or has no memory left; see Retry-After.",
+        501: "With explain=true: the network cannot be explained, or explanations are off.",
+        503: "The queue is full, the GPU failed or has no memory left, or the weights of the model "
+        "cannot be read again; see Retry-After.",
     }
 )
 _THRESHOLD_TEXT = (
@@ -71,8 +72,9 @@ _THRESHOLD_TEXT = (
     "predicted label. Replaces the thresholds of all classes. Default: those of the model."
 )
 _EXPLAIN_TEXT = (
-    "Also return which parts of each image speak for the class with the highest score. For few "
-    f"images per request; each counts as {1 + EXPLANATION_COST} images of the rate limit."
+    "Also return a class activation map of each image: the regions that contribute to the highest "
+    f"score. For few images per request; each counts as {1 + EXPLANATION_COST} images of the rate "
+    "limit."
 )
 _BINARY_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
 _PREDICT_BODY = {
@@ -164,6 +166,8 @@ def _add_predict_route(
     ) -> Response:
         key = access.authorize(secret, "predict", request)
         service.check_capacity()
+        if explain:
+            service.check_explanations(1)
         cost = 1 + EXPLANATION_COST if explain else 1
         await access.charge(key, cost)
         options = PredictOptions(
@@ -174,10 +178,11 @@ def _add_predict_route(
             explain,
         )
         async with receive_uploads(request, service.config.limits, budget) as uploads:
+            service.check_capacity(len(uploads))
             if explain:
                 service.check_explanations(len(uploads))
             if len(uploads) > 1:
-                await access.charge(key, cost * (len(uploads) - 1))
+                await access.charge(key, cost * (len(uploads) - 1), paid=cost)
             model, rows = await service.predict(uploads, options)
         if len(rows) == 1 and rows[0]["status"] != OK:
             raise build_image_problem(rows[0]["status"], rows[0]["error"])

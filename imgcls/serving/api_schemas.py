@@ -26,7 +26,7 @@ Secret = Annotated[str | None, Depends(_get_secret)]
 
 
 class ExplanationImage(BaseModel):
-    """Which parts of an image speak for a class (Grad-CAM)."""
+    """Class activation map (Grad-CAM): image regions that contribute to the score of a class."""
 
     label: str = Field(description="The explained class: the one with the highest score.")
     image: str = Field(
@@ -115,6 +115,9 @@ class ModelDescription(BaseModel):
     engine: str = Field(description="Library that runs the network, and its version.")
     embedding_width: int
     metrics: dict[str, float]
+    explained_images: int = Field(
+        description="Maximum number of images in a request with explain=true; 0: not available."
+    )
 
 
 class ProblemDetails(BaseModel):

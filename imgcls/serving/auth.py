@@ -52,11 +52,14 @@ class AccessControl:
             raise Problem(403, "scope_missing", f"the API key does not have the scope {scope!r}")
         return key
 
-    async def charge(self, key: ApiKey | None, images: int) -> None:
-        """Count images against the key's rate limit; raises a Problem (429) above it."""
+    async def charge(self, key: ApiKey | None, images: int, paid: int = 0) -> None:
+        """Count images against the key's rate limit; raises a Problem (429) above it.
+
+        paid: images that were counted before for the same request
+        """
         if key is None or key.images_per_minute is None:
             return
-        wait = await self.allowance.spend(key.name, key.images_per_minute, images)
+        wait = await self.allowance.spend(key.name, key.images_per_minute, images, paid)
         if wait:
             raise Problem(
                 429,

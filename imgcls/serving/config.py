@@ -16,6 +16,8 @@ from imgcls.models.bundle import EngineName, Precision
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 MIB = 1 << 20
+MAX_WAITING_EXPLANATIONS = 16
+"""Maximum number of images that wait for an explanation in one replica."""
 
 
 class HttpConfig(Section):
@@ -82,8 +84,8 @@ class LimitsConfig(Section):
     """Maximum size of a request with several images, in bytes."""
     images: PositiveInt = 64
     """Maximum number of images in one request."""
-    explained_images: PositiveInt = 4
-    """Maximum number of images in one request with explain=true."""
+    explained_images: Annotated[int, Field(ge=0, le=MAX_WAITING_EXPLANATIONS)] = 4
+    """Maximum number of images in one request with explain=true, up to 16. 0: no explanations."""
     pixels: PositiveInt = 100_000_000
     """Maximum number of pixels of one image, checked in its header before decoding."""
     upload_timeout_s: PositiveFloat = 60.0

@@ -73,9 +73,9 @@ class Coordinator:
         self._is_draining = False
 
     async def take_tokens(
-        self, name: str, per_second: float, needed: int, prefetch: float
+        self, name: str, per_second: float, needed: int, prefetch: float, held: float
     ) -> tuple[float, float]:
-        return self._buckets.take(name, per_second, needed, prefetch)
+        return self._buckets.take(name, per_second, needed, prefetch, held)
 
     async def report(self, report: ReplicaReport) -> Commands:
         self._totals.report(report.replica, report.samples)
@@ -109,10 +109,10 @@ class CoordinatorClient:
         self._handle = handle
 
     async def take_tokens(
-        self, name: str, per_second: float, needed: int, prefetch: float
+        self, name: str, per_second: float, needed: int, prefetch: float, held: float
     ) -> tuple[float, float]:
         taken: tuple[float, float] = await self._call(
-            "take_tokens", name, per_second, needed, prefetch
+            "take_tokens", name, per_second, needed, prefetch, held
         )
         return taken
 

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from imgcls.errors import BundleError
+from imgcls.errors import BundleError, NotExplainable, StorageError
 from imgcls.models.classifier import Classifier
 from imgcls.models.explain import Explainer
 from imgcls.models.explanation import explain_file
 from imgcls.models.notebook_repr import encode_data_uri
+from imgcls.serving.config import MAX_WAITING_EXPLANATIONS
 from imgcls.serving.problems import Problem, build_busy_problem, build_out_of_memory_problem
+from imgcls.serving.uploads import Upload
 
 EXPLANATION_COST = 4
 """Images of the rate limit that an explanation counts as, in addition to the prediction."""
-MAX_WAITING = 16
-"""Maximum number of images that wait for an explanation in one replica."""
+_RETRY_S = 30
+"""Time between two attempts to read weights after a storage error, in seconds."""
 _SECONDS_EACH = 0.5
 
 
@@ -34,17 +37,39 @@ class LazyExplainer:
         self._classifier = classifier
         self._lock = threading.Lock()
         self._explainer: Explainer | None = None
+        self._failure: Exception | None = None
+        self._failed_at = 0.0
 
     def load(self) -> Explainer:
-        """Raises a Problem (501) if the network cannot be explained."""
+        """Load the network, unless that failed before.
+
+        Raises a Problem: 501 if the network cannot be explained, 503 if its weights cannot be read.
+        """
         with self._lock:
-            if self._explainer is None:
+            if self._explainer is not None:
+                return self._explainer
+            is_temporary = isinstance(self._failure, StorageError)
+            if is_temporary and time.monotonic() - self._failed_at > _RETRY_S:
+                self._failure = None
+            if self._failure is None:
                 try:
-                    bundle = self._classifier.bundle
-                    self._explainer = Explainer(bundle, self._classifier.device)
-                except BundleError as error:
-                    raise Problem(501, "not_explainable", str(error)) from error
-            return self._explainer
+                    self._explainer = Explainer(self._classifier.bundle, self._classifier.device)
+                    return self._explainer
+                except (BundleError, StorageError) as error:
+                    self._failure, self._failed_at = error, time.monotonic()
+            raise _build_load_problem(self._failure) from self._failure
+
+
+def _build_load_problem(error: Exception) -> Problem:
+    """Problem of an explainer that cannot be loaded; the one of a missing file passes by reload."""
+    if isinstance(error, NotExplainable):
+        return Problem(501, "not_explainable", str(error))
+    return Problem(
+        503,
+        "weights_unavailable",
+        f"the weights of the served model cannot be read again: {error}. Restore the bundle if it "
+        "is missing, then reload the model (POST /v1/model/reload)",
+    )
 
 
 class ExplanationQueue:
@@ -56,15 +81,15 @@ class ExplanationQueue:
 
     def check_capacity(self, count: int) -> None:
         """Raise a Problem (503) if `count` more images would be too many."""
-        if self._waiting + count > MAX_WAITING:
+        if self._waiting + count > MAX_WAITING_EXPLANATIONS:
             raise build_busy_problem(self._waiting * _SECONDS_EACH)
 
     async def explain(
-        self, explainer: LazyExplainer, images: Sequence[tuple[bytes, str]], max_pixels: int
+        self, explainer: LazyExplainer, images: Sequence[tuple[Upload, str]], max_pixels: int
     ) -> list[str]:
         """Overlays as data URIs.
 
-        images: bytes of the files with the class to explain
+        images: files with the class to explain
         Raises a Problem if too many images wait, the network cannot be explained, or a GPU has no
         memory for it.
         """
@@ -73,18 +98,18 @@ class ExplanationQueue:
         loop = asyncio.get_running_loop()
         try:
             return [
-                await loop.run_in_executor(self._pool, _draw, explainer, data, label, max_pixels)
-                for data, label in images
+                await loop.run_in_executor(self._pool, _draw, explainer, upload, label, max_pixels)
+                for upload, label in images
             ]
         finally:
             self._waiting -= len(images)
 
 
-def _draw(explainer: LazyExplainer, data: bytes, label: str, max_pixels: int) -> str:
+def _draw(explainer: LazyExplainer, upload: Upload, label: str, max_pixels: int) -> str:
     try:
         loaded = explainer.load()
         code = loaded.classes.index(label)
-        explanation = explain_file(loaded, data, [code], max_pixels=max_pixels)[0]
+        explanation = explain_file(loaded, upload.read(), [code], max_pixels=max_pixels)[0]
     except torch.OutOfMemoryError as error:
         raise build_out_of_memory_problem(1) from error
     return encode_data_uri(explanation.overlay())

@@ -16,6 +16,7 @@ BURST_S = 10.0
 """Capacity of a bucket, in seconds of the key's rate: what an idle key may send at once."""
 PREFETCH_S = 0.5
 """Tokens that a replica prefetches, in seconds of the key's rate."""
+_ROUNDING = 1e-9
 
 
 @dataclass
@@ -35,10 +36,11 @@ class TokenBuckets:
         self._buckets: dict[str, _Bucket] = {}
 
     def take(
-        self, name: str, per_second: float, needed: int, prefetch: float
+        self, name: str, per_second: float, needed: int, prefetch: float, held: float = 0.0
     ) -> tuple[float, float]:
         """Take `needed` tokens of a key, and up to `prefetch` more.
 
+        held: tokens taken before for the same request, or prefetched; a bucket is full with them
         Returns the number of tokens taken and 0; or 0 and the seconds until there are enough.
         """
         now = self._clock()
@@ -47,14 +49,15 @@ class TokenBuckets:
         bucket.tokens = min(capacity, bucket.tokens + (now - bucket.updated_at) * per_second)
         bucket.updated_at = now
         # a request larger than the capacity passes when the bucket is full, and leaves a debt
-        if bucket.tokens < min(needed, capacity):
-            return 0.0, (min(needed, capacity) - bucket.tokens) / per_second
+        minimum = min(needed + held, capacity)
+        if bucket.tokens + held < minimum - _ROUNDING:
+            return 0.0, (minimum - bucket.tokens) / per_second
         taken = needed + max(0.0, min(prefetch, bucket.tokens - needed))
         bucket.tokens -= taken
         return taken, 0.0
 
 
-TakeTokens = Callable[[str, float, int, float], Awaitable[tuple[float, float]]]
+TakeTokens = Callable[[str, float, int, float, float], Awaitable[tuple[float, float]]]
 
 
 class LocalAllowance:
@@ -68,12 +71,16 @@ class LocalAllowance:
         self._clock = clock
         self._tokens: dict[str, tuple[float, float]] = {}
 
-    async def spend(self, name: str, per_minute: float, images: int) -> int:
-        """Spend a token per image. Returns 0, or the whole seconds to wait if there are too few."""
+    async def spend(self, name: str, per_minute: float, images: int, paid: int = 0) -> int:
+        """Spend a token per image. Returns 0, or the whole seconds to wait if there are too few.
+
+        paid: tokens that the same request has spent before
+        """
         per_second = per_minute / 60
-        if self._get_tokens(name) < images:
+        held = self._get_tokens(name)
+        if held < images:
             prefetch = per_second * PREFETCH_S
-            taken, wait = await self._take(name, per_second, images, prefetch)
+            taken, wait = await self._take(name, per_second, images, prefetch, held + paid)
             if wait > 0:
                 return max(1, math.ceil(wait))
             self._tokens[name] = self._get_tokens(name) + taken, self._clock()

@@ -198,8 +198,14 @@ class Service:
             raise build_busy_problem(self._num_waiting * self._seconds_per_image)
 
     def check_explanations(self, count: int) -> None:
-        """Raise a Problem if a request has too many images to explain, or too many are waiting."""
+        """Raise a Problem if a request may not have its images explained, or too many wait."""
         limit = self.config.limits.explained_images
+        if limit == 0:
+            raise Problem(
+                501,
+                "explanations_off",
+                "this service explains no predictions: limits.explained_images is 0",
+            )
         if count > limit:
             raise Problem(
                 413,
@@ -210,7 +216,8 @@ class Service:
 
     def describe_model(self) -> dict[str, Any]:
         """Description of the model in use, with the threshold in effect."""
-        return self.model.describe(self.config.threshold)
+        limit = self.config.limits.explained_images
+        return self.model.describe(self.config.threshold) | {"explained_images": limit}
 
     async def predict(
         self, uploads: Sequence[Upload], options: PredictOptions
@@ -248,8 +255,12 @@ class Service:
             (upload, row) for upload, row in zip(uploads, rows, strict=True) if row["status"] == OK
         ]
         max_pixels = self.config.limits.pixels
-        requests = [(upload.read(), row["topk_labels"][0]) for upload, row in explained]
-        pictures = await self._explanations.explain(model.explainer, requests, max_pixels)
+        requests = [(upload, row["topk_labels"][0]) for upload, row in explained]
+        try:
+            pictures = await self._explanations.explain(model.explainer, requests, max_pixels)
+        except torch.AcceleratorError as error:
+            self._replace_replica()
+            raise build_device_failure_problem() from error
         for (_, row), (_, label), picture in zip(explained, requests, pictures, strict=True):
             row["explanation"] = {"label": label, "image": picture}
 
@@ -336,6 +347,11 @@ class Service:
             results.update(zip(indices, found, strict=True))
         return [results[index] for index in range(len(items))]
 
+    def _replace_replica(self) -> None:
+        """End the process: every later call of CUDA in it fails, too."""
+        self._has_failed_device = True
+        exit_after_device_failure(EXIT_DELAY_S)
+
     def _classify_group(self, items: Sequence[ForwardItem]) -> Sequence[ForwardResult]:
         """Run the network once, or in smaller batches if a GPU has no memory for all images."""
         count = len(items)
@@ -352,9 +368,7 @@ class Service:
             except torch.OutOfMemoryError as error:
                 logger.warning("no memory for a forward pass of %d images: %s", size, error)
             except torch.AcceleratorError:
-                # every later call of CUDA in this process fails, too
-                self._has_failed_device = True
-                exit_after_device_failure(EXIT_DELAY_S)
+                self._replace_replica()
         if self._has_failed_device:
             return [build_device_failure_problem() for _ in items]
         return [build_out_of_memory_problem(min(sizes)) for _ in items]

@@ -13,6 +13,7 @@ import pytest
 from imgcls.curation.config import ListingConfig
 from imgcls.curation.listing import build_listing
 from imgcls.curation.scan import hold_output
+from imgcls.data.formats import EXPLANATIONS_FOLDER
 from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.data.storage import filesystem
 from imgcls.errors import ManifestError, OutputError, RequestError, StorageError
@@ -22,7 +23,10 @@ NAMES = [
     "cat/1.jpg", "cat/2.PNG", "cat/deep/er/still/3.webp", "dog/a b.jpg", "dog/é#?.jpg",
     *(f"fox/{i:05d}.jpg" for i in range(2500)),
 ]  # fmt: skip
-OTHERS = ["cat/notes.txt", ".hidden/4.jpg", "cat/.trash/5.jpg", "dog/.6.jpg"]
+OTHERS = [
+    "cat/notes.txt", ".hidden/4.jpg", "cat/.trash/5.jpg", "dog/.6.jpg",
+    f"out/{EXPLANATIONS_FOLDER}/000000001-0123456789ab.jpg",
+]  # fmt: skip
 
 
 def list_images(config: ListingConfig) -> int:

@@ -89,9 +89,9 @@ def test_every_row_is_labeled_and_the_columns_come_through(
     assert again.returncode == 0, again.stderr
     assert "committed before" in again.stdout
     assert success(output) == body
-    explained = parquet(output / "explanations" / "explanations.parquet").to_pylist()
+    explained = parquet(output / "_explanations" / "explanations.parquet").to_pylist()
     assert len(explained) == 3
-    assert all((output / "explanations" / row["file"]).exists() for row in explained)
+    assert all((output / "_explanations" / row["file"]).exists() for row in explained)
 
     quiet = place / "quiet"
     nothing = predict(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from imgcls.errors import RequestError
@@ -14,7 +17,7 @@ from imgcls.evaluation.config import EvaluationOptions, ReportConfig
 from imgcls.evaluation.report import write_report
 from imgcls.models.bundle import load_bundle
 from tests.browser import opened
-from tests.conftest import COLORS
+from tests.conftest import COLORS, draw
 from tests.evaluation.multilabel_runs import (
     build_run_table,
     commit_multilabel,
@@ -26,7 +29,7 @@ from tests.evaluation.runs import commit, draw_images, drawn
 
 @pytest.fixture(scope="module")
 def explained(color_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 rows with images, of which the first two mistakes are gone."""
+    """60 rows with images."""
     folder = tmp_path_factory.mktemp("explained") / "run"
     table = drawn(60, 3, classes=list(COLORS), sharpness=1.0)
     bundle = load_bundle(str(color_bundle))
@@ -45,9 +48,38 @@ def test_mistakes_have_maps_of_the_prediction_and_of_the_label(explained: Path) 
     }
     page = found.render(in_notebook=False)
     assert page.count("<summary>Why</summary>") == 5
-    alt = f"{rows[0]['path']}, parts that speak for {rows[0]['label']}"
+    alt = f"{rows[0]['path']}, image regions that contribute to the score of {rows[0]['label']}"
     assert f'alt="{alt}"' in page
     assert "<summary>Why</summary>" in found.render(in_notebook=True)
+
+
+def test_more_mistakes_than_the_gallery_has_are_explained(explained: Path) -> None:
+    options = EvaluationOptions(explain=5, gallery=2)
+    found = compute_evaluation(str(explained), options, need_labels=True)
+    assert len({row for row, _ in found.overlays}) == 5
+    assert found.render(in_notebook=False).count("<summary>Why</summary>") == 5
+    assert found.uncertain.num_rows == 2
+
+
+@pytest.mark.parametrize("limit", [{"max_pixels": 1000}, {"max_bytes": 100}])
+def test_the_limits_of_the_run_hold(explained: Path, limit: dict[str, int], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(explained, folder)
+    record = json.loads((folder / "_run.json").read_text())
+    record["identity"]["settings"] |= limit
+    (folder / "_run.json").write_text(json.dumps(record))
+    options = EvaluationOptions(explain=5)
+    assert not compute_evaluation(str(folder), options, need_labels=True).overlays
+
+
+def test_an_image_that_is_gone_has_no_map(explained: Path, tmp_path: Path) -> None:
+    options = EvaluationOptions(explain=3)
+    before = compute_evaluation(str(explained), options, need_labels=True)
+    gone = before.mistakes.to_pylist()[1]
+    image = (explained / gone["path"]).rename(tmp_path / "gone.jpg")
+    after = compute_evaluation(str(explained), options, need_labels=True)
+    image.rename(explained / gone["path"])
+    assert set(after.overlays) == {each for each in before.overlays if each[0] != gone["row"]}
 
 
 def test_without_the_option_the_report_has_no_maps_and_no_model_is_read(explained: Path) -> None:
@@ -80,12 +112,25 @@ def test_false_positives_and_negatives_of_a_multilabel_run_have_the_map_of_their
         model=str(multilabel_bundle),
     )
     draw_images(tmp_path / "run", 40, (64, 48))
+    draw("red", (64, 48)).save(tmp_path / "run" / "images" / "000000.jpg")
     options = EvaluationOptions(explain=6)
     found = compute_evaluation(str(tmp_path / "run"), options, need_labels=True)
-    cells = found.mistakes.slice(0, 6).to_pylist()
-    assert set(found.overlays) <= {(cell["row"], cell["label"]) for cell in cells}
-    assert len(found.overlays) >= len({(cell["row"], cell["label"]) for cell in cells}) - 1
-    assert found.render(in_notebook=False).count("<summary>Why</summary>") >= 5
+    assert set(found.overlays) == set(rank_cells(found.mistakes)[:6])
+    assert found.render(in_notebook=False).count("<summary>Why</summary>") == 6
+
+    options = EvaluationOptions(explain=12, gallery=4, thumbnails=False)
+    small = compute_evaluation(str(tmp_path / "run"), options, need_labels=True)
+    wide = EvaluationOptions(gallery=1000, thumbnails=False)
+    whole = compute_evaluation(str(tmp_path / "run"), wide, need_labels=True)
+    assert set(small.overlays) == set(rank_cells(whole.mistakes)[:12])
+    assert small.render(in_notebook=False).count("<summary>Why</summary>") == 12
+
+
+def rank_cells(mistakes: pa.Table) -> list[tuple[int, str]]:
+    """Row and class of mistakes, the most confident first."""
+    cells = mistakes.to_pylist()
+    cells.sort(key=lambda cell: cell["score"] if cell["given"] else 1 - cell["score"])
+    return [(cell["row"], cell["label"]) for cell in cells]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,9 +11,11 @@ import pytest
 from PIL import Image
 
 from imgcls.cluster.interrupts import Interruption
-from imgcls.errors import Interrupted
+from imgcls.data.formats import EXPLANATIONS_FOLDER
+from imgcls.errors import Interrupted, RunFailed
 from imgcls.inference import explanations
 from imgcls.inference.explanations import explain_runs, select_rows
+from imgcls.metrics.columns import limit_batch_rows
 from imgcls.models.bundle import Bundle, load_bundle
 from imgcls.runs.committed import open_run
 from tests.conftest import COLORS
@@ -93,13 +96,13 @@ def test_pictures_and_their_table_are_written_and_nothing_else_changes(
 ) -> None:
     before = read_files(run)
     explain_runs(bundle, [str(run)], 4, Interruption())
-    written = pq.read_table(run / "explanations" / "explanations.parquet").to_pylist()
+    written = pq.read_table(run / EXPLANATIONS_FOLDER / "explanations.parquet").to_pylist()
     assert [row["row"] for row in written] == select_rows(open_run(str(run)), 4)["row"].to_pylist()
     for row in written:
-        with Image.open(run / "explanations" / row["file"]) as picture:
+        with Image.open(run / EXPLANATIONS_FOLDER / row["file"]) as picture:
             assert picture.size == (192, 144)  # 64 x 48, three times as large
-    after = {name: data for name, data in read_files(run).items() if "explanations" not in name}
-    assert after == before
+    after = read_files(run)
+    assert {name: after[name] for name in after if EXPLANATIONS_FOLDER not in name} == before
 
 
 def test_an_interrupted_explanation_is_resumed_with_the_same_files(
@@ -107,11 +110,11 @@ def test_an_interrupted_explanation_is_resumed_with_the_same_files(
 ) -> None:
     explain_runs(bundle, [str(run)], 4, Interruption())
     whole = read_files(run)
-    folder = run / "explanations"
+    folder = run / EXPLANATIONS_FOLDER
     for path in sorted(folder.iterdir()):
         path.unlink()
     stopped = Interruption()
-    draw = explanations._draw
+    draw = explanations.explain_rows
 
     def stop_after_two(*arguments: object) -> object:
         for number, picture in enumerate(draw(*arguments)):  # type: ignore[arg-type]
@@ -119,12 +122,12 @@ def test_an_interrupted_explanation_is_resumed_with_the_same_files(
                 stopped.request_stop("the test")
             yield picture
 
-    monkeypatch.setattr(explanations, "_draw", stop_after_two)
-    with pytest.raises(Interrupted):
+    monkeypatch.setattr(explanations, "explain_rows", stop_after_two)
+    with pytest.raises(Interrupted, match=r"the test; .*run is committed.*rerun the same command"):
         explain_runs(bundle, [str(run)], 4, stopped)
     kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(kept) == 2
-    monkeypatch.setattr(explanations, "_draw", draw)
+    monkeypatch.setattr(explanations, "explain_rows", draw)
     explain_runs(bundle, [str(run)], 4, Interruption())
     assert read_files(run) == whole
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -133,23 +136,51 @@ def test_an_interrupted_explanation_is_resumed_with_the_same_files(
 def test_another_number_of_rows_replaces_the_pictures(run: Path, bundle: Bundle) -> None:
     explain_runs(bundle, [str(run)], 5, Interruption())
     explain_runs(bundle, [str(run)], 2, Interruption())
-    assert len(list((run / "explanations").glob("*.jpg"))) == 2
-    assert pq.read_table(run / "explanations" / "explanations.parquet").num_rows == 2
+    assert len(list((run / EXPLANATIONS_FOLDER).glob("*.jpg"))) == 2
+    assert pq.read_table(run / EXPLANATIONS_FOLDER / "explanations.parquet").num_rows == 2
+
+
+def test_files_of_others_next_to_the_pictures_are_kept(run: Path, bundle: Bundle) -> None:
+    explain_runs(bundle, [str(run)], 3, Interruption())
+    names = ("notes.txt", "holiday.jpg", "000000001-0123456789ab.jpg.bak", "12-0123456789ab.jpg")
+    for name in names:
+        (run / EXPLANATIONS_FOLDER / name).write_text("mine")
+    explain_runs(bundle, [str(run)], 2, Interruption())
+    kept = {path.name for path in (run / EXPLANATIONS_FOLDER).iterdir()}
+    assert kept.issuperset(names)
+    assert len(kept) == len(names) + 3  # two pictures and the table
 
 
 def test_an_image_that_is_gone_has_no_picture(run: Path, bundle: Bundle) -> None:
     gone = select_rows(open_run(str(run)), 3).to_pylist()[1]
     (run / gone["path"]).unlink(missing_ok=True)
     explain_runs(bundle, [str(run)], 3, Interruption())
-    written = pq.read_table(run / "explanations" / "explanations.parquet").to_pylist()
+    written = pq.read_table(run / EXPLANATIONS_FOLDER / "explanations.parquet").to_pylist()
     assert [row["file"] is None for row in written] == [False, True, False]
 
 
 def test_a_run_of_another_bundle_is_not_explained(
-    run: Path, multilabel_bundle: Path, caplog: pytest.LogCaptureFixture
+    run: Path, multilabel_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     explain_runs(load_bundle(str(multilabel_bundle)), [str(run)], 3, Interruption())
-    assert not (run / "explanations").exists()
+    assert not (run / EXPLANATIONS_FOLDER).exists()
+    assert "was made by another bundle; its rows are not explained" in capsys.readouterr().out
+
+
+def test_a_bundle_that_was_replaced_meanwhile_fails_a_run_that_is_committed(
+    run: Path, color_bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(color_bundle, tmp_path / "bundle")
+    bundle = load_bundle(str(tmp_path / "bundle"))
+    (tmp_path / "bundle" / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(RunFailed, match=r"run is committed.*model\.safetensors.*rerun the same"):
+        explain_runs(bundle, [str(run)], 3, Interruption())
+
+
+def test_batches_are_smaller_for_many_classes() -> None:
+    assert [limit_batch_rows(count, 65_536) for count in (3, 1_000, 100_000)] == [
+        65_536, 8_000, 1_024
+    ]  # fmt: skip
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

@@ -45,8 +45,20 @@ def scaled(image: Floats) -> Floats:
     ("name", "options", "layer", "size"),
     [
         ("resnet18", {}, "layer4", 96),
-        ("timm:vit_tiny_patch16_224", {"img_size": 64, "depth": 2}, "blocks.1.norm1", 64),
-        ("timm:swin_tiny_patch4_window7_224", {"img_size": 64, "depths": (1, 1, 1, 1)}, "norm", 64),
+        pytest.param(
+            "timm:vit_tiny_patch16_224",
+            {"img_size": 64, "depth": 2},
+            "blocks.1.norm1",
+            64,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "timm:swin_tiny_patch4_window7_224",
+            {"img_size": 64, "depths": (1, 1, 1, 1)},
+            "norm",
+            64,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_map_is_the_positive_part_of_the_channels_weighted_by_their_mean_gradients(
@@ -78,6 +90,14 @@ def test_a_map_is_the_positive_part_of_the_channels_weighted_by_their_mean_gradi
     assert maps.shape == (2, size, size)
 
 
+def test_an_explainer_may_be_made_in_inference_mode(color_bundle: Path) -> None:
+    image = draw("red")
+    expected = Classifier.load(str(color_bundle), device="cpu").explain(image)[0].class_map
+    with torch.inference_mode():
+        found = Classifier.load(str(color_bundle), device="cpu").explain(image)[0].class_map
+    assert np.array_equal(found, expected)
+
+
 def test_without_a_class_the_one_with_the_highest_logit_is_explained(color_bundle: Path) -> None:
     explainer = Explainer(load_bundle(str(color_bundle)))
     batch = np.stack([np.asarray(draw("red", (32, 32)), np.uint8).transpose(2, 0, 1)] * 2)
@@ -92,7 +112,12 @@ def test_without_a_class_the_one_with_the_highest_logit_is_explained(color_bundl
     ("name", "weights", "side"),
     [
         ("squeezenet1_0", "squeezenet1_0-imagenet.pth", "left"),
-        ("timm:tf_efficientnet_lite0", "tf_efficientnet_lite0-imagenet.pth", "right"),
+        pytest.param(
+            "timm:tf_efficientnet_lite0",
+            "tf_efficientnet_lite0-imagenet.pth",
+            "right",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_map_is_on_the_half_of_the_canvas_with_the_photograph(

@@ -75,9 +75,9 @@ def test_a_notebook_shows_the_overlay_with_its_class(color_bundle: Path, tmp_pat
     found = classifier.explain([tmp_path / "a&b.png"] * 2, "red")
     page = found._repr_html_()
     assert page.count("data:image/jpeg;base64,") == 2
-    assert 'alt="parts that speak for red"' in page
+    assert 'alt="image regions that contribute to the score of red"' in page
     assert "a&amp;b.png" in page
     empty = Explanation("<i>", np.zeros((4, 4), np.float32), Image.new("RGB", (4, 4)))
     assert empty.is_empty
     assert "&lt;i&gt;" in empty._repr_html_()
-    assert "no part speaks for it" in empty._repr_html_()
+    assert "no region increases its score" in empty._repr_html_()

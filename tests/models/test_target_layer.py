@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from imgcls.errors import BundleError
+from imgcls.errors import NotExplainable
 from imgcls.models import zoo
 from imgcls.models.target_layer import find_target_layer
 
@@ -15,7 +15,6 @@ SMALL = [
     ("resnet18", {}, 64, "channels_first", 2),
     ("squeezenet1_0", {"head_relu": False}, 64, "channels_first", 3),
     ("mobilenet_v3_small", {}, 64, "channels_first", 2),
-    ("timm:tf_efficientnet_lite0", {}, 64, "channels_first", 2),
     (
         "timm:vit_tiny_patch16_224",
         {"img_size": 64, "depth": 2, "reg_tokens": 4},
@@ -23,11 +22,17 @@ SMALL = [
         "tokens",
         4,
     ),
+]
+SLOW = [
+    ("timm:tf_efficientnet_lite0", {}, 64, "channels_first", 2),
     ("timm:swin_tiny_patch4_window7_224", {"img_size": 64}, 64, "channels_last", 2),
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "size", "layout", "side"), SMALL)
+@pytest.mark.parametrize(
+    ("name", "options", "size", "layout", "side"),
+    [*SMALL, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)],
+)
 def test_the_target_is_the_last_map_before_pooling(
     name: str, options: dict[str, object], size: int, layout: str, side: int
 ) -> None:
@@ -79,6 +84,29 @@ def test_every_kind_of_network_has_a_target(
     assert target.name.startswith(expected), target
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("timm:resmlp_12_224", 224, ("norm", 14, 0)),
+        ("timm:tnt_s_legacy_patch16_224", 224, ("blocks.11.norm_out", 14, 1)),
+        ("timm:csatv2", 512, ("stages.3.6.norm2", 8, 0)),
+    ],
+)
+def test_tokens_have_the_grid_of_the_patches(
+    name: str, size: int, expected: tuple[str, int, int]
+) -> None:
+    target = find_target_layer(build(name, {}), size)
+    assert (target.name, target.side, target.prefix) == expected
+
+
+def test_a_layer_before_most_others_is_refused() -> None:
+    stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    rest = [nn.Linear(4 * 14 * 14, 8), *(nn.Linear(8, 8) for _ in range(3))]
+    with pytest.raises(NotExplainable):
+        find_target_layer(nn.Sequential(stem, *rest, nn.Linear(8, 2)).eval(), 16)
+
+
 def test_a_class_token_is_explained_by_the_input_of_the_last_attention() -> None:
     network = build("timm:vit_tiny_patch16_224", {"img_size": 64, "depth": 3, "reg_tokens": 4})
     target = find_target_layer(network, 64)
@@ -103,7 +131,7 @@ def test_a_network_without_a_map_is_refused() -> None:
             logits: torch.Tensor = self.head(self.hidden(images.flatten(1)))
             return logits
 
-    with pytest.raises(BundleError, match=r"Flat: has no feature map.*use another architecture"):
+    with pytest.raises(NotExplainable, match=r"Flat: has no feature map.*use another architecture"):
         find_target_layer(Flat().eval(), 16)
 
 

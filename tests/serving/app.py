@@ -64,9 +64,9 @@ def serving(bundle: Path, device: DeviceType = "cpu", **settings: Any) -> Iterat
     buckets = TokenBuckets()
 
     async def take(
-        name: str, per_second: float, needed: int, prefetch: float
+        name: str, per_second: float, needed: int, prefetch: float, held: float
     ) -> tuple[float, float]:
-        return buckets.take(name, per_second, needed, prefetch)
+        return buckets.take(name, per_second, needed, prefetch, held)
 
     keyring = Keyring(config.keys.file) if config.keys.is_configured() else None
     is_multilabel = load_bundle(str(bundle)).spec.task == "multilabel"

@@ -213,6 +213,17 @@ def test_input_fields_are_visible(locked: Running, scheme: str) -> None:
                 assert (lighter + 0.05) / (darker + 0.05) >= 3, name
 
 
+def test_without_explanations_there_is_no_button(color_bundle: Path, tmp_path: Path) -> None:
+    draw("red", (320, 240)).save(tmp_path / "red.jpg")
+    with (
+        serving(color_bundle, limits__explained_images=0) as running,
+        opened(running.url) as page,
+    ):
+        drop(page.page, [tmp_path / "red.jpg"])
+        page.page.locator("#results .badge").first.wait_for()
+        assert page.page.get_by_role("button", name="Explain").count() == 0
+
+
 def test_an_image_is_explained_by_a_button(server: Running, tmp_path: Path) -> None:
     draw("red", (320, 240)).save(tmp_path / "red.jpg")
     with opened(server.url, width=390, scheme="dark") as page:
@@ -221,7 +232,9 @@ def test_an_image_is_explained_by_a_button(server: Running, tmp_path: Path) -> N
         page.page.get_by_role("button", name="Explain").click()
         page.page.get_by_role("button", name="Show image").wait_for()
         assert picture.get_attribute("src").startswith("data:image/jpeg;base64,")
-        assert picture.get_attribute("alt").startswith("parts speak for ")
+        assert picture.get_attribute("alt").startswith(
+            "image regions that contribute to the score of "
+        )
         page.page.wait_for_function("document.querySelector('#results img').naturalWidth > 0")
         page.screenshot("serve-explained")
         page.page.get_by_role("button", name="Show image").click()

@@ -49,9 +49,9 @@ def test_replicas_together_never_let_more_through_than_the_rate(
     buckets = TokenBuckets(clock)
 
     async def take(
-        name: str, per_second: float, needed: int, prefetch: float
+        name: str, per_second: float, needed: int, prefetch: float, held: float
     ) -> tuple[float, float]:
-        return buckets.take(name, per_second, needed, prefetch)
+        return buckets.take(name, per_second, needed, prefetch, held)
 
     allowances = [LocalAllowance(take, clock) for _ in range(4)]
     burst = max(per_minute / 60 * BURST_S, 1.0)
@@ -71,11 +71,11 @@ def test_most_requests_need_no_call_to_the_coordinator() -> None:
     calls = 0
 
     async def take(
-        name: str, per_second: float, needed: int, prefetch: float
+        name: str, per_second: float, needed: int, prefetch: float, held: float
     ) -> tuple[float, float]:
         nonlocal calls
         calls += 1
-        return buckets.take(name, per_second, needed, prefetch)
+        return buckets.take(name, per_second, needed, prefetch, held)
 
     async def ask() -> list[int]:
         allowance = LocalAllowance(take, clock)
@@ -94,9 +94,9 @@ def test_a_rejected_request_passes_after_the_time_to_wait() -> None:
     buckets = TokenBuckets(clock)
 
     async def take(
-        name: str, per_second: float, needed: int, prefetch: float
+        name: str, per_second: float, needed: int, prefetch: float, held: float
     ) -> tuple[float, float]:
-        return buckets.take(name, per_second, needed, prefetch)
+        return buckets.take(name, per_second, needed, prefetch, held)
 
     async def ask() -> None:
         allowance = LocalAllowance(take, clock)

@@ -15,7 +15,13 @@ from urllib.parse import unquote
 
 from imgcls import log
 from imgcls.data.containers.parquet_images import hash_without_images
-from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix, is_hidden_name
+from imgcls.data.formats import (
+    EXPLANATIONS_FOLDER,
+    LISTING_DONE_FILE,
+    LISTING_FILE,
+    has_image_suffix,
+    is_hidden_name,
+)
 from imgcls.data.manifests import fingerprint
 from imgcls.data.manifests.file_lists import expand_braces
 from imgcls.data.manifests.hub_datasets import find_repository_tables, refuse_saved_dataset
@@ -189,8 +195,13 @@ def log_skipped_files(url: str, skipped: Counter[str], reason: str) -> None:
 
 
 def _is_data_file(file: str, pattern: str) -> bool:
-    """Whether a match of a glob is not a temporary table, by the rule of Spark and Arrow."""
-    name = file.rpartition("/")[2]
+    """Whether a match of a glob is no temporary table, by the rule of Spark and Arrow.
+
+    Nor a picture of `predict --explain`.
+    """
+    *folders, name = file.split("/")
+    if EXPLANATIONS_FOLDER in folders[-1:] and has_image_suffix(name):
+        return False
     if pattern[:1] in ("_", ".") or detect_table_format(name) is None:
         return True
     return _is_visible(name)

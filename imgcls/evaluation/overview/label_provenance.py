@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from imgcls.data.manifests.manifest import Manifest, ManifestConfig, open_manifest
-from imgcls.errors import ImgclsError, StorageUnavailable, one_line
+from imgcls.errors import ImgclsError, one_line
 from imgcls.evaluation.overview.links import is_relative
 from imgcls.evaluation.overview.records import get_text
 from imgcls.formatting import format_count

@@ -76,6 +76,18 @@ def test_the_files_of_systems_and_bundles_are_no_classes(put: Put, tmp_path: Pat
     assert "dogs/plots/5.jpg" in paths_of(tmp_path)
 
 
+def test_the_pictures_of_a_run_are_no_images_of_a_manifest_around_it(
+    put: Put, tmp_path: Path
+) -> None:
+    put("a.jpg")
+    config = ManifestConfig(path=str(tmp_path))
+    before = open_manifest(config).fingerprint()
+    put("out/_explanations/000000000-0123456789ab.jpg")
+    assert paths_of(tmp_path) == ["a.jpg"]
+    assert open_manifest(config).fingerprint() == before
+    assert paths_of(f"{tmp_path}/**/*.jpg", format="images") == [f"{tmp_path}/a.jpg"]
+
+
 def test_tables_next_to_archives_are_refused_with_each_fix(put: Put, tmp_path: Path) -> None:
     # the output of img2dataset
     put("00000.tar", "00000.parquet", "00000_stats.json", "00001.tar", "00001.parquet")
