@@ -153,7 +153,8 @@ def _build_spec(
                 "train_failed": failed[0],
                 "val_failed": failed[1],
             },
-        },
+        }
+        | ({} if examples.teacher is None else {"teacher": asdict(examples.teacher)}),
         # JSON has no NaN: the mAP if no class has both positives and negatives
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
     )

@@ -149,6 +149,9 @@ def check_space(config: TuneConfig) -> None:
         if key.split(".")[0] in ("output", "overwrite", "find_lr", "storage", "track"):
             problems.append(f"tune.space.{key}: does not change the trained model")
             continue
+        if key.startswith("teacher") and key not in ("teacher.temperature", "teacher.weight"):
+            problems.append(f"tune.space.{key}: changes the images, which all trials share")
+            continue
         if axis.kind == "grid" and search.search != "random":
             problems.append(f"tune.space.{key}: grid needs tune.search random")
         for value in axis.list_extremes():

@@ -120,6 +120,14 @@ def _resolve_paths(config: TuneConfig) -> TuneConfig:
     data = config.data.model_copy(
         update={"train": absolute(config.data.train), "val": absolute(config.data.val)}
     )
+    teacher = config.teacher
+    if teacher is not None:
+        paths = {
+            "path": filesystem.absolute(teacher.path),
+            "manifest": absolute(teacher.manifest),
+            "exclude": absolute(teacher.exclude),
+        }
+        teacher = teacher.model_copy(update=paths)
     weights = config.model.weights
     if weights is not None and filesystem.exists(weights):
         weights = filesystem.absolute(weights)
@@ -127,6 +135,7 @@ def _resolve_paths(config: TuneConfig) -> TuneConfig:
         update={
             "output": filesystem.absolute(config.output),
             "data": data,
+            "teacher": teacher,
             "model": config.model.model_copy(update={"weights": weights}),
         }
     )
@@ -136,6 +145,8 @@ def _claim_output(config: TuneConfig) -> None:
     """Record this search in the output folder; raise OutputError if it has another one."""
     url = filesystem.join(config.output, SEARCH_FILE)
     free = {"output", "overwrite", "scale", "track", "storage", "tune"}
+    if config.teacher is None:  # as earlier versions, whose searches are resumed
+        free.add("teacher")
     mine = config.model_dump_json(exclude=free) + config.tune.model_dump_json(
         exclude={"max_concurrent"}
     )
