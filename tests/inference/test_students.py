@@ -98,7 +98,7 @@ def test_without_a_manifest_the_teacher_labels_the_training_images(
 def test_what_the_training_would_refuse_is_refused_before_the_labeling(
     request_of: Callable[..., dict[str, Any]], multilabel_bundle: Path, tmp_path: Path
 ) -> None:
-    rows = [("a.jpg", "ant"), ("b.jpg", "bee"), ("c.jpg", "ant"), ("d.jpg", "bee")]
+    rows = [(f"{row}.jpg", "ant" if row % 2 else "bee") for row in range(20)]
     other = str(write_manifest(tmp_path / "other.csv", rows, ("path", "label")))
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"data": other}, RequestError, "has other classes than the training"),
