@@ -93,7 +93,7 @@ def _label_images(config: TrainConfig, teacher: TeacherConfig) -> TrainConfig:
         model=teacher.path,
         output=run,
         scores=teacher.mode == "soft",
-        scores_type="float16",
+        scores_type="float32",  # float16 rounds the scores to 0 that a temperature makes large
         max_error_rate=config.data.max_error_rate,
         max_bytes=config.data.max_bytes,
         storage=config.storage,

@@ -19,7 +19,12 @@ from imgcls.models import zoo
 from imgcls.training import trainer
 from imgcls.training.config import EarlyStoppingConfig, Strategy, TrainConfig
 from imgcls.training.data.batches import Batch
-from imgcls.training.data.targets import NO_LABEL, TargetTable, TeacherTargets
+from imgcls.training.data.targets import (
+    NO_LABEL,
+    TargetTable,
+    TeacherTargets,
+    compute_log_scores,
+)
 from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.sampler import Int64Array
 from imgcls.training.train_step import WorkerContext
@@ -224,7 +229,7 @@ def build_taught_targets(temperature: float = 2.0) -> TargetTable:
     The rows of class 2 get the codes of a teacher's scores in `TaughtImages`.
     """
     rng = np.random.default_rng(3)
-    scores = rng.dirichlet([0.3, 0.3, 6.0], 30).astype(np.float16)
+    scores = compute_log_scores(rng.dirichlet([0.3, 0.3, 6.0], 30))
     labels = np.full(30, NO_LABEL)
     labels[:5] = 2
     return TargetTable(CLASSES, teacher=TeacherTargets(scores, labels, temperature, 0.9))

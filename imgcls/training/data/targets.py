@@ -8,6 +8,7 @@ in the order of these. So images travel with one number, whatever the task.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +23,14 @@ Float16Matrix = npt.NDArray[np.float16]
 
 NO_LABEL = -1
 """Label code of an image that has scores of a teacher alone."""
-_MIN_SCORE = 1e-8
-"""Scores that float16 rounds to 0 are about this."""
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherTargets:
     """Scores of a teacher for some of the training images.
 
-    scores:      (M, C) float16, in the order of the classes
+    scores:      (M, C) float16, in the order of the classes; for one label per image their
+                 logarithms, see `compute_log_scores`
     labels:      (M,) int64 label code of the image, or NO_LABEL
     temperature: of the soft targets
     weight:      share of the teacher in the loss of an image with a label
@@ -89,8 +89,7 @@ class TargetTable:
         if self.label_sets is not None:
             return self.blend(codes)
         labels, scores, weights = self._split(codes)
-        soft = scores ** np.float32(1 / teacher.temperature)
-        soft *= weights[:, None] / soft.sum(1, keepdims=True).clip(min=_MIN_SCORE)
+        soft = weights[:, None] * _soften(scores, teacher.temperature)
         labels *= 1 - weights[:, None]
         return torch.from_numpy(np.concatenate([labels, soft], axis=1))
 
@@ -101,6 +100,8 @@ class TargetTable:
         both losses. A class whose label is unknown has the score alone.
         """
         labels, scores, weights = self._split(codes)
+        if self.label_sets is None:
+            scores = _soften(scores)
         share = np.where(np.isnan(labels) & (weights[:, None] > 0), 1, weights[:, None])
         return torch.from_numpy(np.where(share == 1, scores, labels * (1 - share) + scores * share))
 
@@ -139,7 +140,7 @@ class TargetTable:
     def _split(
         self, codes: Int64Array
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """(N, C) targets of the labels, (N, C) scores and (N,) weights of the scores.
+        """(N, C) targets of the labels, (N, C) scores as stored and (N,) weights of the scores.
 
         An image without a label has the weight 1, one without scores the weight 0.
         """
@@ -156,3 +157,30 @@ class TargetTable:
         scores[is_taught] = self.teacher.scores[codes[is_taught] - first]
         weights = np.where(is_taught, np.where(is_labeled, self.teacher.weight, 1), 0)
         return targets, scores, weights.astype(np.float32)
+
+
+def compute_log_scores(scores: npt.NDArray[np.floating[Any]]) -> Float16Matrix:
+    """(M, C) float16 natural logarithms of scores.
+
+    float16 holds the logarithm of any score, but not the small scores themselves, which a
+    temperature makes large. A score that was rounded to 0 counts as half the smallest number of its
+    type: 3e-8 for float16.
+
+    scores: (M, C) float16 or float32
+
+    >>> compute_log_scores(np.array([[1.0, 0.0]], np.float16)).tolist()
+    [[0.0, -17.328125]]
+    """
+    smallest = np.log(float(np.finfo(scores.dtype).smallest_subnormal)) - np.log(2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(scores.astype(np.float32))
+    found: Float16Matrix = np.where(scores == 0, np.float32(smallest), logs).astype(np.float16)
+    return found
+
+
+def _soften(
+    log_scores: npt.NDArray[np.float32], temperature: float = 1.0
+) -> npt.NDArray[np.float32]:
+    """(N, C) float32 softmax of the log scores over the temperature."""
+    soft: npt.NDArray[np.float32] = (torch.from_numpy(log_scores) / temperature).softmax(1).numpy()
+    return soft

@@ -18,7 +18,7 @@ from imgcls.models.bundle import BUNDLE_FILE
 from imgcls.runs.committed import CommittedRun, iter_tables, open_run
 from imgcls.runs.embeddings import normalize_urls
 from imgcls.training.config import TeacherConfig
-from imgcls.training.data.targets import NO_LABEL, Float16Matrix
+from imgcls.training.data.targets import NO_LABEL, Float16Matrix, compute_log_scores
 from imgcls.training.sampler import Int64Array
 
 _BATCH_ROWS = 65_536
@@ -29,8 +29,8 @@ class TeacherRows:
     """Rows of a run that can be used.
 
     urls:    (M,) large string, each once
-    scores:  (M, C) float16 in the order of the student's classes; for hard targets 1 where the
-             class is predicted, else 0
+    scores:  (M, C) float16 in the order of the student's classes, as in `TeacherTargets`; for hard
+             targets 1 where the class is predicted, else 0
     left_out: number of other rows, by reason
     """
 
@@ -110,7 +110,8 @@ def _iter_rows(
             rules["not accepted"] = pc.invert(table["accepted"])
         if teacher.min_confidence:
             rules["below teacher.min_confidence"] = pc.less(
-                table["confidence"], teacher.min_confidence
+                table["confidence"],
+                pa.scalar(teacher.min_confidence, table.schema.field("confidence").type),
             )
         rules["without scores"] = table[values].is_null()
         is_left = np.ones(table.num_rows, bool)
@@ -119,27 +120,30 @@ def _iter_rows(
             left_out[reason] += int(is_match.sum())
             is_left &= ~is_match
         kept = table.filter(pa.array(is_left))
-        scores = _read_scores(kept[values].combine_chunks(), classes, order)
+        column = kept[values].combine_chunks()
+        if values == "scores":
+            scores = _read_scores(column, order, is_log=is_single)
+        else:
+            scores = _read_labels(column, classes)
         is_finite = np.isfinite(scores).all(1)
         left_out["without scores"] += int((~is_finite).sum())
         urls = normalize_urls(resolve_paths(kept[run.path_column], run.root)).combine_chunks()
         yield urls.filter(pa.array(is_finite)), scores[is_finite]
 
 
-def _read_scores(values: pa.Array, classes: Sequence[str], order: Int64Array) -> Float16Matrix:
-    """(M, C) float16 scores; of predicted labels, 1 for each.
+def _read_scores(values: pa.Array, order: Int64Array, *, is_log: bool) -> Float16Matrix:
+    """(M, C) float16 scores or their logarithms.
 
     order: (C,) index of each class in a row of scores
     """
-    if pa.types.is_fixed_size_list(values.type):
-        scores: Float16Matrix = (
-            values.flatten()
-            .to_numpy(zero_copy_only=False)
-            .reshape(-1, len(order))[:, order]
-            .astype(np.float16)
-        )
-        return scores
-    found = np.zeros((len(values), len(order)), np.float16)
+    flat = values.flatten().to_numpy(zero_copy_only=False)
+    scores = flat.reshape(-1, len(order))[:, order]
+    return compute_log_scores(scores) if is_log else scores.astype(np.float16)
+
+
+def _read_labels(values: pa.Array, classes: Sequence[str]) -> Float16Matrix:
+    """(M, C) float16: 1 for each predicted label; NaN in a row with a label of another bundle."""
+    found = np.zeros((len(values), len(classes)), np.float16)
     rows, names = np.arange(len(values)), values
     if pa.types.is_list(values.type):
         rows, names = pc.list_parent_indices(values).to_numpy(), values.flatten()

@@ -94,7 +94,8 @@ def test_images_get_soft_targets_and_labeled_ones_keep_their_label(
     order = [list(COLORS).index(name) for name in CLASSES]
     for url, code in zip(rows["url"].to_pylist(), rows["label"].to_pylist(), strict=True):
         found = teacher.scores[code - len(CLASSES)]
-        assert found.tolist() == np.array(stored[url], np.float16)[order].tolist()
+        expected = np.array(stored[url], np.float32)[order]
+        assert np.exp(found.astype(np.float32)) == pytest.approx(expected, abs=2e-3)
     labels = both.targets.find_labels(rows["label"].to_numpy())
     known = alone.rows.filter(pa.compute.invert(alone.rows["held"]))["label"].to_pylist()
     assert labels[: len(known)].tolist() == known
@@ -222,15 +223,26 @@ def test_a_bundle_is_refused_with_the_command_that_labels(
         add(build_config(labeled, color_bundle))
 
 
+def test_a_confidence_equal_to_the_minimum_is_enough(images: Path, labeled: Path) -> None:
+    table = draw_run(images)
+    confidence = pa.array(np.full(ROWS, 0.7, np.float32))
+    table = table.set_column(table.schema.get_field_index("confidence"), "confidence", confidence)
+    run = commit(images.parent / "run", table, classes=tuple(COLORS))
+    _, both = add(build_config(labeled, run, min_confidence=0.7))
+    assert both.teacher is not None
+    assert "below teacher.min_confidence" not in both.teacher.left_out
+
+
 @pytest.mark.parametrize("mode", ["soft", "hard"])
 def test_a_multilabel_teacher_teaches_any_number_of_classes(
     images: Path, tmp_path: Path, mode: str
 ) -> None:
     targets = draw_targets(ROWS)
     paths = [str(path) for path in sorted((images.parent / "images").iterdir())]
-    table = build_run_table(targets, draw_scores(targets))
+    teacher_classes = MULTILABEL[::-1]  # in another order than those of the training
+    table = build_run_table(targets, draw_scores(targets), classes=teacher_classes)
     table = table.set_column(0, "path", pa.array(paths))
-    run = commit_multilabel(tmp_path / "run", table)
+    run = commit_multilabel(tmp_path / "run", table, classes=teacher_classes)
     names = [f"{MULTILABEL[row % 5]};{MULTILABEL[(row + 1) % 5]}" for row in range(LABELED)]
     rows = list(zip(paths, names, strict=False))
     labeled = write_manifest(tmp_path / "labeled.csv", rows, ("path", "label"))
@@ -247,7 +259,10 @@ def test_a_multilabel_teacher_teaches_any_number_of_classes(
             predicted = {name for name, value in zip(classes, row, strict=True) if value == 1}
             assert predicted == set(stored[url]["predicted_labels"])
         else:
-            assert sorted(row) == pytest.approx(sorted(stored[url]["scores"]), abs=1e-3)
+            expected = dict(zip(teacher_classes, stored[url]["scores"], strict=True))
+            assert dict(zip(classes, row.tolist(), strict=True)) == pytest.approx(
+                expected, abs=1e-3
+            )
     if mode == "soft":
         assert both.count(held=False) == ROWS - held
     with pytest.raises(ConfigError, match=r"teacher.min_confidence: is for one label per image"):
