@@ -114,6 +114,10 @@ def _label_images(config: TrainConfig, teacher: TeacherConfig) -> TrainConfig:
 def _check_request(config: TrainConfig, teacher: TeacherConfig, output: str, run: str) -> None:
     """Raise a RequestError before the labeling where the training could not start after it."""
     check_teacher_settings(config)
+    if teacher.mode == "hard" and teacher.manifest is None:
+        raise ConfigError(
+            "teacher.mode hard: needs images without labels; set teacher.manifest to them"
+        )
     described = read_description(teacher.path).spec
     if filesystem.absolute(teacher.path) == output:
         raise ConfigError("output: is the bundle of the teacher; pass another --output")

@@ -110,6 +110,11 @@ def test_what_the_training_would_refuse_is_refused_before_the_labeling(
         ({"strategy": "finetune"}, RequestError, "strategy finetune needs weights"),
         ({"model": {"name": "resnet19"}}, RequestError, "did you mean resnet18"),
         ({"teacher": {"mode": "hard", "weight": 0.5}}, ConfigError, "teacher.weight: is for"),
+        (
+            {"teacher": {"mode": "hard", "manifest": None}},
+            ConfigError,
+            "teacher.mode hard: needs images without labels; set teacher.manifest",
+        ),
     ]
     for changes, error, message in wrong:
         request = request_of(**changes)

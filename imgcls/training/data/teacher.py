@@ -29,6 +29,7 @@ from imgcls.training.data.examples import DataSource, Examples, TeacherRecord, i
 from imgcls.training.data.leaks import find_same_content
 from imgcls.training.data.targets import NO_LABEL, TeacherTargets
 from imgcls.training.data.teacher_run import (
+    LABELED_ALREADY,
     TeacherRows,
     describe_no_rows,
     format_left_out,
@@ -240,7 +241,7 @@ def _add_labels(
     place = _find_in_teacher(examples, rows)
     is_labeled = np.zeros(len(rows.urls), bool)
     is_labeled[place[place >= 0]] = True
-    rows = rows.drop(is_labeled, "labeled already")
+    rows = rows.drop(is_labeled, LABELED_ALREADY)
     if not len(rows.urls):
         raise RequestError(describe_no_rows(run, rows.left_out))
     targets = examples.targets

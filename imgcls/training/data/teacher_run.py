@@ -21,6 +21,8 @@ from imgcls.training.config import TeacherConfig
 from imgcls.training.data.targets import NO_LABEL, Float16Matrix, compute_log_scores
 from imgcls.training.sampler import Int64Array
 
+LABELED_ALREADY = "labeled already"
+"""Reason to leave out a row with a hard label, whose image has a label."""
 _BATCH_ROWS = 65_536
 
 
@@ -65,6 +67,12 @@ def open_teacher_run(teacher: TeacherConfig) -> CommittedRun:
         )
     run = open_run(teacher.path)
     run.check_predictions()
+    if run.merged_runs and teacher.mode == "soft":
+        raise RequestError(
+            f"teacher.path {run.url}: is a history of several runs, whose scores can be of "
+            "different bundles; pass one of these runs, label the images anew with `imgcls predict "
+            "--scores`, or pass --teacher.mode hard"
+        )
     if not run.has_scores and (teacher.mode == "soft" or run.task == "multilabel"):
         raise RequestError(
             f"teacher.path {run.url}: has no scores of all classes; label it with `imgcls predict "
@@ -162,7 +170,10 @@ def format_left_out(left_out: Mapping[str, int]) -> str:
 
 def describe_no_rows(run: CommittedRun, left_out: Mapping[str, int]) -> str:
     """The message of a run whose rows are all left out."""
+    remedy = "Lower teacher.min_confidence, or label other images"
+    if left_out.get(LABELED_ALREADY) == max(left_out.values(), default=0) > 0:
+        remedy = "Hard labels are for images without labels: pass a run of other images"
     return (
-        f"teacher.path {run.url}: no row can be used; left out: {format_left_out(left_out)}. Lower "
-        "teacher.min_confidence, or label other images"
+        f"teacher.path {run.url}: no row can be used; left out: {format_left_out(left_out)}. "
+        f"{remedy}"
     )

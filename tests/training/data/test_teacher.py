@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls.errors import ConfigError, OutputError, RequestError
+from imgcls.runs import layout
 from imgcls.training.config import TrainConfig
 from imgcls.training.data.examples import Examples, read_examples
 from imgcls.training.data.targets import NO_LABEL
@@ -214,6 +215,24 @@ def test_a_run_without_scores_or_with_other_classes_is_refused(images: Path, lab
     )
     with pytest.raises(RequestError, match=listed):
         add(build_config(labeled, other))
+
+
+def test_hard_labels_of_labeled_images_alone_are_refused(images: Path, labeled: Path) -> None:
+    table = draw_run(images).slice(0, LABELED)
+    run = commit(images.parent / "run", table, classes=tuple(COLORS))
+    with pytest.raises(RequestError, match=r"labeled already\. Hard labels are for images without"):
+        add(build_config(labeled, run, mode="hard"))
+
+
+def test_the_scores_of_a_history_of_several_runs_are_refused(images: Path, labeled: Path) -> None:
+    run = commit_run(images)
+    stored = layout.load_run(str(run))
+    assert stored is not None
+    stored["identity"]["merged"] = ["one", "other"]
+    layout.write_run(str(run), stored)
+    with pytest.raises(RequestError, match=r"is a history of several runs.*pass one of these runs"):
+        add(build_config(labeled, run))
+    add(build_config(labeled, run, mode="hard"))
 
 
 def test_a_bundle_is_refused_with_the_command_that_labels(
