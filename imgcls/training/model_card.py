@@ -198,10 +198,12 @@ def _format_teacher(spec: BundleSpec) -> str:
     made = spec.provenance["teacher"]
     targets = TeacherRecord(**made).describe_targets()
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in made["left_out"].items())
+    lost = ", ".join(f"{count:,} {kind}" for kind, count in made.get("not_compared", {}).items())
+    compared = f" Not compared by content with the others, as unreadable: {lost}." if lost else ""
     return (
         f"{format_count(made['images'], 'training image')} of a teacher, bundle "
         f"{_format_code(made['bundle_sha256'][:12])}: {targets}. {made['labeled']:,} of them have "
-        f"a label too. Left out: {left_out or 'none'}."
+        f"a label too. Left out: {left_out or 'none'}.{compared}"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -56,6 +56,7 @@ class TeacherRecord:
     labeled:  number of these that have a label too
     left_out: number of its other rows, by reason
     temperature, weight: of soft targets; None where they have no effect
+    not_compared: number of images, by kind, that could not be read and so not compared by content
     """
 
     run: str
@@ -66,6 +67,7 @@ class TeacherRecord:
     left_out: dict[str, int]
     temperature: float | None = None
     weight: float | None = None
+    not_compared: dict[str, int] = field(default_factory=dict)
 
     @property
     def added(self) -> int:

@@ -8,7 +8,7 @@ train on, whatever its path: images are compared by their bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from imgcls import log
 from imgcls.data.manifests.manifest import open_manifest, resolve_paths
 from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import ConfigError, RequestError
@@ -26,7 +27,7 @@ from imgcls.runs.committed import CommittedRun
 from imgcls.runs.embeddings import normalize_urls
 from imgcls.training.config import TeacherConfig, TrainConfig
 from imgcls.training.data.examples import DataSource, Examples, TeacherRecord, index_label_sets
-from imgcls.training.data.leaks import find_same_content
+from imgcls.training.data.leaks import ContentMatches, find_same_content
 from imgcls.training.data.targets import NO_LABEL, TeacherTargets
 from imgcls.training.data.teacher_run import (
     LABELED_ALREADY,
@@ -39,7 +40,7 @@ from imgcls.training.data.teacher_run import (
 from imgcls.training.sampler import Int64Array
 
 DEFAULT_TEMPERATURE, DEFAULT_WEIGHT = 2.0, 0.9
-_SHOWN_LEAKS = 3
+_SHOWN_PATHS = 3
 
 
 def add_teacher_rows(examples: Examples, config: TrainConfig) -> Examples:
@@ -134,57 +135,102 @@ def _drop_leaks(
     """The rows that are neither validated on nor in `teacher.exclude`.
 
     Images that were held out of `data.train` are left out, because no user has chosen them. Raises
-    RequestError for others unless `teacher.leaks` is drop.
+    RequestError for others unless `teacher.leaks` is drop, and for images of `teacher.exclude` that
+    cannot be read.
     """
     teacher = config.teacher
     assert teacher is not None
-    held = examples.rows.filter(examples.rows.column("held")).column("url")
-    if config.data.val is None:
-        found = _find_leaks(rows.urls, held, config.data.max_bytes)
-        rows = rows.drop(_mark(found, len(rows.urls)), "validation images")
-        held = held.slice(0, 0)
-    protected = [held, *_read_excluded(teacher)]
-    urls = pa.chunked_array([chunk for each in protected for chunk in each.chunks], pa.string())
-    found = _find_leaks(rows.urls, urls, config.data.max_bytes)
-    if found and teacher.leaks == "refuse":
-        listed = "".join(
-            f"\n  {rows.urls[at].as_py()} is {url}"
-            for at, url in list(found.items())[:_SHOWN_LEAKS]
-        )
-        more = "\n  ..." if len(found) > _SHOWN_LEAKS else ""
-        raise RequestError(
-            f"teacher.path {run.url}: {format_count(len(found), 'image')} would be trained on that "
-            f"data.val or teacher.exclude has too, by path or content:{listed}{more}\nRemove them "
-            "from the teacher's images, or pass --teacher.leaks drop to leave them out"
-        )
-    rows = rows.drop(_mark(found, len(rows.urls)), "images of data.val or teacher.exclude")
+    held = _list_urls(examples.rows.filter(examples.rows.column("held")).column("url"))
+    excluded = _read_excluded(teacher)
+    log.show(
+        f"teacher: comparing {format_count(len(rows.urls), 'image')} with {len(held):,} validation "
+        f"and {len(excluded):,} test images"
+    )
+    tests = _find_leaks(rows.urls, excluded, config.data.max_bytes)
+    _check_excluded(excluded, tests, teacher)
+    validation = _find_leaks(rows.urls, held, config.data.max_bytes)
+    left_out, refused = validation.same, tests.same
+    if config.data.val is not None:
+        left_out, refused = {}, validation.same | tests.same
+    refused = {at: refused[at] for at in sorted(refused) if at not in left_out}
+    if refused and teacher.leaks == "refuse":
+        raise RequestError(_describe_leaks(rows, refused, run))
+    is_left, is_refused = _mark(left_out, len(rows.urls)), _mark(refused, len(rows.urls))
+    rows = rows.drop(is_left, "validation images")
+    rows = rows.drop(is_refused[~is_left], "images of data.val or teacher.exclude")
     if not len(rows.urls):
         raise RequestError(describe_no_rows(run, rows.left_out))
-    return rows
+    return replace(rows, not_compared=_count_unreadable(tests, validation))
 
 
-def _read_excluded(teacher: TeacherConfig) -> Iterator[pa.ChunkedArray]:
+def _describe_leaks(rows: TeacherRows, found: Mapping[int, str], run: CommittedRun) -> str:
+    listed = "".join(
+        f"\n  {rows.urls[at].as_py()} is {url}" for at, url in list(found.items())[:_SHOWN_PATHS]
+    )
+    more = "\n  ..." if len(found) > _SHOWN_PATHS else ""
+    return (
+        f"teacher.path {run.url}: {format_count(len(found), 'image')} would be trained on that "
+        f"data.val or teacher.exclude has too, by path or content:{listed}{more}\nRemove them "
+        "from the teacher's images, or pass --teacher.leaks drop to leave them out"
+    )
+
+
+def _list_urls(urls: pa.ChunkedArray) -> list[str]:
+    found: list[str] = pc.unique(normalize_urls(urls.drop_null())).to_pylist()
+    return found
+
+
+def _read_excluded(teacher: TeacherConfig) -> list[str]:
+    """URLs of the test images, each once."""
     if teacher.exclude is None:
-        return
+        return []
     manifest = open_manifest(teacher.exclude, keys=KeyNames("teacher.exclude"))
+    chunks = []
     for batch in manifest.batches():
         paths = pa.chunked_array([batch.column(manifest.path_column)])
-        yield resolve_paths(paths, manifest.root).cast(pa.string())
+        chunks += resolve_paths(paths, manifest.root).cast(pa.string()).chunks
+    return _list_urls(pa.chunked_array(chunks, pa.string()))
 
 
-def _find_leaks(urls: pa.Array, protected: pa.ChunkedArray, max_bytes: int) -> dict[int, str]:
-    """Index of each image that is a protected one, by path or by content, and the URL of that."""
-    known = pc.unique(normalize_urls(protected.drop_null()))
-    if not len(known):
-        return {}
-    at = pc.index_in(urls, value_set=known)
-    found = {
-        index: known[place].as_py()
-        for index, place in enumerate(at.to_pylist())
-        if place is not None
+def _check_excluded(excluded: Sequence[str], tests: ContentMatches, teacher: TeacherConfig) -> None:
+    """Raise RequestError for test images that cannot be read: nothing would equal them."""
+    lost = [url for url in excluded if url in tests.unreadable_protected]
+    if lost:
+        assert teacher.exclude is not None
+        listed = "".join(f"\n  {url}" for url in lost[:_SHOWN_PATHS])
+        more = "\n  ..." if len(lost) > _SHOWN_PATHS else ""
+        raise RequestError(
+            f"teacher.exclude {teacher.exclude.path}: {len(lost):,} of {len(excluded):,} images "
+            f"cannot be read, and so not be compared with those of the teacher:{listed}{more}\n"
+            "Correct the paths or teacher.exclude.root, or remove the rows"
+        )
+
+
+def _count_unreadable(tests: ContentMatches, validation: ContentMatches) -> dict[str, int]:
+    """Number of other images that were not compared, by kind; logs a note for any."""
+    counts = {
+        "images of the teacher": len(tests.unreadable | validation.unreadable),
+        "validation images": len(validation.unreadable_protected),
     }
-    same = find_same_content(urls.to_pylist(), known.to_pylist(), max_bytes=max_bytes)
-    return dict(sorted((same | found).items()))
+    counts = {kind: count for kind, count in counts.items() if count}
+    if counts:
+        log.emit(
+            "note",
+            f"teacher: {format_left_out(counts)} cannot be read, and were not compared by content",
+        )
+    return counts
+
+
+def _find_leaks(urls: pa.Array, protected: Sequence[str], max_bytes: int) -> ContentMatches:
+    """Images that are protected ones, by path or by content."""
+    if not protected:
+        return ContentMatches({})
+    at = pc.index_in(urls, value_set=pa.array(protected, urls.type))
+    found = {
+        index: protected[place] for index, place in enumerate(at.to_pylist()) if place is not None
+    }
+    matches = find_same_content(urls.to_pylist(), protected, max_bytes=max_bytes)
+    return replace(matches, same=matches.same | found)
 
 
 def _mark(found: Mapping[int, str], count: int) -> npt.NDArray[np.bool_]:
@@ -286,7 +332,12 @@ def _append_rows(rows: pa.Table, urls: pa.Array, codes: Int64Array) -> pa.Table:
 
 def _describe_run(run: CommittedRun, rows: TeacherRows) -> dict[str, Any]:
     left_out = {reason: count for reason, count in rows.left_out.items() if count}
-    return {"run": run.url, "bundle_sha256": run.bundle_sha256, "left_out": left_out}
+    return {
+        "run": run.url,
+        "bundle_sha256": run.bundle_sha256,
+        "left_out": left_out,
+        "not_compared": rows.not_compared,
+    }
 
 
 def _add_source(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,17 +34,20 @@ class TeacherRows:
     scores:  (M, C) float16 in the order of the student's classes, as in `TeacherTargets`; for hard
              targets 1 where the class is predicted, else 0
     left_out: number of other rows, by reason
+    not_compared: see `TeacherRecord`
     """
 
     urls: pa.Array
     scores: Float16Matrix
     left_out: Counter[str]
+    not_compared: dict[str, int] = field(default_factory=dict)
 
     def drop(self, is_dropped: npt.NDArray[np.bool_], reason: str) -> TeacherRows:
         """The other rows."""
         left_out = self.left_out + Counter({reason: int(is_dropped.sum())})
         is_kept = ~is_dropped
-        return TeacherRows(self.urls.filter(pa.array(is_kept)), self.scores[is_kept], left_out)
+        urls = self.urls.filter(pa.array(is_kept))
+        return replace(self, urls=urls, scores=self.scores[is_kept], left_out=left_out)
 
 
 def is_teacher_bundle(teacher: TeacherConfig) -> bool:
@@ -93,9 +96,12 @@ def read_teacher_rows(
         raise RequestError(describe_no_rows(run, left_out))
     urls = pa.concat_arrays([each for each, _ in parts])
     scores = np.concatenate([each for _, each in parts])
-    first = np.unique(urls.dictionary_encode().indices.to_numpy(), return_index=True)[1]
+    codes = urls.dictionary_encode().indices.to_numpy()
+    # the newest rows of a history are its last ones
+    step = -1 if run.merged_runs else 1
+    kept = np.arange(len(codes))[::step][np.unique(codes[::step], return_index=True)[1]]
     is_repeated = np.ones(len(urls), bool)
-    is_repeated[first] = False
+    is_repeated[kept] = False
     return TeacherRows(urls, scores, left_out).drop(is_repeated, "repeated paths")
 
 

@@ -168,6 +168,37 @@ def test_a_test_image_among_those_of_the_teacher_is_refused_whatever_its_path(
         add(build_config(labeled, run, data={"val": str(val)}))
 
 
+def test_test_images_that_cannot_be_read_are_refused(images: Path, labeled: Path) -> None:
+    rows = [("images/00000.jpg",), *((f"wrong/{row:05}.jpg",) for row in range(5))]
+    tests = write_manifest(images.parent / "test.csv", rows, ("path",))
+    config = build_config(labeled, commit_run(images), exclude=str(tests), leaks="drop")
+    refused = (
+        r"teacher.exclude .*: 5 of 6 images cannot be read, .*:\n  .*wrong/00000.jpg\n.*\n"
+        r".*wrong/00002.jpg\n  \.\.\.\nCorrect the paths"
+    )
+    with pytest.raises(RequestError, match=refused):
+        add(config)
+
+
+def test_other_images_that_cannot_be_compared_are_counted_and_logged(
+    images: Path, labeled: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = commit_run(images)
+    (images.parent / "images/00029.jpg").unlink()
+    val = write_manifest(
+        images.parent / "val.csv", [("gone.jpg", "red"), ("lost.jpg", "blue")], ("path", "label")
+    )
+    with caplog.at_level("INFO"):
+        _, both = add(build_config(labeled, run, data={"val": str(val)}))
+    assert both.teacher is not None
+    assert both.teacher.not_compared == {"validation images": 2}
+    assert "comparing 30 images with 2 validation and 0 test images" in caplog.text
+    assert "2 validation images cannot be read, and were not compared" in caplog.text
+    _, both = add(build_config(labeled, run))
+    assert both.teacher is not None
+    assert both.teacher.not_compared == {"images of the teacher": 1}
+
+
 def test_a_copy_of_a_held_out_image_is_left_out(images: Path, labeled: Path) -> None:
     alone = read_examples(build_config(labeled, images).data)
     held = alone.rows.filter(alone.rows["held"])["url"].to_pylist()[0]
@@ -232,7 +263,23 @@ def test_the_scores_of_a_history_of_several_runs_are_refused(images: Path, label
     layout.write_run(str(run), stored)
     with pytest.raises(RequestError, match=r"is a history of several runs.*pass one of these runs"):
         add(build_config(labeled, run))
-    add(build_config(labeled, run, mode="hard"))
+
+
+def test_of_a_history_the_newest_label_of_an_image_counts(images: Path, labeled: Path) -> None:
+    table = draw_run(images, sharpness=20.0)
+    newest = table.slice(ROWS - 1)
+    label = "red" if newest["predicted_label"][0].as_py() != "red" else "blue"
+    index = table.schema.get_field_index("predicted_label")
+    newest = newest.set_column(index, "predicted_label", pa.array([label]))
+    table = pa.concat_tables([table, newest.cast(table.schema)])
+    run = commit(images.parent / "run", table, classes=tuple(COLORS))
+    stored = layout.load_run(str(run))
+    assert stored is not None
+    stored["identity"]["merged"] = ["one", "other"]
+    layout.write_run(str(run), stored)
+    _, both = add(build_config(labeled, run, mode="hard"))
+    found = dict(zip(both.rows["url"].to_pylist(), both.rows["label"].to_pylist(), strict=True))
+    assert CLASSES[found[newest["path"][0].as_py()]] == label
 
 
 def test_a_bundle_is_refused_with_the_command_that_labels(
