@@ -122,9 +122,9 @@ def _check_request(config: TrainConfig, teacher: TeacherConfig, output: str, run
     if filesystem.absolute(teacher.path) == output:
         raise ConfigError("output: is the bundle of the teacher; pass another --output")
     examples = read_examples(config.data, config.task)
-    check_teacher_keys(teacher, examples.targets.task)
+    strategy = resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
+    check_teacher_keys(teacher, examples.targets.task, strategy)
     check_teacher_classes(teacher.path, described.task, described.classes, examples)
-    resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
     networks.resolve_model(networks.resolve_snapshot(config.model))
     layout.check_output_writable(output)
     has_bundle = filesystem.exists(filesystem.join(output, BUNDLE_FILE))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,9 +80,9 @@ def resolve_setup(config: TrainConfig) -> TrainSetup:
     """
     config = config.model_copy(update={"model": networks.resolve_snapshot(config.model)})
     examples = read_examples(config.data, config.task)
-    if config.teacher is not None:
-        examples = add_teacher_rows(examples, config)
     strategy = resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
+    if config.teacher is not None:
+        examples = add_teacher_rows(examples, config, strategy)
     check_task(config, examples, strategy)
     rows = examples.count(held=False)
     asked, config = config, choose_schedule(config, strategy, rows)
@@ -277,7 +277,17 @@ def decode_dataset(
     if failures:
         log.emit("note", f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""))
     check_enough_left(setup.examples, failures, setup.config.scale.max_workers)
-    return decoded
+    return replace(decoded, examples=setup.examples.compute_fingerprint())
+
+
+def check_same_examples(examples: Examples, images: CachedImages) -> None:
+    """Raise RequestError unless the images were decoded for these examples."""
+    if images.examples != examples.compute_fingerprint():
+        raise RequestError(
+            "data.train, data.val or teacher.path: has other images, labels or scores than when "
+            "the search decoded its images. Leave these files as they are during a search, and "
+            "search over no key that changes the rows or their split; rerun the search"
+        )
 
 
 def build_too_many_errors(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import math
 import queue
@@ -30,11 +31,12 @@ from imgcls.data.manifests.discovery import resolve_source
 from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.data.storage.storage_settings import with_config_storage
-from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
-from imgcls.models.bundle import BUNDLE_FILE
+from imgcls.errors import ConfigError, OutputError, RequestError, RunFailed, StorageMissing
+from imgcls.models.bundle import BUNDLE_FILE, TaskName
 from imgcls.runs.lease import Lease
 from imgcls.training import train as training
 from imgcls.training.data.cached import CachedImages
+from imgcls.training.data.teacher import check_teacher_keys
 from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.ray_trainer import resolve_ray_storage
 from imgcls.training.scaling import (
@@ -98,6 +100,7 @@ def tune(config: TuneConfig) -> TuneResult:
     config = _resolve_paths(config)
     check_space(config)
     task = resolve_setup(build_trial_config(config, {}, config.output))
+    check_teacher_axes(config, task.examples.targets.task)
     with Interruption().handle_signals() as interruption:
         lease = Lease.acquire(config.output)
         try:
@@ -106,6 +109,22 @@ def tune(config: TuneConfig) -> TuneResult:
             return _run_search(config, task, interruption)
         finally:
             lease.release()
+
+
+def check_teacher_axes(config: TuneConfig, task: TaskName) -> None:
+    """Raise ConfigError for searched values with which a key of the teacher has no effect."""
+    if config.teacher is None:
+        return
+    space = config.tune.space
+    keys = [key for key in space if key == "strategy" or key.startswith("teacher.")]
+    for drawn in itertools.product(*(space[key].list_extremes() for key in keys)):
+        values = dict(zip(keys, drawn, strict=True))
+        trial = build_trial_config(config, values, config.output)
+        assert trial.teacher is not None
+        try:
+            check_teacher_keys(trial.teacher, task, trial.strategy or "scratch")
+        except ConfigError as error:
+            raise ConfigError(f"tune.space: {_format_values(values)}: {error}") from error
 
 
 def _resolve_paths(config: TuneConfig) -> TuneConfig:

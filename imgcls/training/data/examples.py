@@ -148,6 +148,17 @@ class Examples:
         total: int = pc.sum(self.rows.column("held")).as_py() or 0
         return total if held else self.rows.num_rows - total
 
+    def compute_fingerprint(self) -> str:
+        """Fingerprint of the rows, their label codes and split, and of the teacher's scores."""
+        digest = hashlib.blake2b(digest_size=16)
+        for key, source in sorted(self.sources.items()):
+            digest.update(f"{key} {source.fingerprint}\n".encode())
+        for name in ("row", "label", "held"):
+            digest.update(self.rows.column(name).to_numpy().tobytes())
+        for url in self.rows.column("url").to_pylist():
+            digest.update((url or "").encode() + b"\0")
+        return digest.hexdigest()
+
     def _find_codes(self, *, held: bool) -> Int64Array:
         split = self.rows.filter(pc.equal(self.rows.column("held"), held))
         codes: Int64Array = split.column("label").to_numpy()

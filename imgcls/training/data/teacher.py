@@ -25,7 +25,7 @@ from imgcls.formatting import format_count
 from imgcls.models.bundle import TaskName
 from imgcls.runs.committed import CommittedRun
 from imgcls.runs.embeddings import normalize_urls
-from imgcls.training.config import TeacherConfig, TrainConfig
+from imgcls.training.config import Strategy, TeacherConfig, TrainConfig
 from imgcls.training.data.examples import DataSource, Examples, TeacherRecord, index_label_sets
 from imgcls.training.data.leaks import ContentMatches, find_same_content
 from imgcls.training.data.targets import NO_LABEL, TeacherTargets
@@ -43,7 +43,7 @@ DEFAULT_TEMPERATURE, DEFAULT_WEIGHT = 2.0, 0.9
 _SHOWN_PATHS = 3
 
 
-def add_teacher_rows(examples: Examples, config: TrainConfig) -> Examples:
+def add_teacher_rows(examples: Examples, config: TrainConfig, strategy: Strategy) -> Examples:
     """The examples with the rows of the run `teacher.path`.
 
     An image that has a label keeps it, and gets the soft targets of the teacher too. An image that
@@ -55,12 +55,14 @@ def add_teacher_rows(examples: Examples, config: TrainConfig) -> Examples:
     teacher = config.teacher
     assert teacher is not None
     check_teacher_settings(config)
-    check_teacher_keys(teacher, examples.targets.task)
+    check_teacher_keys(teacher, examples.targets.task, strategy)
     run = open_teacher_run(teacher)
     check_teacher_classes(run.url, run.task, run.classes, examples)
     rows = _drop_leaks(read_teacher_rows(run, examples.classes, teacher), examples, config, run)
-    add = _add_soft_targets if teacher.mode == "soft" else _add_labels
-    return add(examples, rows, teacher, run)
+    if teacher.mode == "hard":
+        return _add_labels(examples, rows, run)
+    has_temperature = examples.targets.task == "single_label" and strategy != "probe"
+    return _add_soft_targets(examples, rows, teacher, run, has_temperature=has_temperature)
 
 
 def check_teacher_settings(config: TrainConfig) -> None:
@@ -72,8 +74,13 @@ def check_teacher_settings(config: TrainConfig) -> None:
         )
 
 
-def check_teacher_keys(teacher: TeacherConfig, task: TaskName) -> None:
+def check_teacher_keys(teacher: TeacherConfig, task: TaskName, strategy: Strategy) -> None:
     """Raise ConfigError for keys that have no effect."""
+    if strategy == "probe" and teacher.temperature is not None:
+        raise ConfigError(
+            "teacher.temperature: has no effect on a linear probe, which is fitted to the scores "
+            "themselves; remove it, or pass another --strategy"
+        )
     if teacher.mode == "hard":
         for name in ("temperature", "weight"):
             if getattr(teacher, name) is not None:
@@ -243,9 +250,17 @@ def _mark(found: Mapping[int, str], count: int) -> npt.NDArray[np.bool_]:
 
 
 def _add_soft_targets(
-    examples: Examples, rows: TeacherRows, teacher: TeacherConfig, run: CommittedRun
+    examples: Examples,
+    rows: TeacherRows,
+    teacher: TeacherConfig,
+    run: CommittedRun,
+    *,
+    has_temperature: bool,
 ) -> Examples:
-    """Rows with scores as targets; a labeled image gets those of its path."""
+    """Rows with scores as targets; a labeled image gets those of its path.
+
+    has_temperature: whether the temperature has an effect
+    """
     place = _find_in_teacher(examples, rows)
     is_paired = place >= 0
     codes = examples.rows.column("label").to_numpy().copy()
@@ -262,13 +277,12 @@ def _add_soft_targets(
     index = examples.rows.schema.get_field_index("label")
     table = examples.rows.set_column(index, "label", pa.array(codes, pa.int64()))
     new_urls, new_codes = rows.urls.filter(pa.array(is_new)), first + paired + np.arange(new)
-    is_single = examples.targets.task == "single_label"
     record = TeacherRecord(
         **_describe_run(run, rows),
         mode="soft",
         images=paired + new,
         labeled=paired,
-        temperature=taught.temperature if is_single else None,
+        temperature=taught.temperature if has_temperature else None,
         weight=taught.weight,
     )
     return replace(
@@ -280,9 +294,7 @@ def _add_soft_targets(
     )
 
 
-def _add_labels(
-    examples: Examples, rows: TeacherRows, teacher: TeacherConfig, run: CommittedRun
-) -> Examples:
+def _add_labels(examples: Examples, rows: TeacherRows, run: CommittedRun) -> Examples:
     """Rows with the predicted labels as labels; a labeled image keeps its own."""
     place = _find_in_teacher(examples, rows)
     is_labeled = np.zeros(len(rows.urls), bool)

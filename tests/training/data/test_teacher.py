@@ -69,7 +69,7 @@ def build_config(labeled: Path, run: Path, *, data: Any = None, **teacher: Any) 
 def add(config: TrainConfig) -> tuple[Examples, Examples]:
     """The examples of the labels alone, and with the teacher."""
     alone = read_examples(config.data, config.task)
-    return alone, add_teacher_rows(alone, config)
+    return alone, add_teacher_rows(alone, config, config.strategy or "scratch")
 
 
 def test_images_get_soft_targets_and_labeled_ones_keep_their_label(
@@ -246,6 +246,19 @@ def test_a_run_without_scores_or_with_other_classes_is_refused(images: Path, lab
     )
     with pytest.raises(RequestError, match=listed):
         add(build_config(labeled, other))
+
+
+def test_the_temperature_is_that_of_no_linear_probe(images: Path, labeled: Path) -> None:
+    config = build_config(labeled, commit_run(images))
+    config = config.model_copy(update={"strategy": "probe"})
+    _, both = add(config)
+    assert both.teacher is not None
+    assert both.teacher.temperature is None
+    assert both.teacher.describe_targets() == "targets are its scores (weight 0.9)"
+    assert config.teacher is not None
+    softened = config.teacher.model_copy(update={"temperature": 3.0})
+    with pytest.raises(ConfigError, match=r"teacher.temperature: has no effect on a linear probe"):
+        add(config.model_copy(update={"teacher": softened}))
 
 
 def test_hard_labels_of_labeled_images_alone_are_refused(images: Path, labeled: Path) -> None:
