@@ -20,7 +20,7 @@ LAZY_EXPORTS = {
     "load_bundle": ("imgcls.models.bundle", "load_bundle"),
     "relabel": ("imgcls.inference.relabel", "relabel"),
     "select": ("imgcls.evaluation.select", "select"),
-    "train": ("imgcls.training.train", "train"),
+    "train": ("imgcls.inference.students", "train_student"),
 }
 __all__ = [
     "Classifier",

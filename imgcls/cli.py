@@ -29,7 +29,7 @@ COMMANDS = {
     "train": Command(
         "train a network on labeled images and write a bundle",
         "imgcls.training.config.TrainConfig",
-        "imgcls.training.train.train",
+        "imgcls.inference.students.train_student",
         "imgcls train --data.train demo/digits-train.csv --model.name small_cnn --epochs 2 "
         "--augment.hflip 0 --output demo/small",
     ),

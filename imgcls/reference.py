@@ -185,14 +185,15 @@ def _unnamed_word(key: str) -> str:
 
 
 def _optional_owner(model: type[Section], key: str) -> str | None:
-    """The outermost section that a key stands in and that may be left out."""
+    """The innermost section that a key stands in and that may be left out."""
     parts = key.split(".")
     section: type[Section] | None = model
+    owner = None
     for depth, part in enumerate(parts[:-1], 1):
         section, optional = find_section(section, part)
         if optional:
-            return ".".join(parts[:depth])
-    return None
+            owner = ".".join(parts[:depth])
+    return owner
 
 
 def _show(value: Any) -> str:

@@ -121,6 +121,37 @@ class LossConfig(Section):
     """Score below which a negative has no loss, multilabel only (asymmetric loss), such as 0.05."""
 
 
+TeacherMode = Literal["soft", "hard"]
+
+
+class TeacherConfig(Section):
+    """Distillation and self-training: also train on images that a teacher has labeled."""
+
+    shorthand: ClassVar[str | None] = "path"
+
+    path: str
+    """Committed run of `imgcls predict --scores`, whose images are added to the training images; or
+    a bundle, which labels the images of teacher.manifest first."""
+    manifest: ManifestConfig | None = None
+    """Images for the bundle to label, without labels or with. Default: those of data.train."""
+    mode: TeacherMode = "soft"
+    """soft: the teacher's scores are the targets (distillation, Hinton et al. 2015). hard: the
+    predicted label of an accepted row is its label (self-training)."""
+    temperature: PositiveFloat | None = None
+    """Temperature that softens the scores of teacher and student. Default: 2; for soft targets of
+    one label per image."""
+    weight: UnitFloat | None = None
+    """Share of the teacher in the loss of an image that has a label too. Default: 0.9; for soft
+    targets."""
+    min_confidence: UnitFloat = 0.0
+    """Minimum confidence of a row of the teacher; for one label per image."""
+    exclude: ManifestConfig | None = None
+    """Test images, which the student must not see: also compared with the teacher's images."""
+    leaks: Literal["refuse", "drop"] = "refuse"
+    """Images of the teacher with the content of one in data.val or teacher.exclude: refuse the
+    training, or drop these rows."""
+
+
 OptimizerName = Literal["adamw", "sgd"]
 
 
@@ -317,6 +348,7 @@ class TrainConfig(Section):
     lora: LoraConfig = LoraConfig()
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
+    teacher: TeacherConfig | None = None
     optim: OptimConfig = OptimConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     scale: TrainScaleConfig = TrainScaleConfig()
@@ -374,6 +406,8 @@ def _remove_new_defaults(settings: dict[str, Any]) -> None:
         del settings["task"]
     if settings["track"]["register_as"] is None:
         del settings["track"]["register_as"]
+    if settings["teacher"] is None:
+        del settings["teacher"]
     for manifest in (settings["data"]["train"], settings["data"]["val"]):
         if manifest is not None:
             for name in ("label_delimiter", "label_columns"):

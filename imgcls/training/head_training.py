@@ -30,6 +30,7 @@ from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import ModelConfig, TrainConfig
 from imgcls.training.data.batches import DecodeFailure
 from imgcls.training.data.examples import Examples, read_examples
+from imgcls.training.data.teacher import check_teacher_settings
 from imgcls.training.epoch_metrics import EpochMetrics, TrainLoopResult
 from imgcls.training.loggers import base
 from imgcls.training.optim import linear_probe
@@ -86,6 +87,8 @@ def _open_source(config: TrainConfig) -> tuple[CommittedRun, Bundle]:
             f"strategy {config.strategy}: needs images; data.embeddings fits a head alone. Remove "
             "one of the two settings"
         )
+    if config.teacher is not None:
+        check_teacher_settings(config)
     if config.find_lr:
         raise RequestError("find_lr: needs images; remove it, or data.embeddings")
     if config.model != ModelConfig():

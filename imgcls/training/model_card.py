@@ -23,6 +23,7 @@ from imgcls.models.bundle_card import (
     render_card_title,
     render_card_usage,
 )
+from imgcls.training.data.examples import TeacherRecord
 
 MAX_CLASS_ROWS = 50
 """Maximum number of classes in the table of training images."""
@@ -50,7 +51,7 @@ _HUB_METRICS = {
     "loss": ("val_loss", "Loss (nats)"),
 }
 """Metrics of the front matter: type -> (column, name)."""
-_EXCLUDED_SETTINGS = ("data", "model", "output", "overwrite", "track")
+_EXCLUDED_SETTINGS = ("data", "model", "teacher", "output", "overwrite", "track")
 """Settings that the card describes in words, or that are private."""
 
 
@@ -175,6 +176,8 @@ def _format_data(spec: BundleSpec, class_rows: Mapping[str, tuple[int, int]] | N
             "to validate"
             f"{origin}; {failed:,} of them could not be decoded and were left out."
         )
+    if spec.provenance.get("teacher"):
+        lines += ["", _format_teacher(spec)]
     manifests = data.get("manifests") or {}
     if manifests:
         lines += ["", "| | manifest | rows | fingerprint |", "| --- | --- | --- | --- |"]
@@ -189,6 +192,19 @@ def _format_data(spec: BundleSpec, class_rows: Mapping[str, tuple[int, int]] | N
     if class_rows:
         lines += ["", *_format_class_balance(class_rows)]
     return "\n".join(["## Data", "", *lines, ""]) if lines else ""
+
+
+def _format_teacher(spec: BundleSpec) -> str:
+    made = spec.provenance["teacher"]
+    targets = TeacherRecord(**made).describe_targets()
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in made["left_out"].items())
+    lost = ", ".join(f"{count:,} {kind}" for kind, count in made.get("not_compared", {}).items())
+    compared = f" Not compared by content with the others, as unreadable: {lost}." if lost else ""
+    return (
+        f"{format_count(made['images'], 'training image')} of a teacher, bundle "
+        f"{_format_code(made['bundle_sha256'][:12])}: {targets}. {made['labeled']:,} of them have "
+        f"a label too. Left out: {left_out or 'none'}.{compared}"
+    )
 
 
 def _format_class_balance(class_rows: Mapping[str, tuple[int, int]]) -> list[str]:

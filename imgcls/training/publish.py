@@ -158,7 +158,8 @@ def _build_spec(
             {}
             if setup.registered_model is None
             else {"registered_model": dict(setup.registered_model)}
-        ),
+        )
+        | ({} if examples.teacher is None else {"teacher": asdict(examples.teacher)}),
         # JSON has no NaN: the mAP if no class has both positives and negatives
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
     )

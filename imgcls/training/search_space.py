@@ -8,6 +8,9 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from imgcls.config import Section, build
+from imgcls.data.manifests.discovery import resolve_source
+from imgcls.data.manifests.manifest import ManifestConfig
+from imgcls.data.storage import filesystem
 from imgcls.errors import ConfigError
 from imgcls.training.config import TrainConfig
 
@@ -154,6 +157,9 @@ def check_space(config: TuneConfig) -> None:
         if key.split(".")[0] in ("output", "overwrite", "find_lr", "storage", "track"):
             problems.append(f"tune.space.{key}: does not change the trained model")
             continue
+        if key.startswith("teacher") and key not in ("teacher.temperature", "teacher.weight"):
+            problems.append(f"tune.space.{key}: changes the images, which all trials share")
+            continue
         if axis.kind == "grid" and search.search != "random":
             problems.append(f"tune.space.{key}: grid needs tune.search random")
         for value in axis.list_extremes():
@@ -165,3 +171,36 @@ def check_space(config: TuneConfig) -> None:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ConfigError(f"the search space has problems:\n{lines}")
+
+
+def resolve_search_paths(config: TuneConfig) -> TuneConfig:
+    """Make all paths absolute: Ray Tune runs each trial in another working directory."""
+
+    def absolute(manifest: ManifestConfig | None) -> ManifestConfig | None:
+        if manifest is None:
+            return None
+        root = None if manifest.root is None else filesystem.absolute(manifest.root)
+        return manifest.model_copy(update={"path": resolve_source(manifest.path), "root": root})
+
+    data = config.data.model_copy(
+        update={"train": absolute(config.data.train), "val": absolute(config.data.val)}
+    )
+    teacher = config.teacher
+    if teacher is not None:
+        paths = {
+            "path": filesystem.absolute(teacher.path),
+            "manifest": absolute(teacher.manifest),
+            "exclude": absolute(teacher.exclude),
+        }
+        teacher = teacher.model_copy(update=paths)
+    weights = config.model.weights
+    if weights is not None and filesystem.exists(weights):
+        weights = filesystem.absolute(weights)
+    return config.model_copy(
+        update={
+            "output": filesystem.absolute(config.output),
+            "data": data,
+            "teacher": teacher,
+            "model": config.model.model_copy(update={"weights": weights}),
+        }
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ from imgcls.training.data.batches import DecodeFailure, DecodeSettings, decode_b
 from imgcls.training.data.cached import CachedImages, decode_images, find_store_bytes
 from imgcls.training.data.examples import Examples, read_examples
 from imgcls.training.data.streaming import StreamedImages
+from imgcls.training.data.targets import TargetTable
+from imgcls.training.data.teacher import add_teacher_rows, describe_teacher
 from imgcls.training.loggers import base
 from imgcls.training.optim.lora import check_can_adapt
 from imgcls.training.optim.loss import compute_class_weights
@@ -41,7 +43,7 @@ from imgcls.training.optim.strategy import (
     has_probe,
     resolve_strategy,
 )
-from imgcls.training.sampler import steps_per_epoch
+from imgcls.training.sampler import Int64Array, steps_per_epoch
 from imgcls.training.scaling import WorkerPlan, fits_object_store
 from imgcls.training.starting_model import ModelRecord, find_starting_model, use_model
 
@@ -86,6 +88,8 @@ def resolve_setup(config: TrainConfig, registered_model: ModelRecord | None = No
     config = config.model_copy(update={"model": networks.resolve_snapshot(config.model)})
     examples = read_examples(config.data, config.task)
     strategy = resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
+    if config.teacher is not None:
+        examples = add_teacher_rows(examples, config, strategy)
     check_task(config, examples, strategy)
     rows = examples.count(held=False)
     asked, config = config, choose_schedule(config, strategy, rows)
@@ -216,6 +220,7 @@ def log_setup(
     """Log the data, the model, the strategy and the workers of a training."""
     config, examples = setup.config, setup.examples
     rows, held = examples.count(held=False), examples.count(held=True)
+    added = 0 if examples.teacher is None else examples.teacher.added
     origin = "held out of it" if config.data.val is None else f"from {config.data.val.path}"
     steps = steps_per_epoch(rows, config.images_per_step, workers.count)
     parameters = sum(p.numel() for p in setup.network.parameters())
@@ -223,9 +228,10 @@ def log_setup(
     pre = setup.preprocess
     where = "kept in memory" if cached else "decoded in every epoch"
     log.show(
-        f"data: {rows:,} training images of {len(examples.classes)} classes from "
+        f"data: {rows - added:,} training images of {len(examples.classes)} classes from "
         f"{config.data.train.path}, {held:,} validation images {origin}\n"
         f"      {decoding.compute_decoded_bytes(examples.rows) / 1e6:,.0f} MB decoded, {where}\n"
+        f"{describe_teacher(examples)}"
         f"model: {config.model.name}, {parameters:,} parameters, {weights}, "
         f"{pre.crop}x{pre.crop} input ({pre.mode})\n"
         f"strategy: {setup.strategy}; augment {config.augment.preset}: "
@@ -283,7 +289,17 @@ def decode_dataset(
     if failures:
         log.emit("note", f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""))
     check_enough_left(setup.examples, failures, setup.config.scale.max_workers)
-    return decoded
+    return replace(decoded, examples=setup.examples.compute_fingerprint())
+
+
+def check_same_examples(examples: Examples, images: CachedImages) -> None:
+    """Raise RequestError unless the images were decoded for these examples."""
+    if images.examples != examples.compute_fingerprint():
+        raise RequestError(
+            "data.train, data.val or teacher.path: has other images, labels or scores than when "
+            "the search decoded its images. Leave these files as they are during a search, and "
+            "search over no key that changes the rows or their split; rerun the search"
+        )
 
 
 def build_too_many_errors(
@@ -329,21 +345,34 @@ def draw_samples(setup: TrainSetup, images: CachedImages | StreamedImages) -> No
     augment = Augment(
         setup.config.augment, size=setup.preprocess.crop, num_classes=len(setup.examples.classes)
     )
+    targets = setup.examples.targets
     if isinstance(images, CachedImages):
         train = images.load_split(held=False)
-        rows = choose_sample_rows(train.labels, SAMPLE_COUNT)
+        rows = choose_sample_rows(_find_sample_classes(targets, train.labels), SAMPLE_COUNT)
         pixels, labels = train.gather_pixels(rows), train.labels[rows]
     else:
         train = setup.examples.rows.filter(pc.invert(setup.examples.rows.column("held")))
-        rows = choose_sample_rows(train.column("label").to_numpy(), SAMPLE_COUNT)
+        codes = train.column("label").to_numpy()
+        rows = choose_sample_rows(_find_sample_classes(targets, codes), SAMPLE_COUNT)
         table = decode_block(train.take(pa.array(rows)), images.settings).combine_chunks()
         (batch,) = table.to_batches()
         good = batch.column("error").is_null().to_numpy(zero_copy_only=False)
         pixels = view_pixels(batch, images.settings.train)[good]
         labels = batch.column("label").to_numpy()[good]
     if len(labels):
-        targets = setup.examples.targets.encode(labels)
         picture = draw_preview(
-            pixels, targets, setup.examples.classes, augment, seed=setup.config.seed
+            pixels,
+            targets.decide(labels),
+            setup.examples.classes,
+            augment,
+            seed=setup.config.seed,
         )
         filesystem.write(filesystem.join(setup.config.output, SAMPLES_PLOT), picture)
+
+
+def _find_sample_classes(targets: TargetTable, codes: Int64Array) -> Int64Array:
+    """What the samples are to differ in: the class, or for multilabel the code of the labels."""
+    if targets.task == "multilabel":
+        return codes
+    classes: Int64Array = targets.decide(codes).numpy()
+    return classes

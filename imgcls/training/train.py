@@ -54,6 +54,7 @@ from imgcls.training.setup import (
     SAMPLES_PLOT,
     TrainSetup,
     build_too_many_errors,
+    check_same_examples,
     decode_dataset,
     draw_samples,
     log_setup,
@@ -222,6 +223,7 @@ class _Run:
         log_setup(self.setup, workers, decoding, cached=cached)
         given = None if self.trial is None else self.trial.images
         if given is not None and given.settings == decoding:
+            check_same_examples(self.setup.examples, given)
             return given
         if not cached:
             return StreamedImages(ray.put(rows), decoding, compute_decode_cpus(nodes, workers))

@@ -83,7 +83,8 @@ class TrainStep:
         weights = (
             None if class_weights is None else torch.tensor(class_weights, device=self._device)
         )
-        self.loss = TrainingLoss(config.loss, weights, TASKS[targets.task])
+        temperature = 1.0 if targets.teacher is None else targets.teacher.temperature
+        self.loss = TrainingLoss(config.loss, weights, TASKS[targets.task], temperature)
         network = network.to(context.device).to(memory_format=torch.channels_last)
         self._syncs_norms = config.scale.sync_batchnorm and context.world_size > 1
         if config.scale.sync_batchnorm:
@@ -161,7 +162,7 @@ class TrainStep:
         return self._normalize(pixels)
 
     def targets_to_device(self, codes: Int64Array) -> torch.Tensor:
-        """The targets of label codes, on the device."""
+        """The targets of label codes, on the device; not of images with a teacher's scores."""
         return self._to_device(self.targets.encode(codes))
 
     def pixels_to_device(self, pixels: Pixels) -> torch.Tensor:
@@ -235,7 +236,7 @@ class TrainStep:
                 # DDP averages the gradients of workers; this makes it the mean over the batch
                 scale = weight * self.context.world_size / global_batch_size
                 self._scaler.scale(loss * scale).backward()
-            correct = self.loss.task.count_correct(logits.detach(), part_targets)
+            correct = self.loss.count_correct(logits.detach(), part_targets)
             totals += weight * torch.stack([loss.detach().double(), correct.double()])
         return totals
 
@@ -253,7 +254,8 @@ class TrainStep:
         for norm in self._frozen_norms if has_images or self._syncs_norms else self._norms:
             norm.eval()
         if has_images or self._syncs_norms:
-            return self.pixels_to_device(batch.pixels), self.targets_to_device(batch.labels), 1.0
+            targets = self._to_device(self.targets.encode_for_training(batch.labels))
+            return self.pixels_to_device(batch.pixels), targets, 1.0
         shape = (2, 3, self._size, self._size)
         blank = torch.zeros(shape, dtype=torch.uint8, device=self._device)
         return blank, self.targets.build_blank(2).to(self._device), 0.0

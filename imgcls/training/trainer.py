@@ -284,7 +284,8 @@ class Trainer:
     def _iter_steps(self, epoch: int, first: int = 0) -> Iterator[tuple[int, StepShare, Batch]]:
         """The steps of an epoch from step `first`, with this worker's images."""
         if self.config.data.sampling == "balanced":
-            order = sample_balanced(self.train.labels, epoch=epoch, seed=self.config.seed)
+            classes = self.targets.decide(self.train.labels).numpy()
+            order = sample_balanced(classes, epoch=epoch, seed=self.config.seed)
         else:
             order = shuffle_rows(len(self.train), epoch=epoch, seed=self.config.seed)
         size, rank, workers = self.config.images_per_step, self.rank, self.workers

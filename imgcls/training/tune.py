@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -27,16 +28,15 @@ from imgcls.cluster import session
 from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
 from imgcls.cluster.ray_data import DataExecution
 from imgcls.cluster.session import Node
-from imgcls.data.manifests.discovery import resolve_source
-from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.environment import set_env_defaults
-from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
-from imgcls.models.bundle import BUNDLE_FILE
+from imgcls.errors import ConfigError, OutputError, RequestError, RunFailed, StorageMissing
+from imgcls.models.bundle import BUNDLE_FILE, TaskName
 from imgcls.runs.lease import Lease
 from imgcls.training import train as training
 from imgcls.training.data.cached import CachedImages
+from imgcls.training.data.teacher import check_teacher_keys
 from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.ray_trainer import resolve_ray_storage
 from imgcls.training.registration import register_bundle
@@ -53,6 +53,7 @@ from imgcls.training.search_space import (
     TuneConfig,
     build_trial_config,
     check_space,
+    resolve_search_paths,
 )
 from imgcls.training.setup import TrainSetup, decode_dataset, plan_decoding, resolve_setup
 from imgcls.training.starting_model import (
@@ -108,7 +109,7 @@ def tune(config: TuneConfig) -> TuneResult:
     RunFailed
         No trial ended with a bundle.
     """
-    config = _resolve_paths(config)
+    config = resolve_search_paths(config)
     check_space(config)
     check_space_models(config)
     starting = find_starting_model(config)
@@ -117,6 +118,7 @@ def tune(config: TuneConfig) -> TuneResult:
     if starting is not None:
         config = use_model(config, starting.url)
     task = resolve_setup(build_trial_config(config, {}, config.output), record)
+    check_teacher_axes(config, task.examples.targets.task)
     with Interruption().handle_signals() as interruption:
         lease = Lease.acquire(config.output)
         try:
@@ -129,28 +131,20 @@ def tune(config: TuneConfig) -> TuneResult:
     return result
 
 
-def _resolve_paths(config: TuneConfig) -> TuneConfig:
-    """Make all paths absolute: Ray Tune runs each trial in another working directory."""
-
-    def absolute(manifest: ManifestConfig | None) -> ManifestConfig | None:
-        if manifest is None:
-            return None
-        root = None if manifest.root is None else filesystem.absolute(manifest.root)
-        return manifest.model_copy(update={"path": resolve_source(manifest.path), "root": root})
-
-    data = config.data.model_copy(
-        update={"train": absolute(config.data.train), "val": absolute(config.data.val)}
-    )
-    weights = config.model.weights
-    if weights is not None and filesystem.exists(weights):
-        weights = filesystem.absolute(weights)
-    return config.model_copy(
-        update={
-            "output": filesystem.absolute(config.output),
-            "data": data,
-            "model": config.model.model_copy(update={"weights": weights}),
-        }
-    )
+def check_teacher_axes(config: TuneConfig, task: TaskName) -> None:
+    """Raise ConfigError for searched values with which a key of the teacher has no effect."""
+    if config.teacher is None:
+        return
+    space = config.tune.space
+    keys = [key for key in space if key == "strategy" or key.startswith("teacher.")]
+    for drawn in itertools.product(*(space[key].list_extremes() for key in keys)):
+        values = dict(zip(keys, drawn, strict=True))
+        trial = build_trial_config(config, values, config.output)
+        assert trial.teacher is not None
+        try:
+            check_teacher_keys(trial.teacher, task, trial.strategy or "scratch")
+        except ConfigError as error:
+            raise ConfigError(f"tune.space: {_format_values(values)}: {error}") from error
 
 
 def _claim_output(config: TuneConfig, registered_model: ModelRecord | None = None) -> None:
@@ -160,6 +154,8 @@ def _claim_output(config: TuneConfig, registered_model: ModelRecord | None = Non
     """
     url = filesystem.join(config.output, SEARCH_FILE)
     free = {"output", "overwrite", "scale", "track", "storage", "tune"}
+    if config.teacher is None:  # as earlier versions, whose searches are resumed
+        free.add("teacher")
     mine = config.model_dump_json(exclude=free) + config.tune.model_dump_json(
         exclude={"max_concurrent"}
     )

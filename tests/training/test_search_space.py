@@ -12,7 +12,7 @@ from imgcls.config import build
 from imgcls.errors import ConfigError, RequestError
 from imgcls.training.scaling import WorkerPlan
 from imgcls.training.search_space import Axis, TuneConfig, build_trial_config, check_space
-from imgcls.training.tune import resolve_concurrency
+from imgcls.training.tune import check_teacher_axes, resolve_concurrency
 
 
 def order(space: dict[str, Any], **more: Any) -> TuneConfig:
@@ -62,6 +62,7 @@ def test_every_problem_of_a_search_space_is_reported_at_once() -> None:
         "optim.lr": {"uniform": [-1.0, 0.2]},
         "output": {"choice": ["a"]},
         "epochs": {"grid": [1, 2]},
+        "teacher.mode": {"choice": ["soft", "hard"]},
     }
     with pytest.raises(ConfigError) as caught:
         check_space(order(space, search="optuna"))
@@ -70,8 +71,43 @@ def test_every_problem_of_a_search_space_is_reported_at_once() -> None:
     assert "tune.space.optim.lr: -1.0: optim.lr" in text
     assert "tune.space.output: does not change the trained model" in text
     assert "tune.space.epochs: grid needs tune.search random" in text
+    assert "tune.space.teacher.mode: changes the images, which all trials share" in text
     with pytest.raises(ConfigError, match="nothing to search"):
         check_space(order({}))
+
+
+@pytest.mark.parametrize(
+    ("space", "teacher", "words"),
+    [
+        (
+            {"teacher.temperature": {"choice": [1.0, 4.0]}},
+            {"mode": "hard"},
+            "teacher.temperature 1: teacher.temperature: is for teacher.mode soft",
+        ),
+        (
+            {"teacher.weight": {"uniform": [0.1, 0.9]}},
+            {"mode": "hard"},
+            "teacher.weight: is for teacher.mode soft",
+        ),
+        (
+            {
+                "strategy": {"choice": ["scratch", "probe"]},
+                "teacher.temperature": {"choice": [2.0]},
+            },
+            {},
+            "strategy probe  teacher.temperature 2: teacher.temperature: has no effect on a linear",
+        ),
+    ],
+)
+def test_a_searched_value_without_effect_on_the_teacher_is_refused(
+    space: dict[str, Any], teacher: dict[str, Any], words: str
+) -> None:
+    config = order(space)
+    check_teacher_axes(config, "single_label")
+    taught = {"teacher": {"path": "run", **teacher}}
+    config = build(TuneConfig, {**config.model_dump(mode="json", exclude_none=True), **taught})
+    with pytest.raises(ConfigError, match=words):
+        check_teacher_axes(config, "single_label")
 
 
 def test_a_trial_is_the_training_with_the_drawn_values() -> None:

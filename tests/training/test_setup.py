@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from imgcls.errors import RequestError
 from imgcls.training.config import TrainConfig
-from imgcls.training.setup import plan_decoding, resolve_setup
+from imgcls.training.data.batches import DecodeSettings
+from imgcls.training.data.cached import CachedImages
+from imgcls.training.setup import check_same_examples, plan_decoding, resolve_setup
 
 ROWS = 30
 
@@ -84,3 +87,24 @@ def test_two_requests_are_one_training_if_data_settings_and_weights_are_equal(
     identity = resolve_setup(config()).identity
     assert set(identity) == {"settings", "data", "initial_weights"}
     assert (resolve_setup(config(**changes)).identity == identity) == is_same
+
+
+def test_images_that_were_decoded_for_other_examples_are_refused(
+    config: Callable[..., TrainConfig],
+) -> None:
+    setup = resolve_setup(config())
+    train = setup.config.data.train.path
+    images = CachedImages(
+        (),
+        (),
+        DecodeSettings.from_preprocess(setup.preprocess, cropped=False, max_bytes=1_000_000),
+        setup.examples.compute_fingerprint(),
+    )
+    check_same_examples(resolve_setup(config(epochs=3)).examples, images)
+    split = resolve_setup(config(data={"train": train, "val_fraction": 0.3})).examples
+    with pytest.raises(RequestError, match="other images, labels or scores than when the search"):
+        check_same_examples(split, images)
+    rows = setup.examples.rows
+    swapped = rows.set_column(1, "url", rows["url"].take([*range(1, len(rows)), 0]))
+    with pytest.raises(RequestError, match="other images, labels or scores"):
+        check_same_examples(replace(setup.examples, rows=swapped), images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,12 @@ from imgcls.models import zoo
 from imgcls.training import trainer
 from imgcls.training.config import EarlyStoppingConfig, Strategy, TrainConfig
 from imgcls.training.data.batches import Batch
-from imgcls.training.data.targets import TargetTable
+from imgcls.training.data.targets import (
+    NO_LABEL,
+    TargetTable,
+    TeacherTargets,
+    compute_log_scores,
+)
 from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.sampler import Int64Array
 from imgcls.training.train_step import WorkerContext
@@ -127,6 +133,7 @@ def build_trainer(
         strategy: Strategy,
         device: str = "cpu",
         worker_precision: str = "fp32",
+        targets: TargetTable = TargetTable(CLASSES),  # noqa: B008  it is frozen
         **settings: Any,
     ) -> Trainer:
         config = TrainConfig.model_validate(
@@ -138,7 +145,7 @@ def build_trainer(
             config=config,
             strategy=strategy,
             architecture=zoo.resolve_architecture("small_cnn", {"width": 4}),
-            targets=TargetTable(CLASSES),
+            targets=targets,
             initial_weights=None,
             preprocess=Preprocess(resize=SIDE, crop=SIDE),
             images=images,
@@ -210,6 +217,67 @@ def test_a_run_that_is_resumed_ends_with_the_weights_of_one_that_was_not(
     resumed = build_trainer(build_network(), "scratch", epochs=3)
     result = resumed.run(lambda epoch: None)
     assert resumed.channel.posts[0] == "resuming: epoch 2"
+    for here, there in zip(result.history, expected.history, strict=True):
+        assert (here.train_loss, here.val_loss) == (there.train_loss, there.val_loss)
+    after, wanted = resumed.train_step.network.state_dict(), whole.train_step.network.state_dict()
+    assert all(torch.equal(after[name], wanted[name]) for name in wanted)
+
+
+def build_taught_targets(temperature: float = 2.0) -> TargetTable:
+    """A table in which the labels of all rows of class 2 are known from a teacher alone.
+
+    The rows of class 2 get the codes of a teacher's scores in `TaughtImages`.
+    """
+    rng = np.random.default_rng(3)
+    scores = compute_log_scores(rng.dirichlet([0.3, 0.3, 6.0], 30))
+    labels = np.full(30, NO_LABEL)
+    labels[:5] = 2
+    return TargetTable(CLASSES, teacher=TeacherTargets(scores, labels, temperature, 0.9))
+
+
+class TaughtImages(Images):
+    def load_split(self, *, held: bool) -> Dataset:
+        made = super().load_split(held=held)
+        if not held:
+            (rows,) = np.nonzero(made.labels == 2)
+            made.labels[rows] = CLASSES + np.arange(len(rows))
+        return made
+
+
+@pytest.mark.parametrize(
+    ("strategy", "probes", "lr", "epochs"),
+    [("scratch", 0, 1e-2, 12), ("probe_then_finetune", 1, 1e-4, 2)],
+)
+def test_a_student_learns_a_class_from_the_scores_of_a_teacher_and_resumes(
+    build_trainer: Callable[..., Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: Strategy,
+    probes: int,
+    lr: float,
+    epochs: int,
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "Images", TaughtImages)
+    settings = {
+        "targets": build_taught_targets(),
+        "epochs": epochs,
+        "optim": {"lr": lr, "ema": 0.5},
+        "augment": {"preset": "none", "mixup": 0.2},
+        "data": {"train": "none.csv", "sampling": "balanced"},
+    }
+    whole = build_trainer(build_network(), strategy, **settings)
+    expected = whole.run(lambda epoch: None)
+    assert len(expected.history) == epochs + probes
+    assert {epoch.train_rows for epoch in expected.history} == {60}
+    # the head of a probe of random features is too large to be fine-tuned
+    assert expected.history[0 if probes else -1].val_accuracy >= 0.9
+
+    whole.checkpoints.start_run({})
+    first = build_trainer(build_network(), strategy, **settings)
+    for _ in range(1 + probes):
+        first._run_next_epoch()
+    first.checkpoints.wait_until_saved()
+    resumed = build_trainer(build_network(), strategy, **settings)
+    result = resumed.run(lambda epoch: None)
     for here, there in zip(result.history, expected.history, strict=True):
         assert (here.train_loss, here.val_loss) == (there.train_loss, there.val_loss)
     after, wanted = resumed.train_step.network.state_dict(), whole.train_step.network.state_dict()

@@ -43,11 +43,13 @@ class CachedImages:
 
     blocks:   references to Arrow tables as `decode_block` returns them, in any order
     failures: the images that could not be decoded, in row order
+    examples: fingerprint of the examples that these images belong to
     """
 
     blocks: tuple[Any, ...]
     failures: tuple[DecodeFailure, ...]
     settings: DecodeSettings
+    examples: str = ""
 
     def load_split(self, *, held: bool) -> CachedDataset:
         """The rows of one split, for a worker."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -30,8 +30,8 @@ from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import ManifestError
 from imgcls.formatting import format_count
 from imgcls.models.bundle import TaskName
-from imgcls.training.config import DataConfig
-from imgcls.training.data.targets import Int8Matrix, TargetTable
+from imgcls.training.config import DataConfig, TeacherMode
+from imgcls.training.data.targets import NO_LABEL, Int8Matrix, TargetTable
 from imgcls.training.sampler import Int64Array
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.string())])
@@ -47,6 +47,43 @@ class DataSource:
 
 
 @dataclass(frozen=True)
+class TeacherRecord:
+    """The teacher in the provenance of a bundle; the fields are written as JSON keys.
+
+    run:      the run of the teacher
+    mode:     see `TeacherConfig`
+    images:   number of its images that are trained on
+    labeled:  number of these that have a label too
+    left_out: number of its other rows, by reason
+    temperature, weight: of soft targets; None where they have no effect
+    not_compared: number of images, by kind, that could not be read and so not compared by content
+    """
+
+    run: str
+    bundle_sha256: str
+    mode: TeacherMode
+    images: int
+    labeled: int
+    left_out: dict[str, int]
+    temperature: float | None = None
+    weight: float | None = None
+    not_compared: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def added(self) -> int:
+        """Number of images that have no label."""
+        return self.images - self.labeled
+
+    def describe_targets(self) -> str:
+        """How the images are trained on, in words."""
+        if self.mode == "hard":
+            return "labels are its accepted predictions"
+        values = {"temperature": self.temperature, "weight": self.weight}
+        shown = [f"{name} {value:g}" for name, value in values.items() if value is not None]
+        return f"targets are its scores ({', '.join(shown)})"
+
+
+@dataclass(frozen=True)
 class Examples:
     """The rows to train and validate on, and their classes.
 
@@ -54,12 +91,14 @@ class Examples:
              code in `targets`), held (bool, true for held-out validation rows)
     sources: the manifests of the rows, by configuration key
     targets: what the labels stand for: classes, or for multilabel any number of them
+    teacher: the teacher whose rows are among them; None without
     """
 
     classes: list[str]
     rows: pa.Table
     sources: dict[str, DataSource]
     targets: TargetTable
+    teacher: TeacherRecord | None = None
 
     def count_per_class(self, *, held: bool) -> list[int]:
         """Number of rows of each class to validate on (held) or to train on."""
@@ -72,8 +111,13 @@ class Examples:
         return self.count_labels(self._find_codes(held=held), NEGATIVE)
 
     def count_labels(self, codes: Int64Array, value: int = POSITIVE) -> list[int]:
-        """Number of label codes that have each class, or another value of `label_sets`."""
+        """Number of label codes that have each class, or another value of `label_sets`.
+
+        Images that have only a teacher's scores are not counted.
+        """
         sets, count = self.targets.label_sets, len(self.classes)
+        codes = self.targets.find_labels(codes)
+        codes = codes[codes != NO_LABEL]
         if sets is None:
             return [int(number) for number in np.bincount(codes, minlength=count)]
         by_code = np.bincount(codes, minlength=len(sets))
@@ -103,6 +147,17 @@ class Examples:
         """Number of rows to validate on (held) or to train on."""
         total: int = pc.sum(self.rows.column("held")).as_py() or 0
         return total if held else self.rows.num_rows - total
+
+    def compute_fingerprint(self) -> str:
+        """Fingerprint of the rows, their label codes and split, and of the teacher's scores."""
+        digest = hashlib.blake2b(digest_size=16)
+        for key, source in sorted(self.sources.items()):
+            digest.update(f"{key} {source.fingerprint}\n".encode())
+        for name in ("row", "label", "held"):
+            digest.update(self.rows.column(name).to_numpy().tobytes())
+        for url in self.rows.column("url").to_pylist():
+            digest.update((url or "").encode() + b"\0")
+        return digest.hexdigest()
 
     def _find_codes(self, *, held: bool) -> Int64Array:
         split = self.rows.filter(pc.equal(self.rows.column("held"), held))
@@ -220,14 +275,14 @@ def _read_multilabel(config: DataConfig, manifest: Manifest) -> Examples:
         held = [False] * train.num_rows + [True] * other.num_rows
         train = pa.concat_tables([train, other])
         targets = np.concatenate([targets, other_targets])
-    sets, codes = _find_label_sets(targets)
+    sets, codes = index_label_sets(targets)
     rows = train.select(["row", "url"])
     rows = rows.append_column("label", pa.array(codes, pa.int64()))
     rows = rows.append_column("held", pa.array(held, pa.bool_()))
     return Examples(classes, rows, sources, TargetTable(len(classes), sets))
 
 
-def _find_label_sets(targets: Int8Matrix) -> tuple[Int8Matrix, Int64Array]:
+def index_label_sets(targets: Int8Matrix) -> tuple[Int8Matrix, Int64Array]:
     """(K, C) different rows of (N, C) targets, and the index in them of each of the N.
 
     As strings of bytes: `np.unique` of rows takes 40 times as long.

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +28,7 @@ from imgcls.training.augment.recipe import AugmentConfig
 from imgcls.training.data.batches import Batch
 from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.network import spatial_mean
+from imgcls.training.sampler import Int64Array
 from imgcls.training.train_step import TrainStep
 from imgcls.training.validation import EvalMetrics, ReduceFn, all_reduce, create_accumulator
 
@@ -42,11 +44,14 @@ class ProbeFeatures:
     """Features of one worker's rows of a split.
 
     inputs: (N, E) float32; for a network with several heads, the concatenated inputs of all heads
-    targets: (N,) int64 or (N, C) float32, as `TargetTable.encode` returns them
+    targets: (N,) int64 or (N, C) float32, as `TargetTable.decide` returns them
+    blended: (N, C) float32 with a teacher, as `TargetTable.blend` returns them: the fit uses them
+        instead of `targets`
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
+    blended: torch.Tensor | None = None
 
     @property
     def task(self) -> Task:
@@ -86,7 +91,7 @@ def extract_features(train_step: TrainStep, batches: Iterator[Batch], views: int
     head_inputs: dict[str, torch.Tensor] = {}
     width = sum(zoo.get_input_width(head) for head in heads.values())
     features = [torch.zeros(0, width, device=train_step.context.device)]
-    targets = [train_step.targets.build_blank(0).to(train_step.context.device)]
+    codes = [np.zeros(0, np.int64)]
     hooks = [
         head.register_forward_pre_hook(
             lambda _, args, name=name: head_inputs.update({name: args[0]})
@@ -98,23 +103,33 @@ def extract_features(train_step: TrainStep, batches: Iterator[Batch], views: int
             if not len(batch.labels):
                 continue
             pixels = train_step.pixels_to_device(batch.pixels)
-            batch_targets = train_step.targets_to_device(batch.labels)
+            labels = torch.from_numpy(batch.labels)
             center = center_crop(pixels, size)
             for view in range(views):
                 train_step.seed_rng(0, index * views + view)
                 view_pixels = (
-                    (center, center.flip(3))[view] if view < 2 else light(pixels, batch_targets)[0]
+                    (center, center.flip(3))[view] if view < 2 else light(pixels, labels)[0]
                 )
                 with train_step.autocast():
                     network(train_step.normalize_inputs(view_pixels))
                 features.append(
                     torch.cat([spatial_mean(head_inputs[n].float()) for n in heads], dim=1)
                 )
-                targets.append(batch_targets)
+                codes.append(batch.labels)
     finally:
         for hook in hooks:
             hook.remove()
-    return ProbeFeatures(torch.cat(features), torch.cat(targets))
+    return _build_features(train_step, torch.cat(features), np.concatenate(codes))
+
+
+def _build_features(
+    train_step: TrainStep, inputs: torch.Tensor, codes: Int64Array
+) -> ProbeFeatures:
+    table, device = train_step.targets, inputs.device
+    decided = table.decide(codes).to(device)
+    if table.teacher is None:
+        return ProbeFeatures(inputs, decided)
+    return ProbeFeatures(inputs, decided, table.blend(codes).to(device))
 
 
 def count_non_finite(split: ProbeFeatures, reduce: ReduceFn = all_reduce) -> int:
@@ -185,7 +200,9 @@ class _HeadFit:
 
     def thin_out(self, step: int) -> _HeadFit:
         """The same fit with every `step`-th row of each worker."""
-        thinned = ProbeFeatures(self._train.inputs[::step], self._train.targets[::step])
+        train = self._train
+        blended = None if train.blended is None else train.blended[::step]
+        thinned = ProbeFeatures(train.inputs[::step], train.targets[::step], blended)
         return _HeadFit(thinned, self._val, len(self._bias), self._class_weights, self._reduce)
 
     def run(self, penalty: float, start: LinearHead | None = None) -> LinearHead:
@@ -208,7 +225,8 @@ class _HeadFit:
         return LinearHead(scaled.clone(), shifted.clone(), penalty, mean_loss, error)
 
     def _minimize(self, penalty: float) -> None:
-        weight, bias = self._weight, self._bias
+        weight, bias, train = self._weight, self._bias, self._train
+        targets = train.targets if train.blended is None else train.blended
         optimizer = torch.optim.LBFGS(
             [weight, bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe"
         )
@@ -216,9 +234,7 @@ class _HeadFit:
         def closure() -> torch.Tensor:
             optimizer.zero_grad()
             logits = self._inputs @ weight.T + bias
-            loss = self._train.task.compute_loss(
-                logits, self._train.targets, weights=self._class_weights
-            )
+            loss = train.task.compute_loss(logits, targets, weights=self._class_weights)
             loss = loss / self.rows
             loss.backward()
             total = loss.detach()

@@ -1,7 +1,8 @@
 """Training loss of the task, optionally smoothed, weighted or focal, on hard or mixed labels.
 
-Losses are sums over rows. The caller divides by the number of rows of the global batch, so that the
-division of rows among workers changes nothing.
+With a teacher, the loss of its soft targets is added. Losses are sums over rows. The caller divides
+by the number of rows of the global batch, so that the division of rows among workers changes
+nothing.
 """
 
 from __future__ import annotations
@@ -25,19 +26,25 @@ class TrainingLoss:
 
     weights: (C,) float32 per class, or None for equal ones
     task:    defines the loss
+    temperature: of the soft targets of a teacher
     """
 
     def __init__(
-        self, config: LossConfig, weights: torch.Tensor | None, task: Task = SINGLE_LABEL
+        self,
+        config: LossConfig,
+        weights: torch.Tensor | None,
+        task: Task = SINGLE_LABEL,
+        temperature: float = 1.0,
     ) -> None:
-        self._config = config
+        self._config, self._temperature = config, temperature
         self.weights, self.task = weights, task
 
     def __call__(self, outputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss of a network's training outputs, and its (N, C) float32 logits.
 
         outputs: (N, C) logits, or Inception's or GoogLeNet's named tuple with auxiliary logits
-        targets: (N,) int64 class indices, or (N, C) float32 shares of classes, see the task
+        targets: (N,) int64 class indices, or (N, C) float32 shares of classes, see the task; or
+            (N, 2 C) float32 as `TargetTable.encode_for_training` returns them
         """
         if isinstance(outputs, torch.Tensor):
             return self._compute_sum(outputs, targets), outputs.float()
@@ -48,17 +55,66 @@ class TrainingLoss:
                 loss = loss + weight * self._compute_sum(auxiliary, targets)
         return loss, outputs.logits.float()
 
+    def count_correct(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """As `Task.count_correct`; of an image without a label, whether the teacher predicts it."""
+        classes = logits.shape[1]
+        if not _has_soft_targets(targets, classes):
+            return self.task.count_correct(logits, targets)
+        labels, soft = targets.split(classes, dim=1)
+        return self.task.count_correct(logits, labels.where(labels.any(1, keepdim=True), soft))
+
     def _compute_sum(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits, classes = logits.float(), logits.shape[1]
+        smoothing = self._config.label_smoothing
+        if not _has_soft_targets(targets, classes):
+            return self._compute_label_loss(logits, targets, smoothing)
+        labels, soft = targets.split(classes, dim=1)
+        # smoothed here, because the shares of a row do not add up to 1
+        labels = labels * (1 - smoothing) + labels.sum(1, keepdim=True) * smoothing / classes
+        loss = self._compute_label_loss(logits, labels, 0.0)
+        return loss + compute_distillation_loss(logits, soft, self._temperature)
+
+    def _compute_label_loss(
+        self, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float
+    ) -> torch.Tensor:
         config = self._config
         return self.task.compute_loss(
-            logits.float(),
+            logits,
             targets,
             weights=self.weights,
-            label_smoothing=config.label_smoothing,
+            label_smoothing=label_smoothing,
             focal_gamma=config.focal_gamma,
             negative_gamma=config.negative_gamma,
             negative_margin=config.negative_margin,
         )
+
+
+def compute_distillation_loss(
+    logits: torch.Tensor, soft: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Sum over N rows of weight * T^2 * KL(soft targets || softmax(logits / T)).
+
+    T^2 keeps the size of the gradients that of a loss of labels.
+
+    logits: (N, C) float32 of the student
+    soft:   (N, C) float32 softmax of the teacher's logits over T, each row times its weight
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> logits, soft = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.5, 0.5]])
+    >>> round(float(compute_distillation_loss(logits, soft, 1.0)), 3)
+    0.434
+    """
+    weight = soft.sum(1, keepdim=True)
+    entropy = torch.xlogy(soft, soft / weight.clamp_min(torch.finfo(torch.float32).tiny))
+    log_scores = (logits / temperature).log_softmax(dim=1)
+    return temperature**2 * (entropy - soft * log_scores).sum()
+
+
+def _has_soft_targets(targets: torch.Tensor, classes: int) -> bool:
+    return targets.dim() == 2 and targets.shape[1] == 2 * classes
 
 
 def compute_class_weights(

@@ -118,6 +118,20 @@ def test_the_head_of_several_labels_is_one_class_against_the_rest(
         np.testing.assert_allclose(found[:, code], expected, atol=2e-3)
 
 
+def test_with_a_teacher_the_head_is_fitted_to_its_scores(alone: None) -> None:
+    train, val = split(TRAIN, 1), split(VAL, 2)
+    fixed = {"num_classes": CLASSES, "l2": 0.03, "weights": None}
+    plain = linear_probe.fit_head(train, val, **fixed)
+    shares = F.one_hot(train.targets, CLASSES).float()
+    same = linear_probe.fit_head(dataclasses.replace(train, blended=shares), val, **fixed)
+    torch.testing.assert_close(same.weight, plain.weight, atol=1e-4, rtol=1e-3)
+    scores = (train.inputs @ plain.weight.T + plain.bias).softmax(1)
+    soft = linear_probe.fit_head(dataclasses.replace(train, blended=scores), val, **fixed)
+    found = (train.inputs @ soft.weight.T + soft.bias).softmax(1)
+    assert (found - scores).abs().mean() < 0.1
+    assert not torch.allclose(soft.weight, plain.weight, atol=1e-2)
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 def test_workers_come_to_the_head_of_one(alone: None, team: Team, workers: int) -> None:
     one = fitted(0, 1, None, [0.5, 1.0, 4.0])

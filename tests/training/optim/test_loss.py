@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from imgcls.config import load
 from imgcls.errors import ConfigError
+from imgcls.training.augment.mix import mix_targets
 from imgcls.training.config import LossConfig
 from imgcls.training.optim.loss import TrainingLoss, compute_class_weights
 
@@ -190,3 +191,67 @@ def test_class_weights_can_be_passed_on_the_command_line(argv: list[str], expect
 def test_class_weights_of_another_kind_are_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="class_weights"):
         load(LossConfig, ["--class-weights", value])
+
+
+# ------------------------------------------------------------------ soft targets of a teacher
+
+
+def taught_batch(weight: float, temperature: float) -> tuple[torch.Tensor, ...]:
+    """Logits of a student and of a teacher, labels, and the targets of both."""
+    logits, labels = batch(soft=False)
+    teacher = torch.randn(len(logits), 4, generator=torch.Generator().manual_seed(1))
+    hard = (1 - weight) * F.one_hot(labels, 4).float()
+    soft = weight * (teacher / temperature).softmax(1)
+    return logits, teacher, labels, torch.cat([hard, soft], dim=1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize(("weight", "temperature"), [(0.7, 3.0), (1.0, 1.0), (0.0, 2.0)])
+def test_the_loss_is_that_of_hinton_and_of_the_labels_by_weight(
+    settings: dict[str, Any], weights: torch.Tensor | None, weight: float, temperature: float
+) -> None:
+    logits, teacher, labels, targets = taught_batch(weight, temperature)
+    config = LossConfig(**settings)
+    loss = TrainingLoss(config, weights, temperature=temperature)(logits, targets)[0]
+    divergence = F.kl_div(
+        (logits / temperature).log_softmax(1), (teacher / temperature).softmax(1), reduction="sum"
+    )
+    hard = F.cross_entropy(
+        logits, labels, weight=weights, reduction="sum", label_smoothing=config.label_smoothing
+    )
+    expected = weight * temperature**2 * divergence + (1 - weight) * hard
+    torch.testing.assert_close(loss, expected)
+    assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
+
+
+def test_rows_without_a_label_or_without_scores_have_one_loss_each() -> None:
+    logits, teacher, labels, _ = taught_batch(0.5, 2.0)
+    soft = (teacher / 2).softmax(1)
+    none = torch.zeros_like(soft)
+    loss = TrainingLoss(LossConfig(label_smoothing=0.2), None, temperature=2.0)
+    alone = loss(logits, torch.cat([none, soft], dim=1))[0]
+    divergence = F.kl_div((logits / 2).log_softmax(1), soft, reduction="sum")
+    torch.testing.assert_close(alone, 4 * divergence)
+    hard = torch.cat([F.one_hot(labels, 4).float(), none], dim=1)
+    torch.testing.assert_close(loss(logits, hard)[0], loss(logits, labels)[0])
+
+
+def test_mixed_images_have_the_mixed_losses_of_both_targets() -> None:
+    logits, _, _, targets = taught_batch(0.5, 2.0)
+    share = torch.linspace(0.5, 1, len(logits))
+    mixed = mix_targets(targets, share, 4)
+    loss = TrainingLoss(LossConfig(), None, temperature=2.0)
+    (found,) = torch.autograd.grad(loss(logits, mixed)[0], logits)
+    parts = [loss(logits[[i]], each[[i]])[0] * weight[i]
+             for i in range(len(logits))
+             for each, weight in ((targets, share), (targets.roll(1, 0), 1 - share))]  # fmt: skip
+    (expected,) = torch.autograd.grad(sum(parts), logits)
+    torch.testing.assert_close(found, expected)
+
+
+def test_correct_is_the_label_and_without_one_the_teachers_class() -> None:
+    loss = TrainingLoss(LossConfig(), None, temperature=2.0)
+    logits = torch.tensor([[2.0, 1], [2, 1], [1, 2]])
+    targets = torch.tensor([[0, 0.1, 0.9, 0], [0, 0, 0.8, 0.2], [0, 0, 0.4, 0.6]])
+    assert int(loss.count_correct(logits, targets)) == 2
