@@ -73,7 +73,7 @@ def open_teacher_run(teacher: TeacherConfig) -> CommittedRun:
     if run.merged_runs and teacher.mode == "soft":
         raise RequestError(
             f"teacher.path {run.url}: is a history of several runs, whose scores can be of "
-            "different bundles; pass one of these runs, label the images anew with `imgcls predict "
+            "different bundles; pass one of these runs, label them again with `imgcls predict "
             "--scores`, or pass --teacher.mode hard"
         )
     if not run.has_scores and (teacher.mode == "soft" or run.task == "multilabel"):
