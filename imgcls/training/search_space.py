@@ -19,6 +19,10 @@ RESULTS_FILE = "results.parquet"
 TRIALS_FOLDER = "trials"
 BEST_FOLDER = "best"
 
+_IMAGE_KEYS = ("data.train", "data.val", "data.classes", "teacher")
+"""Prefixes of keys that choose the images, their labels, or which of them are held out."""
+_TEACHER_LOSS_KEYS = ("teacher.temperature", "teacher.weight")
+
 SearchRange = tuple[float, float]
 
 
@@ -157,7 +161,7 @@ def check_space(config: TuneConfig) -> None:
         if key.split(".")[0] in ("output", "overwrite", "find_lr", "storage", "track"):
             problems.append(f"tune.space.{key}: does not change the trained model")
             continue
-        if key.startswith("teacher") and key not in ("teacher.temperature", "teacher.weight"):
+        if key.startswith(_IMAGE_KEYS) and key not in _TEACHER_LOSS_KEYS:
             problems.append(f"tune.space.{key}: changes the images, which all trials share")
             continue
         if axis.kind == "grid" and search.search != "random":

@@ -63,6 +63,7 @@ def test_every_problem_of_a_search_space_is_reported_at_once() -> None:
         "output": {"choice": ["a"]},
         "epochs": {"grid": [1, 2]},
         "teacher.mode": {"choice": ["soft", "hard"]},
+        "data.val_fraction": {"choice": [0.1, 0.2]},
     }
     with pytest.raises(ConfigError) as caught:
         check_space(order(space, search="optuna"))
@@ -71,7 +72,8 @@ def test_every_problem_of_a_search_space_is_reported_at_once() -> None:
     assert "tune.space.optim.lr: -1.0: optim.lr" in text
     assert "tune.space.output: does not change the trained model" in text
     assert "tune.space.epochs: grid needs tune.search random" in text
-    assert "tune.space.teacher.mode: changes the images, which all trials share" in text
+    for key in ("teacher.mode", "data.val_fraction"):
+        assert f"tune.space.{key}: changes the images, which all trials share" in text
     with pytest.raises(ConfigError, match="nothing to search"):
         check_space(order({}))
 
