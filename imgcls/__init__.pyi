@@ -20,7 +20,7 @@ from imgcls.inference.result import PredictResult
 from imgcls.models.bundle import load_bundle as load_bundle
 from imgcls.models.classifier import Classifier as Classifier
 from imgcls.training.augment.recipe import AugmentConfig
-from imgcls.training.config import DataConfig, EarlyStoppingConfig, FinetuneConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, ProbeConfig, TrackConfig, TrainConfig, TrainScaleConfig
+from imgcls.training.config import DataConfig, EarlyStoppingConfig, FinetuneConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, ProbeConfig, TeacherConfig, TrackConfig, TrainConfig, TrainScaleConfig
 from imgcls.training.result import TrainResult
 from os import PathLike
 from pyarrow.lib import Table
@@ -253,6 +253,7 @@ def train(
     lora: LoraConfig | Mapping[str, object] = ...,
     augment: AugmentConfig | Mapping[str, object] | str | PathLike[str] = ...,
     loss: LossConfig | Mapping[str, object] = ...,
+    teacher: TeacherConfig | None | Mapping[str, object] | str | PathLike[str] = ...,
     optim: OptimConfig | Mapping[str, object] = ...,
     early_stopping: EarlyStoppingConfig | Mapping[str, object] = ...,
     scale: TrainScaleConfig | Mapping[str, object] = ...,
