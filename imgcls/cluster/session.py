@@ -29,7 +29,7 @@ import grpc
 import ray
 
 from imgcls.cluster import ray_internals
-from imgcls.environment import set_env_defaults
+from imgcls.data.environment import set_env_defaults
 from imgcls.errors import ImgclsError, RequestError, RunFailed, first_line
 
 _CONNECT_TIMEOUT_S = 30

@@ -21,11 +21,11 @@ from typing import Any
 
 import yaml
 
+from imgcls.data.environment import set_env_defaults
 from imgcls.data.optional_packages import import_package
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.credentials import hide_credentials
 from imgcls.data.storage.registry import STORES
-from imgcls.environment import set_env_defaults
 from imgcls.errors import (
     BundleError,
     StorageError,

@@ -28,8 +28,8 @@ from imgcls.cluster import ray_internals, session
 from imgcls.cluster.autoscaler import WaitTimeout
 from imgcls.cluster.interrupts import Interruption, run_in_thread
 from imgcls.cluster.session import build_malloc_env
+from imgcls.data.environment import set_env_defaults
 from imgcls.data.storage import filesystem, object_store, storage_settings
-from imgcls.environment import set_env_defaults
 from imgcls.errors import Interrupted, RunFailed
 from imgcls.formatting import format_count
 from imgcls.models import zoo

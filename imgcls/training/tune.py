@@ -28,9 +28,9 @@ from imgcls.cluster import session
 from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
 from imgcls.cluster.ray_data import DataExecution
 from imgcls.cluster.session import Node
+from imgcls.data.environment import set_env_defaults
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.data.storage.storage_settings import with_config_storage
-from imgcls.environment import set_env_defaults
 from imgcls.errors import ConfigError, OutputError, RequestError, RunFailed, StorageMissing
 from imgcls.models.bundle import BUNDLE_FILE, TaskName
 from imgcls.runs.lease import Lease
