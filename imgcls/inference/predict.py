@@ -37,7 +37,6 @@ from imgcls.inference import autotune, commit, rollup
 from imgcls.inference.autotune import TunedSettings
 from imgcls.inference.benchmark import BENCHMARK_IMAGES, BenchmarkInput
 from imgcls.inference.config import PredictConfig as PredictConfig
-from imgcls.inference.explanations import explain_runs
 from imgcls.inference.known_images import TRANSIENT_STATUSES
 from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load_planned_manifest
 from imgcls.inference.nights import OutputSeries, compute_next_sequence, format_date
@@ -124,7 +123,10 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
         else:
             result = _label_new(config, manifest, bundle, label, outputs)
         publish_runs(config, outputs)
-        explain_runs(bundle, outputs, config.explain, interruption)
+        if config.explain:
+            from imgcls.inference.explanations import explain_runs
+
+            explain_runs(bundle, outputs, config.explain, interruption)
         return result
 
 

@@ -22,6 +22,7 @@ def test_a_metric_that_is_nan_is_not_in_the_description(mean: float) -> None:
         config=SimpleNamespace(dump_settings=dict, seed=0),
         examples=SimpleNamespace(
             targets=SimpleNamespace(task="multilabel"),
+            teacher=None,
             classes=["cat", "dog"],
             sources={},
             count=lambda held: 10,
