@@ -116,7 +116,7 @@ def test_a_service_does_not_start_with_an_empty_key_file(
     with pytest.raises(RequestError, match=r"contains no key\. Run `imgcls key new --file"):
         run_preflight_checks(config)
     create(file)
-    assert run_preflight_checks(config).fixed_keys == []
+    assert run_preflight_checks(config) == []
 
 
 def test_an_expired_key_is_not_found() -> None:
