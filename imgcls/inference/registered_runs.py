@@ -51,24 +51,16 @@ def pin_version(config: PredictConfig, bundle: Bundle) -> tuple[PredictConfig, B
     if bundle.registered is None:
         return config, bundle
     found = replace(bundle.registered, uri=config.model)
-    log.emit(
-        "model",
-        f"{found.uri}: version {found.version}, bundle {bundle.sha256[:12]} in {found.url}",
-        name=found.name,
-        version=found.version,
-        sha256=bundle.sha256,
-    )
+    found.log_version(bundle.sha256)
     pinned = config.model_copy(update={"model": found.pinned_uri})
     return pinned, replace(bundle, registered=found)
 
 
 def describe_registered(bundle: Bundle) -> dict[str, Any]:
     """The entry of `_run.json` about a registered model; none for another bundle."""
-    found = bundle.registered
-    if found is None:
+    if bundle.registered is None:
         return {}
-    record = {"uri": found.uri, "name": found.name, "version": found.version}
-    return {"registered_model": record | {"sha256": bundle.sha256}}
+    return {"registered_model": bundle.registered.build_record(bundle.sha256)}
 
 
 def _use_stored(config: ConfigT, uri: str, record: Mapping[str, Any]) -> ConfigT:

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from imgcls import log
 from imgcls.data.environment import set_env_defaults
 from imgcls.data.optional_packages import import_package
 from imgcls.data.storage import filesystem
@@ -72,6 +73,23 @@ class RegisteredModel:
     def pinned_uri(self) -> str:
         """The URI of this version, which no alias changes."""
         return f"{REGISTRY_PREFIX}{self.name}/{self.version}"
+
+    def build_record(self, sha256: str) -> dict[str, Any]:
+        """What outputs store of the version.
+
+        sha256: hash of its bundle, as it was read
+        """
+        return {"uri": self.uri, "name": self.name, "version": self.version, "sha256": sha256}
+
+    def log_version(self, sha256: str) -> None:
+        """Log the version and the folder that the URI means."""
+        log.emit(
+            "model",
+            f"{self.uri}: version {self.version}, bundle {sha256[:12]} in {self.url}",
+            name=self.name,
+            version=self.version,
+            sha256=sha256,
+        )
 
 
 def resolve_registered(uri: str) -> RegisteredModel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from imgcls import log
@@ -71,17 +71,10 @@ def find_starting_model(config: TrainConfig) -> StartingModel | None:
             )
     else:
         bundle = read_description(uri)
-    found = bundle.registered
-    assert found is not None
-    log.emit(
-        "model",
-        f"{uri}: version {found.version}, bundle {bundle.sha256[:12]} in {bundle.url}",
-        name=found.name,
-        version=found.version,
-        sha256=bundle.sha256,
-    )
-    record = {"uri": uri, "name": found.name, "version": found.version, "sha256": bundle.sha256}
-    return StartingModel(bundle.url, record)
+    assert bundle.registered is not None
+    found = replace(bundle.registered, uri=uri)
+    found.log_version(bundle.sha256)
+    return StartingModel(bundle.url, found.build_record(bundle.sha256))
 
 
 def use_model(config: ConfigT, name: str) -> ConfigT:

@@ -20,7 +20,6 @@ from imgcls import log
 from imgcls.cluster import session
 from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
 from imgcls.cluster.ray_data import DataExecution
-from imgcls.config import requested
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import use_settings
 from imgcls.errors import (
@@ -93,49 +92,14 @@ class TrialContext:
     registered_model: ModelRecord | None = None
 
 
-def train(
-    config: TrainConfig | None = None, /, *, trial: TrialContext | None = None, **settings: Any
-) -> TrainResult:
+def train(config: TrainConfig, *, trial: TrialContext | None = None) -> TrainResult:
     """Train a network on labeled images and write its bundle.
 
-    If the output folder holds an unfinished run of the same request, it is resumed from its last
-    saved state. If it holds the finished bundle of the same request, that result is returned.
+    `imgcls.train` documents the behavior and the errors. Here a teacher is a run; `train_student`
+    labels the images first if it is a bundle.
 
-    Parameters
-    ----------
-    config : TrainConfig, optional
-        The complete request. Pass either this or `settings`.
-    trial : TrialContext, optional
-        Set by `imgcls tune` for the trials of a search.
-    **settings
-        Keys of `TrainConfig`, nested (``optim={"lr": 1e-3}``) or dotted
-        (``**{"optim.lr": 1e-3}``). `data` and `output` are required.
-
-    Returns
-    -------
-    TrainResult
-        The bundle's URL, the metrics of every epoch, and the best epoch.
-
-    Raises
-    ------
-    RequestError
-        The request cannot work. Nothing was started.
-    TooManyErrors
-        More images than `data.max_error_rate` allows cannot be decoded.
-    RunFailed
-        Workers failed more often than `scale.max_failures`, or the loss became NaN or infinite.
-        Rerun the same call to resume from the last saved state.
-
-    Examples
-    --------
-    >>> import imgcls
-    >>> result = imgcls.train(  # doctest: +SKIP
-    ...     data="photos/", output="bundle", model="resnet18", epochs=3
-    ... )
-    >>> result.best.val_accuracy  # doctest: +SKIP
-    0.9312
+    trial: set by `imgcls tune` for the trials of a search
     """
-    config = requested(TrainConfig, config, settings, 'train(data="photos/", output="bundle")')
     with use_settings(config.storage):
         return _train(config, trial)
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from imgcls import train
 from imgcls.errors import (
     BundleError,
     ConfigError,
@@ -29,7 +30,7 @@ from imgcls.training.data.examples import read_examples
 from imgcls.training.optim import linear_probe
 from imgcls.training.optim.linear_probe import ProbeFeatures
 from imgcls.training.search_space import TuneConfig, check_space
-from imgcls.training.train import TrainConfig, train
+from imgcls.training.train import TrainConfig
 from tests.conftest import write_manifest
 from tests.runs.embedded import CLASSES, commit_run, save_with_head
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from imgcls import train
 from imgcls.errors import RequestError, RunFailed
 from imgcls.models.bundle import load_bundle
 from imgcls.training import registration
 from imgcls.training.config import TrackConfig
 from imgcls.training.loggers.base import check_loggers
 from imgcls.training.registration import register_bundle
-from imgcls.training.train import train
 from tests.conftest import write_manifest
 from tests.mlflow_store import ModelStore
 from tests.runs.embedded import CLASSES, commit_run, save_with_head
