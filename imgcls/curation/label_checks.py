@@ -57,8 +57,14 @@ def check_output_file(config: LabelsImportConfig, output: str, manifest: Manifes
     if config.images is not None:
         inputs["images"] = config.images.path
     for key, url in inputs.items():
-        if _resolve_links(url) == target:
+        resolved = _resolve_links(url)
+        if resolved == target:
             raise OutputError(f"output {output}: is the file of {key}; pass another --output")
+        if key == "export" and filesystem.parent(target) == resolved.rstrip("/"):
+            raise OutputError(
+                f"output {output}: is in the folder of export, whose tables the next import reads; "
+                "pass an --output in another folder"
+            )
 
 
 def _resolve_links(url: str) -> str:

@@ -213,3 +213,15 @@ def test_an_import_replaces_no_file_that_it_reads(tmp_path: Path) -> None:
     (folder / "a.parquet").rename(folder / label_history.HISTORY_FILE)
     with pytest.raises(OutputError, match="is the history of labels"):
         merge(tmp_path, export, folder / label_history.HISTORY_FILE, output=folder / "new.parquet")
+
+
+def test_an_output_in_the_folder_of_the_export_is_refused(tmp_path: Path) -> None:
+    onto = write_manifest(tmp_path, {"/a.jpg": "cat", "/b.jpg": "dog"})
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    write_labels(tmp_path, [("/a.jpg", "dog", "ann", 1)]).rename(folder / "0.parquet")
+    (tmp_path / "link").symlink_to(folder)
+    for export in (folder, tmp_path / "link"):
+        with pytest.raises(OutputError, match="is in the folder of export"):
+            merge(tmp_path, export, onto, output=folder / "new.parquet")
+    assert [each.name for each in folder.iterdir()] == ["0.parquet"]
