@@ -225,3 +225,34 @@ def test_an_output_in_the_folder_of_the_export_is_refused(tmp_path: Path) -> Non
         with pytest.raises(OutputError, match="is in the folder of export"):
             merge(tmp_path, export, onto, output=folder / "new.parquet")
     assert [each.name for each in folder.iterdir()] == ["0.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output", "is_refused"),
+    [
+        ("s*/m.parquet", "s3/m.parquet", True),
+        ("s*/m.parquet", "link/m.parquet", True),
+        ("lin*/m.parquet", "link/m.parquet", True),
+        ("**/m.parquet", "s1/deep/er/m.parquet", True),
+        ("**/m.parquet", "m.parquet", True),
+        ("s*/m.parquet", "s1/deep/m.parquet", False),
+        ("s*/m.parquet", "s3/n.parquet", False),
+        ("**/m.parquet", "s3/xm.parquet", False),
+    ],
+)
+def test_an_output_that_the_glob_of_the_manifest_matches_is_refused(
+    tmp_path: Path, pattern: str, output: str, is_refused: bool
+) -> None:
+    for name in ("s1", "linked"):
+        (tmp_path / name).mkdir()
+        onto = write_manifest(tmp_path, {f"/{name}.jpg": "cat"})
+        onto.rename(tmp_path / name / "m.parquet")
+    (tmp_path / "s3").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "s3")
+    export = write_labels(tmp_path, [("/s1.jpg", "cat", "ann", 1)])
+    if not is_refused:
+        merge(tmp_path, export, tmp_path / pattern, output=tmp_path / output)
+        return
+    with pytest.raises(OutputError, match="twice"):
+        merge(tmp_path, export, tmp_path / pattern, output=tmp_path / output)
+    assert not (tmp_path / output).exists()
