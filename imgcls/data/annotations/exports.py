@@ -11,7 +11,13 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcls.data.annotations.annotation import Annotation, Export, check_names, parse_time
+from imgcls.data.annotations.annotation import (
+    Annotation,
+    Export,
+    check_names,
+    is_unicode,
+    parse_time,
+)
 from imgcls.data.annotations.csv_labels import read_csv, write_csv
 from imgcls.data.annotations.cvat import ARCHIVED_FILE, read_cvat, write_cvat
 from imgcls.data.annotations.fiftyone import (
@@ -78,6 +84,12 @@ def read_export(
             export = _read_json(files[0], found, skip_unchanged=skip_unchanged)
     except StorageError as error:
         raise request_error(RequestError, f"export {url}: {error}", error) from error
+    for each in export.annotations:
+        for text in (each.path, each.annotator):
+            if text is not None and not is_unicode(text):
+                raise RequestError(
+                    f"export {url}: {text!r} is no valid Unicode text; correct the export"
+                )
     if not export.annotations:
         raise RequestError(
             f"export {url}: has no label ({export.unlabeled:,} images without one); label images, "
@@ -174,12 +186,19 @@ def _read_tables(url: str, files: list[str]) -> Export:
                 Annotation(
                     row["path"],
                     None if names is None else check_names(names, place),
-                    row.get("annotator"),
+                    _get_text(row, "annotator", place),
                     parse_time(row.get("labeled_at"), place),
-                    row.get("tool") or "imgcls",
+                    _get_text(row, "tool", place) or "imgcls",
                 )
             )
     return Export(url, annotations)
+
+
+def _get_text(row: Mapping[str, Any], name: str, place: str) -> str | None:
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise RequestError(f"{place}: {name} {value!r} is not text; correct the table")
+    return value
 
 
 def _truncate_times(table: pa.Table) -> pa.Table:

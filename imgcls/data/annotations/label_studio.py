@@ -231,7 +231,12 @@ def _find_image(data: Any, place: str) -> str:
 
 
 def _parse_image_url(url: str, place: str) -> str:
-    split = urlsplit(url)
+    try:
+        split = urlsplit(url)
+    except ValueError as error:
+        raise RequestError(
+            f"{place}: the image {url!r} is not a valid URL; correct the task"
+        ) from error
     if split.path.endswith(_LOCAL_FILES) and (found := parse_qs(split.query).get("d")):
         return found[0].lstrip("/")
     if uploaded := _UPLOADED.search(split.path):
