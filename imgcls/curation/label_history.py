@@ -51,10 +51,17 @@ def read_history(folder: str, *, several: bool) -> pa.Table:
     table = _read_table(url)
     if table is None:
         return schema.empty_table()
-    if table.schema.remove_metadata() != schema:
+    found = table.schema.remove_metadata()
+    if found == build_history_schema(several=not several):
         raise OutputError(
-            f"{url}: is the history of other labels ({table.schema.field(1).type}, not "
+            f"{url}: is the history of other labels ({found.field('label').type}, not "
             f"{schema.field('label').type}); pass an --output in another folder"
+        )
+    if found != schema:
+        columns = ", ".join(f"{each.name} {each.type}" for each in found)
+        raise OutputError(
+            f"{url}: is not a history of these labels (its columns: {columns}); pass an --output "
+            "in another folder"
         )
     return table
 
@@ -65,8 +72,12 @@ def _read_table(url: str) -> pa.Table | None:
             return pq.read_table(stream)
     except StorageMissing:
         return None
-    except (pa.ArrowException, StorageError, OSError) as error:
+    except StorageError as error:
         raise request_error(OutputError, f"{url}: cannot be read ({error})", error) from error
+    except (pa.ArrowException, OSError) as error:
+        raise OutputError(
+            f"{url}: cannot be read ({error}). Move it away, or pass an --output in another folder"
+        ) from error
 
 
 def build_history_rows(
