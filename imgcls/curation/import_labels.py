@@ -53,6 +53,8 @@ from imgcls.formatting import format_count
 from imgcls.runs.layout import check_output_writable
 from imgcls.runs.lease import Lease
 
+_TEMPORARY_FILE_AGE_S = 600
+"""Minimum age of temporary files that are removed; a writer may be at work on younger ones."""
 _COUNTS = ("labeled", "replaced", "confirmed", "kept", "added")
 
 
@@ -96,7 +98,14 @@ def _import(config: LabelsImportConfig) -> LabelImport:
     check_output_name(output)
     with _hold_folder(filesystem.parent(output)) as lease:
         recover_history(filesystem.parent(output))
+        _remove_unfinished(filesystem.parent(output))
         return _import_held(config, output, lease)
+
+
+def _remove_unfinished(folder: str) -> None:
+    """Remove the temporary files of killed imports, where this is possible."""
+    with contextlib.suppress(OSError):
+        filesystem.remove_temporary_files(folder, older_than=_TEMPORARY_FILE_AGE_S)
 
 
 @contextlib.contextmanager
