@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from imgcls.config import Names, Section, UnitFloat, names
-from imgcls.data.annotations.exports import ExportFormat
+from imgcls.data.annotations.tasks import ExportFormat
 from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.image_files import MAX_IMAGE_BYTES
 from imgcls.data.manifests.manifest import ManifestConfig

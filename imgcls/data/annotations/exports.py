@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,12 +27,9 @@ from imgcls.data.annotations.fiftyone import (
     write_fiftyone,
 )
 from imgcls.data.annotations.label_studio import read_label_studio, write_label_studio
-from imgcls.data.annotations.tasks import LabelingTasks, ToolFormat
+from imgcls.data.annotations.tasks import ExportFormat, LabelingTasks, ToolFormat
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError, StorageError, StorageMissing, request_error
-
-ExportFormat = Literal["auto", "label-studio", "cvat", "fiftyone", "csv", "imgcls"]
-"""The formats that labels are read from. imgcls: the labels table in Parquet."""
 
 _WRITERS: Mapping[ToolFormat, Callable[[str, LabelingTasks], list[str]]] = MappingProxyType(
     {

@@ -13,6 +13,8 @@ from imgcls.errors import RequestError
 
 ToolFormat = Literal["label-studio", "cvat", "fiftyone", "csv"]
 """The tools that tasks are written for."""
+ExportFormat = Literal["auto", "label-studio", "cvat", "fiftyone", "csv", "imgcls"]
+"""The formats that labels are read from. imgcls: the labels table in Parquet."""
 
 
 @dataclass(frozen=True)
