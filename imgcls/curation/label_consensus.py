@@ -89,7 +89,7 @@ def _take_last(annotations: Iterable[Annotation]) -> list[Annotation]:
 
 
 def _find_last(annotations: Sequence[Annotation]) -> list[Annotation]:
-    """The annotations with the last time, of which there may be several; none if one has no time."""
+    """All annotations with the last time; none if one of them has no time."""
     if any(each.labeled_at is None for each in annotations):
         return []
     last = find_last_time(annotations)

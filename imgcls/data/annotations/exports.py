@@ -64,7 +64,7 @@ def read_export(
     try:
         files = _find_files(url)
         head = _read_head(files[0])
-        found = _detect(files, head) if format == "auto" else format
+        found = _detect(head) if format == "auto" else format
         if skip_unchanged and found not in _RECORD_UNCHANGED:
             raise RequestError(
                 f"export {url}: skip_unchanged: has no effect on the format {found}, which does "
@@ -120,7 +120,7 @@ def _read_head(url: str) -> bytes:
     return head
 
 
-def _detect(files: list[str], head: bytes) -> ExportFormat:
+def _detect(head: bytes) -> ExportFormat:
     if head.startswith(b"PAR1"):
         return "imgcls"
     if head.startswith(b"PK"):
