@@ -238,7 +238,7 @@ def _read_rows_of(images: Manifest | None, wanted: pa.Array) -> tuple[pa.Table, 
     parts = [pa.array([], wanted.type)]
     for batch in iter_large_batches(images):
         paths = read_paths(images, batch)
-        rows = pc.indices_nonzero(pc.fill_null(pc.is_in(paths, value_set=wanted), False))
+        rows = pc.indices_nonzero(pc.is_in(paths, value_set=wanted))
         tables.append(pa.Table.from_batches([batch.take(rows)]))
         parts.append(paths.take(rows))
     return pa.concat_tables(tables), pa.concat_arrays(parts)

@@ -146,7 +146,7 @@ def _has_row(known: list[Mapping[str, Any]], row: Mapping[str, Any], names: list
     return False
 
 
-def write_history(folder: str, history: pa.Table) -> str:
+def _write_history(folder: str, history: pa.Table) -> str:
     """Write the history into a folder, atomically; returns the file."""
     url = filesystem.join(folder, HISTORY_FILE)
     write_table(url, history)
@@ -186,7 +186,7 @@ def write_pending(output: str, digest: str, history: pa.Table) -> None:
 
 def publish_history(folder: str, history: pa.Table) -> str:
     """Publish the history of a manifest that was published now; returns the file."""
-    url = write_history(folder, history)
+    url = _write_history(folder, history)
     filesystem.remove(filesystem.join(folder, PENDING_FILE))
     return url
 
@@ -200,7 +200,7 @@ def recover_history(folder: str) -> None:
     metadata = pending.schema.metadata or {}
     manifest = filesystem.join(folder, metadata.get(_MANIFEST_KEY, b"").decode())
     if _compute_digest(manifest) == metadata.get(_DIGEST_KEY, b"").decode():
-        write_history(folder, pending.replace_schema_metadata(None))
+        _write_history(folder, pending.replace_schema_metadata(None))
     filesystem.remove(url)
 
 
