@@ -163,10 +163,10 @@ def check_classes(
         return
     name = unknown[0]
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     raise RequestError(
         f"export {config.export}: class {name!r} ({format_count(counts[name], 'image')}){more} is "
-        f"not among the {len(known)} of {config.onto.path}{hint}. Correct it in the tool, or pass "
-        "--new-classes"
+        f"not one of the {len(known)} classes of {config.onto.path}{hint}. Correct it in the tool, "
+        "or pass --new-classes"
     )
