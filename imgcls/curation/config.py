@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from imgcls.config import Names, Section, UnitFloat, names
-from imgcls.data.annotations.exports import ExportFormat
+from imgcls.data.annotations.tasks import ExportFormat
 from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.image_files import MAX_IMAGE_BYTES
 from imgcls.data.manifests.manifest import ManifestConfig
@@ -318,8 +318,8 @@ class LabelsImportConfig(Section):
     that are not absolute paths are looked up in it, an image that is neither in it nor in onto is
     refused, and added images get its columns."""
     image_root: str | None = None
-    """Folder or prefix where names in the export start that are not absolute paths, such as
-    s3://bucket. Default: they are looked up in images by the end of the path."""
+    """Folder or URL prefix of relative names in the export, such as s3://bucket. Default: match
+    them with the end of the paths in images."""
     on_conflict: ConflictPolicy = "error"
     """Where annotators disagree about an image. error: list the images and write nothing. majority:
     the label of more than half. newest: the last label. skip: none of them."""

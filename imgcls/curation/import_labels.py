@@ -53,6 +53,8 @@ from imgcls.formatting import format_count
 from imgcls.runs.layout import check_output_writable
 from imgcls.runs.lease import Lease
 
+_TEMPORARY_FILE_AGE_S = 600
+"""Minimum age of temporary files that are removed; a writer may be at work on younger ones."""
 _COUNTS = ("labeled", "replaced", "confirmed", "kept", "added")
 
 
@@ -96,7 +98,14 @@ def _import(config: LabelsImportConfig) -> LabelImport:
     check_output_name(output)
     with _hold_folder(filesystem.parent(output)) as lease:
         recover_history(filesystem.parent(output))
+        _remove_unfinished(filesystem.parent(output))
         return _import_held(config, output, lease)
+
+
+def _remove_unfinished(folder: str) -> None:
+    """Remove the temporary files of killed imports, where this is possible."""
+    with contextlib.suppress(OSError):
+        filesystem.remove_temporary_files(folder, older_than=_TEMPORARY_FILE_AGE_S)
 
 
 @contextlib.contextmanager
@@ -229,7 +238,7 @@ def _read_rows_of(images: Manifest | None, wanted: pa.Array) -> tuple[pa.Table, 
     parts = [pa.array([], wanted.type)]
     for batch in iter_large_batches(images):
         paths = read_paths(images, batch)
-        rows = pc.indices_nonzero(pc.fill_null(pc.is_in(paths, value_set=wanted), False))
+        rows = pc.indices_nonzero(pc.is_in(paths, value_set=wanted))
         tables.append(pa.Table.from_batches([batch.take(rows)]))
         parts.append(paths.take(rows))
     return pa.concat_tables(tables), pa.concat_arrays(parts)

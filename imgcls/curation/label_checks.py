@@ -22,6 +22,7 @@ from imgcls.formatting import format_count
 
 _SHOWN = 10
 """Images of a kind that a message lists."""
+_GLOB = re.compile(r"[*?\[]")
 
 
 def check_output_name(output: str) -> None:
@@ -57,8 +58,14 @@ def check_output_file(config: LabelsImportConfig, output: str, manifest: Manifes
     if config.images is not None:
         inputs["images"] = config.images.path
     for key, url in inputs.items():
-        if _resolve_links(url) == target:
+        resolved = _resolve_links(url)
+        if resolved == target:
             raise OutputError(f"output {output}: is the file of {key}; pass another --output")
+        if key == "export" and filesystem.parent(target) == resolved.rstrip("/"):
+            raise OutputError(
+                f"output {output}: is in the folder of export, whose tables the next import reads; "
+                "pass an --output in another folder"
+            )
 
 
 def _resolve_links(url: str) -> str:
@@ -75,11 +82,27 @@ def _is_read_with_manifest(config: LabelsImportConfig, target: str, manifest: Ma
     files = [_resolve_links(file) for file in manifest.files]
     if len(files) > 1 and target in files:
         return True
-    if filesystem.exists(source) or not re.search(r"[*?\[]", source):
+    if filesystem.exists(source) or not _GLOB.search(source):
         return False
     folder, _, name = target.rpartition("/")
     is_named = fnmatch.fnmatchcase(name, source.rpartition("/")[2])
-    return is_named and folder in {file.rpartition("/")[0] for file in files}
+    if is_named and folder in {file.rpartition("/")[0] for file in files}:
+        return True
+    pattern = filesystem.absolute(source).split("/")
+    at = next(at for at, part in enumerate(pattern) if _GLOB.search(part))
+    start = _resolve_links("/".join(pattern[:at]) or "/").rstrip("/")
+    return _is_matched(target.split("/"), [*start.split("/"), *pattern[at:]]) or _is_matched(
+        filesystem.absolute(config.output).split("/"), pattern
+    )
+
+
+def _is_matched(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the names of a path match a glob; `**` is any number of folders."""
+    if not pattern or not parts:
+        return not parts and all(each == "**" for each in pattern)
+    if pattern[0] == "**":
+        return _is_matched(parts, pattern[1:]) or _is_matched(parts[1:], pattern)
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _is_matched(parts[1:], pattern[1:])
 
 
 def is_multilabel(config: LabelsImportConfig, manifest: Manifest) -> bool:
@@ -140,10 +163,10 @@ def check_classes(
         return
     name = unknown[0]
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     raise RequestError(
         f"export {config.export}: class {name!r} ({format_count(counts[name], 'image')}){more} is "
-        f"not among the {len(known)} of {config.onto.path}{hint}. Correct it in the tool, or pass "
-        "--new-classes"
+        f"not one of the {len(known)} classes of {config.onto.path}{hint}. Correct it in the tool, "
+        "or pass --new-classes"
     )

@@ -83,13 +83,17 @@ def _take_last(annotations: Iterable[Annotation]) -> list[Annotation]:
         else:
             groups.setdefault(each.annotator, []).append(each)
     for group in groups.values():
-        times = [each.labeled_at for each in group if each.labeled_at is not None]
-        if len(times) < len(group):
-            unique = {get_names(each): each for each in reversed(group)}
-        else:
-            unique = {get_names(each): each for each in group if each.labeled_at == max(times)}
+        unique = {get_names(each): each for each in _find_last(group) or reversed(group)}
         kept += unique.values()
     return kept
+
+
+def _find_last(annotations: Sequence[Annotation]) -> list[Annotation]:
+    """All annotations with the last time; none if one of them has no time."""
+    if any(each.labeled_at is None for each in annotations):
+        return []
+    last = find_last_time(annotations)
+    return [each for each in annotations if each.labeled_at == last]
 
 
 def _find_majority(votes: Sequence[Annotation], *, several: bool) -> LabelNames | None:
@@ -113,10 +117,7 @@ def _find_majority(votes: Sequence[Annotation], *, several: bool) -> LabelNames 
 
 def _find_newest(votes: Sequence[Annotation]) -> LabelNames | None:
     """The label of the last vote; None where times are missing or equal."""
-    times = [each.labeled_at for each in votes if each.labeled_at is not None]
-    if len(times) < len(votes):
-        return None
-    last = {get_names(each) for each in votes if each.labeled_at == max(times)}
+    last = {get_names(each) for each in _find_last(votes)}
     return last.pop() if len(last) == 1 else None
 
 

@@ -51,10 +51,17 @@ def read_history(folder: str, *, several: bool) -> pa.Table:
     table = _read_table(url)
     if table is None:
         return schema.empty_table()
-    if table.schema.remove_metadata() != schema:
+    found = table.schema.remove_metadata()
+    if found == build_history_schema(several=not several):
         raise OutputError(
-            f"{url}: is the history of other labels ({table.schema.field(1).type}, not "
+            f"{url}: is the history of other labels ({found.field('label').type}, not "
             f"{schema.field('label').type}); pass an --output in another folder"
+        )
+    if found != schema:
+        columns = ", ".join(f"{each.name} {each.type}" for each in found)
+        raise OutputError(
+            f"{url}: is not a history of these labels (its columns: {columns}); pass an --output "
+            "in another folder"
         )
     return table
 
@@ -65,8 +72,12 @@ def _read_table(url: str) -> pa.Table | None:
             return pq.read_table(stream)
     except StorageMissing:
         return None
-    except (pa.ArrowException, StorageError, OSError) as error:
+    except StorageError as error:
         raise request_error(OutputError, f"{url}: cannot be read ({error})", error) from error
+    except (pa.ArrowException, OSError) as error:
+        raise OutputError(
+            f"{url}: cannot be read ({error}). Move it away, or pass an --output in another folder"
+        ) from error
 
 
 def build_history_rows(
@@ -135,7 +146,7 @@ def _has_row(known: list[Mapping[str, Any]], row: Mapping[str, Any], names: list
     return False
 
 
-def write_history(folder: str, history: pa.Table) -> str:
+def _write_history(folder: str, history: pa.Table) -> str:
     """Write the history into a folder, atomically; returns the file."""
     url = filesystem.join(folder, HISTORY_FILE)
     write_table(url, history)
@@ -175,7 +186,7 @@ def write_pending(output: str, digest: str, history: pa.Table) -> None:
 
 def publish_history(folder: str, history: pa.Table) -> str:
     """Publish the history of a manifest that was published now; returns the file."""
-    url = write_history(folder, history)
+    url = _write_history(folder, history)
     filesystem.remove(filesystem.join(folder, PENDING_FILE))
     return url
 
@@ -189,7 +200,7 @@ def recover_history(folder: str) -> None:
     metadata = pending.schema.metadata or {}
     manifest = filesystem.join(folder, metadata.get(_MANIFEST_KEY, b"").decode())
     if _compute_digest(manifest) == metadata.get(_DIGEST_KEY, b"").decode():
-        write_history(folder, pending.replace_schema_metadata(None))
+        _write_history(folder, pending.replace_schema_metadata(None))
     filesystem.remove(url)
 
 

@@ -186,7 +186,7 @@ def _read_labels(manifest: Manifest, found: FoundImages) -> None:
     for batch in iter_large_batches(manifest):
         _count_classes(manifest, batch, found.counts)
         paths = read_paths(manifest, batch)
-        rows = pc.indices_nonzero(pc.fill_null(pc.is_in(paths, value_set=wanted), False))
+        rows = pc.indices_nonzero(pc.is_in(paths, value_set=wanted))
         if not len(rows):
             continue
         label_sets = read_label_sets(manifest, batch.take(rows))
@@ -235,7 +235,7 @@ class _ImageLookup:
         ends = pc.replace_substring_regex(paths, pattern, r"\1")
         if not self._has_suffixes:
             ends = pc.replace_substring_regex(ends, _SUFFIX, "")
-        rows = pc.indices_nonzero(pc.fill_null(pc.is_in(ends, value_set=names), False))
+        rows = pc.indices_nonzero(pc.is_in(ends, value_set=names))
         for name, path in zip(
             ends.take(rows).to_pylist(), paths.take(rows).to_pylist(), strict=True
         ):

@@ -132,34 +132,43 @@ def _plan_groups(config: ListingConfig, source: str, output: str) -> list[list[s
 def _find_prefixes(top: _PartWriter, source: str, concurrency: int) -> list[str]:
     """Find enough folders to list in parallel, level by level; files above them go to `top`.
 
-    The folders of a level are listed at once, each into a temporary file, so that `top` has their
-    files in the order of the folders.
+    The folders of a level are listed at once, each of several into a temporary file, so that `top`
+    has their files in the order of the folders.
     """
 
-    def list_subfolders(folder: str, part: str) -> list[str]:
-        below: list[str] = []
-        bundle = False
+    def list_into_part(folder: str, part: str) -> list[str]:
         with _PartWriter.open(part, source, top.has_labels) as writer:
-            for page in filesystem.iter_pages(folder, deep=False):
-                writer.add(page.files)
-                below += [f for f in page.folders if not is_hidden_name(f.rpartition("/")[2])]
-                bundle |= any(file.path.endswith("/bundle.json") for file in page.files)
-        return [each for each in below if not (bundle and each.endswith("/plots"))]
+            return _list_subfolders(folder, writer)
 
     folders = [source]
     for _ in range(_MAX_DEPTH):
         if len(folders) >= 2 * concurrency:
             break
+        if len(folders) == 1:
+            folders = sorted(_list_subfolders(folders[0], top))
+            top.flush()  # before the rows of the next level
+            continue
         with (
             tempfile.TemporaryDirectory() as temporary,
             create_thread_pool(concurrency, "list") as pool,
         ):
             parts = [_get_part_url(temporary, at) for at in range(len(folders))]
-            found = list(pool.map(list_subfolders, folders, parts))
+            found = list(pool.map(list_into_part, folders, parts))
             for part in parts:
                 top.append(part)
         folders = sorted(each for below in found for each in below)
     return folders
+
+
+def _list_subfolders(folder: str, writer: _PartWriter) -> list[str]:
+    """Find the folders right below a folder; its files go to the writer."""
+    below: list[str] = []
+    bundle = False
+    for page in filesystem.iter_pages(folder, deep=False):
+        writer.add(page.files)
+        below += [f for f in page.folders if not is_hidden_name(f.rpartition("/")[2])]
+        bundle |= any(file.path.endswith("/bundle.json") for file in page.files)
+    return [each for each in below if not (bundle and each.endswith("/plots"))]
 
 
 def _list_group(group: Sequence[str], part: str, source: str, config: ListingConfig) -> int:
@@ -196,7 +205,7 @@ class _PartWriter:
         with filesystem.open_write(url) as stream, pq.ParquetWriter(stream, schema) as writer:
             part = cls(writer, source)
             yield part
-            part._flush()
+            part.flush()
             writer.add_key_value_metadata({_SKIPPED_KEY: json.dumps(part._skipped)})
 
     @property
@@ -213,7 +222,7 @@ class _PartWriter:
             else:
                 self._skipped[get_suffix(path)] += 1
         if len(self._pending) >= _FLUSH_ROWS:
-            self._flush()
+            self.flush()
 
     def append(self, part: str) -> None:
         """Add the rows of another file that this class wrote."""
@@ -224,7 +233,8 @@ class _PartWriter:
         self.rows += file.metadata.num_rows
         self._skipped.update(_read_skipped(file.metadata))
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the rows that are held in memory."""
         self._writer.write_table(_build_table(self._pending, self._source, self._writer.schema))
         self.rows += len(self._pending)
         self._pending.clear()

@@ -384,6 +384,12 @@ def damage_page() -> bytes:
     return bytes(data)
 
 
+def build_table(**columns: Any) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"path": ["/a.jpg"], "label": ["cat"], **columns}), stream)
+    return stream.getvalue()
+
+
 BAD: dict[str, tuple[str | bytes, str]] = {
     "truncated.json": ('[{"id": 1, "annotations": [', "damaged JSON"),
     "deep.json": ("[" * 200_000, "damaged JSON"),
@@ -432,6 +438,20 @@ BAD: dict[str, tuple[str | bytes, str]] = {
         "path,label,labeled_at\n/a.jpg,cat,0001-01-01T00:00:00+05:00\n",
         "+05:00' is no time",
     ),
+    "host.json": (
+        '[{"data": {"image": "http://[bad"}, "annotations": [{"result": []}]}]',
+        "task 0: the image 'http://[bad' is not a valid URL",
+    ),
+    "surrogate.json": (
+        '[{"annotation_id": 1, "path": "/a.jpg", "label": "\\ud800"}]',
+        "task 0: '\\ud800' is no class name",
+    ),
+    "surrogates.json": (
+        '[{"annotation_id": 1, "path": "/\\udfff.jpg", "label": "cat"}]',
+        "'/\\udfff.jpg' is no valid Unicode text",
+    ),
+    "annotator.parquet": (build_table(annotator=[3]), "row 0: annotator 3 is not text"),
+    "tool.parquet": (build_table(tool=[3]), "row 0: tool 3 is not text"),
     "page.parquet": (damage_page(), "damaged Parquet"),
     "blank.csv": ("path,label\n/a.jpg,\n", "has no label"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -99,6 +100,19 @@ def test_a_kill_before_the_manifest_is_published_leaves_no_history(tmp_path: Pat
         ("/a.jpg", "dog", "ann", "cat", False), ("/a.jpg", "cat", "bob", "cat", False),
     ]  # fmt: skip
     assert not (tmp_path / "out" / label_history.PENDING_FILE).exists()
+
+
+def test_the_unfinished_manifest_of_a_killed_import_is_removed_later(tmp_path: Path) -> None:
+    onto = write_manifest(tmp_path, {"/a.jpg": "cat", "/b.jpg": "dog"})
+    export, output = write_labels(tmp_path, CONFLICT[:1]), tmp_path / "out" / "new.parquet"
+    run_killed(export, onto, output, "write_pending", is_after=True)
+    (left,) = output.parent.glob(".new.parquet.*.tmp")
+    (output.parent / ".folder.tmp").mkdir()
+    merge(tmp_path, export, onto)
+    assert left.exists()  # a writer may be at work on it
+    os.utime(left, (0, 0))
+    merge(tmp_path, export, onto, overwrite=True)
+    assert not left.exists()
 
 
 def test_a_kill_after_the_manifest_is_published_loses_no_history(tmp_path: Path) -> None:
@@ -213,3 +227,69 @@ def test_an_import_replaces_no_file_that_it_reads(tmp_path: Path) -> None:
     (folder / "a.parquet").rename(folder / label_history.HISTORY_FILE)
     with pytest.raises(OutputError, match="is the history of labels"):
         merge(tmp_path, export, folder / label_history.HISTORY_FILE, output=folder / "new.parquet")
+
+
+def test_an_output_in_the_folder_of_the_export_is_refused(tmp_path: Path) -> None:
+    onto = write_manifest(tmp_path, {"/a.jpg": "cat", "/b.jpg": "dog"})
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    write_labels(tmp_path, [("/a.jpg", "dog", "ann", 1)]).rename(folder / "0.parquet")
+    (tmp_path / "link").symlink_to(folder)
+    for export in (folder, tmp_path / "link"):
+        with pytest.raises(OutputError, match="is in the folder of export"):
+            merge(tmp_path, export, onto, output=folder / "new.parquet")
+    assert [each.name for each in folder.iterdir()] == ["0.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output", "is_refused"),
+    [
+        ("s*/m.parquet", "s3/m.parquet", True),
+        ("s*/m.parquet", "link/m.parquet", True),
+        ("lin*/m.parquet", "link/m.parquet", True),
+        ("**/m.parquet", "s1/deep/er/m.parquet", True),
+        ("**/m.parquet", "m.parquet", True),
+        ("s*/m.parquet", "s1/deep/m.parquet", False),
+        ("s*/m.parquet", "s3/n.parquet", False),
+        ("**/m.parquet", "s3/xm.parquet", False),
+    ],
+)
+def test_an_output_that_the_glob_of_the_manifest_matches_is_refused(
+    tmp_path: Path, pattern: str, output: str, is_refused: bool
+) -> None:
+    for name in ("s1", "linked"):
+        (tmp_path / name).mkdir()
+        onto = write_manifest(tmp_path, {f"/{name}.jpg": "cat"})
+        onto.rename(tmp_path / name / "m.parquet")
+    (tmp_path / "s3").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "s3")
+    export = write_labels(tmp_path, [("/s1.jpg", "cat", "ann", 1)])
+    if not is_refused:
+        merge(tmp_path, export, tmp_path / pattern, output=tmp_path / output)
+        return
+    with pytest.raises(OutputError, match="twice"):
+        merge(tmp_path, export, tmp_path / pattern, output=tmp_path / output)
+    assert not (tmp_path / output).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (label_history.HISTORY_FILE, r"not a history of these labels \(its columns: path string\)"),
+        (label_history.PENDING_FILE, r"cannot be read \(.*\)\. Move it away, or pass an --output"),
+    ],
+)
+def test_another_file_in_the_place_of_the_history_is_named(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    onto = write_manifest(tmp_path, {"/a.jpg": "cat", "/b.jpg": "dog"})
+    export, file = write_labels(tmp_path, [("/a.jpg", "dog", "ann", 1)]), tmp_path / "out" / name
+    file.parent.mkdir()
+    if name == label_history.HISTORY_FILE:
+        pq.write_table(pa.table({"path": ["/a.jpg"]}), file)
+    else:
+        file.write_bytes(b"damaged")
+    before = file.read_bytes()
+    with pytest.raises(OutputError, match=rf"{name}: .*{message}"):
+        merge(tmp_path, export, onto)
+    assert file.read_bytes() == before

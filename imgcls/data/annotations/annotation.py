@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from imgcls.errors import RequestError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Characters that JSON can contain and UTF-8 cannot."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,15 @@ def check_names(values: Iterable[Any], place: str) -> tuple[str, ...]:
     """Class names in Unicode NFC, each once; raises RequestError for a value that is no name."""
     names = []
     for value in values:
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not value.strip() or not is_unicode(value):
             raise RequestError(f"{place}: {value!r} is no class name; correct the export")
         names.append(unicodedata.normalize("NFC", value))
     return tuple(dict.fromkeys(names))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8: it has no single surrogates, which JSON can have."""
+    return not _SURROGATE.search(text)
 
 
 def parse_time(value: Any, place: str) -> datetime.datetime | None:

@@ -7,8 +7,8 @@ name alone if they were uploaded, by the path below the root of a connected shar
 from __future__ import annotations
 
 import io
-import json
 import lzma
+import operator
 import re
 import zipfile
 import zlib
@@ -20,10 +20,10 @@ from xml.sax.saxutils import escape, quoteattr
 
 from imgcls.data.annotations.annotation import Annotation, Export, check_names
 from imgcls.data.annotations.tasks import (
-    LabelingTask,
     LabelingTasks,
     check_tool_can_open,
     find_relative_path,
+    write_json,
 )
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError
@@ -66,7 +66,7 @@ def write_cvat(folder: str, tasks: LabelingTasks) -> list[str]:
     labels = [{"name": name, "type": "tag", "attributes": attributes} for name in tasks.classes]
     files = [filesystem.join(folder, name) for name in (ANNOTATIONS_FILE, LABELS_FILE)]
     filesystem.write(files[0], body.encode())
-    filesystem.write(files[1], (json.dumps(labels, ensure_ascii=False, indent=1) + "\n").encode())
+    write_json(files[1], labels)
     return files
 
 
@@ -107,7 +107,8 @@ def _iter_xml(tasks: LabelingTasks, names: list[str]) -> Iterator[str]:
             f"<attributes>{attributes}</attributes></label>\n"
         )
     yield "      </labels>\n    </task>\n  </meta>\n"
-    for frame, (name, task) in enumerate(sorted(zip(names, tasks.tasks, strict=True), key=_name)):
+    images = sorted(zip(names, tasks.tasks, strict=True), key=operator.itemgetter(0))
+    for frame, (name, task) in enumerate(images):
         size = (
             ""
             if task.width is None or task.height is None
@@ -122,10 +123,6 @@ def _iter_xml(tasks: LabelingTasks, names: list[str]) -> Iterator[str]:
             yield "</tag>\n"
         yield "  </image>\n"
     yield "</annotations>\n"
-
-
-def _name(pair: tuple[str, LabelingTask]) -> str:
-    return pair[0]
 
 
 def read_cvat(data: bytes, source: str, *, skip_unchanged: bool) -> Export:

@@ -6,12 +6,18 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcls.data.annotations.annotation import Annotation, Export, check_names, parse_time
+from imgcls.data.annotations.annotation import (
+    Annotation,
+    Export,
+    check_names,
+    is_unicode,
+    parse_time,
+)
 from imgcls.data.annotations.csv_labels import read_csv, write_csv
 from imgcls.data.annotations.cvat import ARCHIVED_FILE, read_cvat, write_cvat
 from imgcls.data.annotations.fiftyone import (
@@ -21,12 +27,9 @@ from imgcls.data.annotations.fiftyone import (
     write_fiftyone,
 )
 from imgcls.data.annotations.label_studio import read_label_studio, write_label_studio
-from imgcls.data.annotations.tasks import LabelingTasks, ToolFormat
+from imgcls.data.annotations.tasks import ExportFormat, LabelingTasks, ToolFormat
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError, StorageError, StorageMissing, request_error
-
-ExportFormat = Literal["auto", "label-studio", "cvat", "fiftyone", "csv", "imgcls"]
-"""The formats that labels are read from. imgcls: the labels table in Parquet."""
 
 _WRITERS: Mapping[ToolFormat, Callable[[str, LabelingTasks], list[str]]] = MappingProxyType(
     {
@@ -61,7 +64,7 @@ def read_export(
     try:
         files = _find_files(url)
         head = _read_head(files[0])
-        found = _detect(files, head) if format == "auto" else format
+        found = _detect(head) if format == "auto" else format
         if skip_unchanged and found not in _RECORD_UNCHANGED:
             raise RequestError(
                 f"export {url}: skip_unchanged: has no effect on the format {found}, which does "
@@ -78,6 +81,12 @@ def read_export(
             export = _read_json(files[0], found, skip_unchanged=skip_unchanged)
     except StorageError as error:
         raise request_error(RequestError, f"export {url}: {error}", error) from error
+    for each in export.annotations:
+        for text in (each.path, each.annotator):
+            if text is not None and not is_unicode(text):
+                raise RequestError(
+                    f"export {url}: {text!r} is no valid Unicode text; correct the export"
+                )
     if not export.annotations:
         raise RequestError(
             f"export {url}: has no label ({export.unlabeled:,} images without one); label images, "
@@ -111,7 +120,7 @@ def _read_head(url: str) -> bytes:
     return head
 
 
-def _detect(files: list[str], head: bytes) -> ExportFormat:
+def _detect(head: bytes) -> ExportFormat:
     if head.startswith(b"PAR1"):
         return "imgcls"
     if head.startswith(b"PK"):
@@ -174,12 +183,19 @@ def _read_tables(url: str, files: list[str]) -> Export:
                 Annotation(
                     row["path"],
                     None if names is None else check_names(names, place),
-                    row.get("annotator"),
+                    _get_text(row, "annotator", place),
                     parse_time(row.get("labeled_at"), place),
-                    row.get("tool") or "imgcls",
+                    _get_text(row, "tool", place) or "imgcls",
                 )
             )
     return Export(url, annotations)
+
+
+def _get_text(row: Mapping[str, Any], name: str, place: str) -> str | None:
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise RequestError(f"{place}: {name} {value!r} is not text; correct the table")
+    return value
 
 
 def _truncate_times(table: pa.Table) -> pa.Table:

@@ -6,13 +6,17 @@ export without `data.json`, samples are named by their file names without suffix
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imgcls.data.annotations.annotation import Annotation, Export, check_names
-from imgcls.data.annotations.tasks import LabelingTask, LabelingTasks, check_tool_can_open
+from imgcls.data.annotations.tasks import (
+    LabelingTask,
+    LabelingTasks,
+    check_tool_can_open,
+    write_json,
+)
 from imgcls.data.manifests.manifest import resolve_path
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError
@@ -34,14 +38,14 @@ def write_fiftyone(folder: str, tasks: LabelingTasks) -> list[str]:
     paths: dict[str, str] = {}
     for number, task in enumerate(tasks.tasks):
         check_tool_can_open(task.path, "FiftyOne", ())
-        # without a period: FiftyOne cuts what follows one from the names
+        # no period: FiftyOne removes the text after a period from sample names
         name = f"{number:08d}"
         paths[name] = filesystem.local_path(task.path)
         labels[name] = _build_label(task, codes, tasks)
     files = [filesystem.join(folder, DATASET_FOLDER, name) for name in (PATHS_FILE, LABELS_FILE)]
     bodies = (paths, {"classes": list(tasks.classes), "labels": labels})
     for file, body in zip(files, bodies, strict=True):
-        filesystem.write(file, (json.dumps(body, ensure_ascii=False, indent=1) + "\n").encode())
+        write_json(file, body)
     return files
 
 

@@ -6,7 +6,6 @@ annotation. The path of an image is in the task's data under `path`, which Label
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from imgcls.data.annotations.tasks import (
     LabelingTasks,
     check_tool_can_open,
     find_relative_path,
+    write_json,
 )
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError
@@ -46,7 +46,7 @@ def write_label_studio(folder: str, tasks: LabelingTasks) -> list[str]:
     """
     body = [_build_task(each, tasks) for each in tasks.tasks]
     files = [filesystem.join(folder, name) for name in (TASKS_FILE, INTERFACE_FILE)]
-    filesystem.write(files[0], (json.dumps(body, ensure_ascii=False, indent=1) + "\n").encode())
+    write_json(files[0], body)
     filesystem.write(files[1], build_interface(tasks.classes, several=tasks.several).encode())
     return files
 
@@ -231,7 +231,12 @@ def _find_image(data: Any, place: str) -> str:
 
 
 def _parse_image_url(url: str, place: str) -> str:
-    split = urlsplit(url)
+    try:
+        split = urlsplit(url)
+    except ValueError as error:
+        raise RequestError(
+            f"{place}: the image {url!r} is not a valid URL; correct the task"
+        ) from error
     if split.path.endswith(_LOCAL_FILES) and (found := parse_qs(split.query).get("d")):
         return found[0].lstrip("/")
     if uploaded := _UPLOADED.search(split.path):

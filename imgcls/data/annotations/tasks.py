@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from imgcls.data.containers import members
 from imgcls.data.storage import filesystem
@@ -13,6 +14,8 @@ from imgcls.errors import RequestError
 
 ToolFormat = Literal["label-studio", "cvat", "fiftyone", "csv"]
 """The tools that tasks are written for."""
+ExportFormat = Literal["auto", "label-studio", "cvat", "fiftyone", "csv", "imgcls"]
+"""The formats that labels are read from. imgcls: the labels table in Parquet."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class LabelingTasks:
     several: bool
     model_version: str
     image_root: str | None = None
+
+
+def write_json(url: str, body: Any) -> None:
+    """Write a JSON file of tasks, in UTF-8 and indented."""
+    filesystem.write(url, (json.dumps(body, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def check_tool_can_open(path: str, tool: str, schemes: Sequence[str]) -> None:
