@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 import uuid
 
@@ -123,6 +124,9 @@ def write_durably(path: str, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
+_TEMPORARY_NAME = re.compile(r"\..*\.[0-9a-f]{12}\.tmp", re.DOTALL)
+
+
 def temporary_name(path: str) -> str:
     """Name of a temporary file in the folder of `path`, for data that is not complete yet."""
     folder, name = os.path.split(path)
@@ -132,4 +136,5 @@ def temporary_name(path: str) -> str:
 
 
 def is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".tmp")
+    """Whether a file name is one of `temporary_name`; files of other programs are not touched."""
+    return _TEMPORARY_NAME.fullmatch(name) is not None

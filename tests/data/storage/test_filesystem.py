@@ -515,3 +515,12 @@ def test_a_server_that_is_gone_is_unavailable(short_deadline: None) -> None:
     with Server() as closed:
         url = closed.url
     fails(StorageUnavailable, lambda: filesystem.read(f"{url}/x"))
+
+
+def test_only_temporary_files_of_our_own_writers_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".a.parquet.0123456789ab.tmp").touch()
+    foreign = [".backup.tmp", ".a.0123456789.tmp", "a.0123456789ab.tmp", ".0123456789ab.tmp.txt"]
+    for name in foreign:
+        (tmp_path / name).touch()
+    filesystem.remove_temporary_files(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(foreign)
