@@ -23,7 +23,7 @@ from imgcls import config as configuration
 from imgcls import log
 from imgcls.cluster import autoscaler, session
 from imgcls.cluster.session import DeviceType
-from imgcls.data.storage import storage_settings
+from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import ImgclsError, RequestError
 from imgcls.models.bundle import is_registry_uri, load_bundle, read_description
 from imgcls.models.device_support import check_device
@@ -265,12 +265,18 @@ def _check_labeling_paths(labeling: LabelingConfig) -> None:
         ("labeling.manifest.root", labeling.manifest.root),
         ("labeling.output", labeling.output),
     ):
-        is_relative = value is not None and not (":" in value or os.path.isabs(value))
-        if is_relative:
+        if value is not None and _is_relative(value, is_manifest=key.endswith(".path")):
             raise RequestError(
                 f"{key} {value}: is relative to the working directory of each replica. Set an "
                 "absolute path on a disk that all replicas share, or a URL"
             )
+
+
+def _is_relative(place: str, *, is_manifest: bool) -> bool:
+    if is_manifest and place.startswith("iceberg:"):
+        return False
+    path = place.removeprefix("delta:") if is_manifest else place
+    return not (filesystem.is_url(path) or os.path.isabs(path))
 
 
 def locate_model(config: ServeConfig) -> ServeConfig:

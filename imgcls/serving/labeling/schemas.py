@@ -14,8 +14,8 @@ from imgcls.serving.labeling.queue import LabelingQueue
 
 MAX_LABELS = 1_000
 PATH_TEXT = (
-    "Path of the image as in the manifest, for display: without the credentials of a URL and the "
-    "query of an HTTP URL."
+    "Path of the image as in the manifest, for display: a URL without credentials and query, such "
+    "as a signature."
 )
 Annotator = Annotated[
     str, StringConstraints(strip_whitespace=True, pattern=r"^[\w.@ -]{1,64}$", max_length=64)

@@ -291,11 +291,15 @@ def test_the_queue_has_each_image_once_in_order(tmp_path: Path) -> None:
 def test_the_page_shows_no_credentials_of_urls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    urls = ["https://ana:secret@h/a.jpg?X-Amz-Signature=s", "zip://https://h/z.zip?sig=s#a b?.jpg"]
+    urls = [
+        "https://ana:secret@h/a.jpg?X-Amz-Signature=s", "zip://https://h/z.zip?sig=s#a b?.jpg",
+        "https://ana:pa/ss@h/a.jpg", "https://ana:p#w@h/b.jpg", "az://c/a.jpg?sig=s",
+    ]  # fmt: skip
     found = read_csv_queue(tmp_path, urls)
     assert found.paths == tuple(urls)
     assert [found.describe(url) for url in urls] == [
         "https://h/a.jpg?...", "zip://https://h/z.zip?...#a b?.jpg",
+        "https://h/a.jpg", "https://h/b.jpg", "az://c/a.jpg?...",
     ]  # fmt: skip
 
     def refuse(url: str, _: int) -> bytes:
@@ -345,7 +349,13 @@ def test_slow_images_hold_up_nothing_else(
 
 
 def test_relative_paths_in_a_serve_config_file_are_refused(color_bundle: Path) -> None:
-    for changed in ({"labeling.output": "labels"}, {"labeling.manifest": "m.csv"}):
+    for changed in (
+        {"labeling.output": "labels"},
+        {"labeling.output": "run:1/labels"},
+        {"labeling.output": "delta:/labels"},
+        {"labeling.manifest": "m.csv"},
+        {"labeling.manifest": "delta:tables/x"},
+    ):
         args = {"model": str(color_bundle), "labeling.manifest": "/m.csv", "labeling.output": "/l"}
         with pytest.raises(RequestError, match=r"is relative to the working directory"):
             build_from_args({**args, **changed})
