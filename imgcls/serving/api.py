@@ -16,7 +16,6 @@ from starlette.types import ASGIApp
 
 from imgcls import __version__
 from imgcls.data.formats import MIME_TYPES
-from imgcls.errors import OK
 from imgcls.serving import page
 from imgcls.serving.api_schemas import (
     AUTH_ERRORS,
@@ -24,6 +23,7 @@ from imgcls.serving.api_schemas import (
     PredictResponse,
     ReloadResponse,
     Secret,
+    build_predict_response,
     describe_problems,
 )
 from imgcls.serving.app_middleware import AppMiddleware
@@ -34,7 +34,6 @@ from imgcls.serving.labeling.labeling import Labeling
 from imgcls.serving.labeling.routes import add_labeling_routes
 from imgcls.serving.problems import (
     Problem,
-    build_image_problem,
     build_internal_error,
     build_status_problem,
 )
@@ -184,9 +183,7 @@ def _add_predict_route(
             if len(uploads) > 1:
                 await access.charge(key, cost * (len(uploads) - 1), paid=cost)
             model, rows = await service.predict(uploads, options)
-        if len(rows) == 1 and rows[0]["status"] != OK:
-            raise build_image_problem(rows[0]["status"], rows[0]["error"])
-        return JSONResponse({"model": model.sha256, "predictions": rows})
+        return JSONResponse(build_predict_response(model.sha256, rows))
 
 
 def _add_model_routes(

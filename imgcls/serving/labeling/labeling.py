@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from imgcls.data.storage.storage_settings import create_thread_pool
 from imgcls.errors import RequestError
 from imgcls.serving.config import LabelingConfig
 from imgcls.serving.labeling.assignment import (
@@ -51,8 +51,8 @@ class Labeling:
         self.several = several
         self.added_classes = config.classes
         self.annotations_per_image = config.annotations_per_image
-        self.threads = ThreadPoolExecutor(_STORE_THREADS, "labels")
-        self.progress_thread = ThreadPoolExecutor(1, "progress")
+        self.threads = create_thread_pool(_STORE_THREADS, "labels")
+        self.progress_thread = create_thread_pool(1, "progress")
         self._store = store
         self._meter = ProgressMeter(queue, config.annotations_per_image, several=several)
         self._newcomers: dict[str, AnnotatorRecord] = {}
@@ -75,7 +75,8 @@ class Labeling:
     def assign(self, annotator: str) -> AnnotatorWork:
         """Assign the next images to an annotator.
 
-        Does not create the record of an annotator without decisions: names are limited in number.
+        Creates no record for an annotator without decisions, because MAX_ANNOTATORS limits the
+        records.
         """
 
         def change(
@@ -159,18 +160,14 @@ class Labeling:
             self._newcomers = dict(list(valid.items())[-MAX_NEWCOMERS:])
             self._newcomers[record.annotator] = record
 
-    def _list_newcomers(self, now: datetime.datetime) -> dict[str, AnnotatorRecord]:
-        with self._newcomers_lock:
-            newcomers = self._newcomers.items()
-            return {name: each for name, each in newcomers if is_assignment_valid(each, now)}
-
     def _with_assignment(
         self,
         own: AnnotatorRecord,
         records: Mapping[str, AnnotatorRecord],
         now: datetime.datetime,
     ) -> AnnotatorRecord:
-        everyone = {**self._list_newcomers(now), **records}
+        with self._newcomers_lock:
+            everyone = {**self._newcomers, **records}
         chosen = choose_images(self.queue, own, everyone, self.annotations_per_image, now)
         return replace(own, assigned=chosen, assigned_at=now)
 

@@ -7,7 +7,6 @@ the ID of the queue: a replica with another list of images rejects the request (
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import io
 import logging
 import unicodedata
@@ -19,10 +18,16 @@ from fastapi import FastAPI, Path, Request
 from fastapi.responses import HTMLResponse, Response
 from pydantic import ValidationError
 
-from imgcls.errors import OK, OutputError, StorageError
+from imgcls.errors import OutputError, StorageError
 from imgcls.serving import page
 from imgcls.serving.api_keys import ApiKey
-from imgcls.serving.api_schemas import AUTH_ERRORS, PredictResponse, Secret, describe_problems
+from imgcls.serving.api_schemas import (
+    AUTH_ERRORS,
+    PredictResponse,
+    Secret,
+    build_predict_response,
+    describe_problems,
+)
 from imgcls.serving.auth import AccessControl
 from imgcls.serving.labeling.images import BROWSER_FORMATS, QueueImages, convert_for_browser
 from imgcls.serving.labeling.labeling import Labeling
@@ -36,7 +41,7 @@ from imgcls.serving.labeling.schemas import (
     build_progress_response,
     build_work_response,
 )
-from imgcls.serving.problems import Problem, build_image_problem
+from imgcls.serving.problems import Problem
 from imgcls.serving.service import PredictOptions, Service
 from imgcls.serving.uploads import BodyBudget, Upload, receive_json
 
@@ -129,13 +134,12 @@ def _add_image_routes(
     async def suggestion(request: Request, secret: Secret, queue: QueueId, row: Row) -> Any:
         key = access.authorize(secret, "label", request)
         _check_image(labeling, queue, row)
+        service.check_capacity()
         await access.charge(key, 1)  # for the image, too: a page asks for both
         data = await images.read(row)
         options = PredictOptions(service.config.top_k, service.config.threshold)
         model, rows = await service.predict([Upload(io.BytesIO(data), len(data))], options)
-        if rows[0]["status"] != OK:
-            raise build_image_problem(rows[0]["status"], rows[0]["error"])
-        return {"model": model.sha256, "predictions": rows}
+        return build_predict_response(model.sha256, rows)
 
 
 def _add_queue_routes(
@@ -229,9 +233,8 @@ def _add_decision_routes(
 
 async def _run(threads: Executor, call: Callable[[], T]) -> T:
     """Run a call of the store in a thread; its errors become problems."""
-    context = contextvars.copy_context()
     try:
-        return await asyncio.get_running_loop().run_in_executor(threads, context.run, call)
+        return await asyncio.get_running_loop().run_in_executor(threads, call)
     except StorageError as error:
         logger.error("the folder of the labels: %s", error)
         raise Problem(503, "labels_unavailable", str(error), retry_after=_RETRY_AFTER_S) from error
