@@ -30,8 +30,7 @@ from imgcls.serving.app_middleware import AppMiddleware
 from imgcls.serving.auth import AccessControl
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.explanations import EXPLANATION_COST
-from imgcls.serving.labeling.labeling import Labeling
-from imgcls.serving.labeling.routes import add_labeling_routes
+from imgcls.serving.labeling.labeling import Labeling, UnavailableLabeling
 from imgcls.serving.problems import (
     Problem,
     build_internal_error,
@@ -106,7 +105,7 @@ def build_app(
     access: AccessControl,
     control: ServiceControl,
     config: ServeConfig,
-    labeling: Labeling | None = None,
+    labeling: Labeling | UnavailableLabeling | None = None,
 ) -> ASGIApp:
     """Build the ASGI application.
 
@@ -125,6 +124,8 @@ def build_app(
     _add_model_routes(app, service, access, control)
     _add_public_routes(app, service)
     if labeling is not None:
+        from imgcls.serving.labeling.routes import add_labeling_routes
+
         add_labeling_routes(app, service, access, labeling, budget)
     _add_error_handlers(app)
     wrapped: ASGIApp = AppMiddleware(app, service.metrics, config)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from imgcls.data.storage.credentials import hide_credentials
 from imgcls.data.storage.storage_settings import create_thread_pool
-from imgcls.errors import RequestError
+from imgcls.errors import ImgclsError, RequestError
 from imgcls.serving.config import LabelingConfig
 from imgcls.serving.labeling.assignment import (
     ASSIGNMENT_S,
@@ -25,6 +27,8 @@ from imgcls.serving.problems import Problem
 MAX_NEWCOMERS = 100
 """Annotators without a decision whose first images are reserved in a replica."""
 _STORE_THREADS = 4
+
+logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
@@ -176,3 +180,25 @@ class Labeling:
         record = self._find_newcomer(record)
         remaining = count_remaining(self.queue, record, records, self.annotations_per_image)
         return AnnotatorWork(record, remaining)
+
+
+@dataclass(frozen=True)
+class UnavailableLabeling:
+    """Labeling that a replica could not open.
+
+    reason: the error, without credentials
+    """
+
+    reason: str
+
+
+def open_in_replica(
+    config: LabelingConfig, *, several: bool
+) -> Labeling | UnavailableLabeling | None:
+    """As `Labeling.open`, but an error is logged and returned: the replica serves predictions."""
+    try:
+        return Labeling.open(config, several=several)
+    except ImgclsError as error:
+        reason = hide_credentials(str(error))
+        logger.error("labeling is not available in this replica: %s", reason)
+        return UnavailableLabeling(reason)

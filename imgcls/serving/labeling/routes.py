@@ -30,7 +30,7 @@ from imgcls.serving.api_schemas import (
 )
 from imgcls.serving.auth import AccessControl
 from imgcls.serving.labeling.images import BROWSER_FORMATS, QueueImages, convert_for_browser
-from imgcls.serving.labeling.labeling import Labeling
+from imgcls.serving.labeling.labeling import Labeling, UnavailableLabeling
 from imgcls.serving.labeling.schemas import (
     DecisionRequest,
     LabelingRequest,
@@ -48,13 +48,12 @@ from imgcls.serving.uploads import BodyBudget, Upload, receive_json
 T = TypeVar("T")
 R = TypeVar("R", bound=LabelingRequest)
 
-LABEL_PAGE = page.StaticPage.load("label.html")
 _RETRY_AFTER_S = 5
 _STORE_ERRORS = AUTH_ERRORS | describe_problems(
     {
         409: "The list of images has changed, or the request does not fit the stored decisions; "
         "the detail has the reason.",
-        503: "The folder of the labels cannot be read or written; see Retry-After.",
+        503: "The manifest or the folder of the labels cannot be read or written; see Retry-After.",
     }
 )
 _BODY_ERRORS = _STORE_ERRORS | describe_problems(
@@ -73,8 +72,12 @@ _IMAGE_ERRORS = AUTH_ERRORS | describe_problems(
         415: "Not an image, or an unsupported image format.",
         422: "The image is missing, truncated, empty or damaged.",
         429: "Rate limit of the API key exceeded; see Retry-After.",
-        503: "The image cannot be read now, or the queue of the model is full; see Retry-After.",
+        503: "The image or the manifest cannot be read now, or the queue of the model is full; see "
+        "Retry-After.",
     }
+)
+_UNAVAILABLE_ERRORS = AUTH_ERRORS | describe_problems(
+    {503: "This replica cannot read the manifest or the folder of the labels; see Retry-After."}
 )
 _IMAGE_RESPONSE: dict[int | str, dict[str, Any]] = {
     200: {
@@ -92,17 +95,42 @@ def add_labeling_routes(
     app: FastAPI,
     service: Service,
     access: AccessControl,
-    labeling: Labeling,
+    labeling: Labeling | UnavailableLabeling,
     budget: BodyBudget,
 ) -> None:
-    """Add the labeling page and its routes."""
+    """Add the labeling page and its routes.
+
+    If labeling is unavailable, each route is answered with a problem (503), which the page retries.
+    """
+    label_page = page.StaticPage.load("label.html")
+
+    @app.get("/label", response_class=HTMLResponse, include_in_schema=False)
+    async def label() -> HTMLResponse:
+        return label_page.build_response()
+
+    if isinstance(labeling, UnavailableLabeling):
+        _add_unavailable_routes(app, access, labeling)
+        return
     _add_image_routes(app, service, access, labeling)
     _add_queue_routes(app, service, access, labeling)
     _add_decision_routes(app, service, access, labeling, budget)
 
-    @app.get("/label", response_class=HTMLResponse, include_in_schema=False)
-    async def label_page() -> HTMLResponse:
-        return LABEL_PAGE.build_response()
+
+def _add_unavailable_routes(
+    app: FastAPI, access: AccessControl, labeling: UnavailableLabeling
+) -> None:
+    path = "/v1/labeling/{path:path}"
+
+    @app.get(path, responses=_UNAVAILABLE_ERRORS, summary="Labeling is not available")
+    @app.post(path, responses=_UNAVAILABLE_ERRORS, summary="Labeling is not available")
+    async def unavailable(request: Request, secret: Secret, path: str) -> Response:
+        access.authorize(secret, "label", request)
+        raise Problem(
+            503,
+            "labeling_unavailable",
+            f"labeling is not available in this replica: {labeling.reason}",
+            retry_after=_RETRY_AFTER_S,
+        )
 
 
 def _add_image_routes(

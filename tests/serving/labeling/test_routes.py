@@ -28,7 +28,7 @@ from imgcls.serving.labeling.labeling import Labeling
 from imgcls.serving.problems import Problem
 from tests.conftest import write_manifest
 from tests.processes import wait_for
-from tests.serving.app import Running, assert_problem, serving
+from tests.serving.app import Running, assert_problem, jpeg, post, serving
 from tests.serving.labeling.queues import (
     Annotator,
     draw_mixed_queue,
@@ -309,6 +309,33 @@ def test_the_page_shows_no_credentials_of_urls(
     with pytest.raises(Problem) as caught:
         read_queue_image(urls[0], LimitsConfig())
     assert caught.value.detail == "https://h/a.jpg?... no answer"
+
+
+def test_a_replica_that_cannot_open_labeling_serves_predictions(
+    color_bundle: Path, keys: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level("ERROR", "ray.serve"),
+        serving(
+            color_bundle,
+            keys__file=keys["file"],
+            labeling__manifest=str(tmp_path / "removed.csv"),
+            labeling__output=str(tmp_path / "labels"),
+        ) as running,
+    ):
+        predict = {"Authorization": f"Bearer {keys['nightly']}"}
+        assert post(running, jpeg(), headers=predict).status_code == 200
+        assert requests.get(f"{running.url}/label", timeout=10).status_code == 200
+        assert_problem(Annotator(running).get("queue"), 401, "key_missing")
+        ana = Annotator(running, keys["ana"])
+        for response in (ana.get("queue"), ana.post("next", queue="a"), ana.get_image(0, "a")):
+            problem = assert_problem(response, 503, "labeling_unavailable")
+            assert "removed.csv: no such file" in problem["detail"]
+            assert response.headers["Retry-After"]
+        paths = requests.get(f"{running.url}/openapi.json", timeout=10).json()["paths"]
+        for operation in paths["/v1/labeling/{path}"].values():
+            assert "503" in operation["responses"]
+    assert "labeling is not available in this replica" in caplog.text
 
 
 def test_slow_images_hold_up_nothing_else(
