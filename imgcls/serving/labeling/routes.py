@@ -7,6 +7,7 @@ the ID of the queue: a replica with another list of images rejects the request (
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import logging
 import unicodedata
@@ -217,10 +218,10 @@ def _add_decision_routes(
         _check_queue(labeling, body.queue)
         return body, _find_annotator(key, body)
 
-    @app.post(
+    post = functools.partial(app.post, response_model=WorkResponse, responses=_BODY_ERRORS)
+
+    @post(
         "/v1/labeling/next",
-        response_model=WorkResponse,
-        responses=_BODY_ERRORS,
         openapi_extra=_describe_body(LabelingRequest),
         summary="Assign the next images to an annotator",
     )
@@ -229,10 +230,8 @@ def _add_decision_routes(
         work = await _run(labeling.threads, lambda: labeling.assign(annotator))
         return build_work_response(work, labeling.queue)
 
-    @app.post(
+    @post(
         "/v1/labeling/decisions",
-        response_model=WorkResponse,
-        responses=_BODY_ERRORS,
         openapi_extra=_describe_body(DecisionRequest),
         summary="Store the labels of an image",
     )
@@ -246,10 +245,8 @@ def _add_decision_routes(
         )
         return build_work_response(work, labeling.queue)
 
-    @app.post(
+    @post(
         "/v1/labeling/undo",
-        response_model=WorkResponse,
-        responses=_BODY_ERRORS,
         openapi_extra=_describe_body(UndoRequest),
         summary="Undo a decision",
     )

@@ -33,6 +33,7 @@ from tests.serving.labeling.queues import (
     Annotator,
     draw_mixed_queue,
     draw_queue,
+    label_settings,
     read_table,
 )
 
@@ -46,8 +47,7 @@ def mixed(
     with serving(
         color_bundle,
         keys__file=keys["file"],
-        labeling__manifest=str(draw_mixed_queue(folder)),
-        labeling__output=str(folder / "labels"),
+        **label_settings(draw_mixed_queue(folder)),
     ) as running:
         yield running
 
@@ -122,10 +122,7 @@ def test_the_annotator_is_the_name_of_the_key(mixed: Running, keys: dict[str, st
 
 
 def test_wrong_requests_are_problems_and_store_nothing(color_bundle: Path, tmp_path: Path) -> None:
-    settings_ = {
-        "labeling__manifest": str(draw_queue(tmp_path, 2)),
-        "labeling__output": str(tmp_path / "labels"),
-    }
+    settings_ = label_settings(draw_queue(tmp_path, 2))
     with serving(color_bundle, **settings_) as running:
         ana = Annotator(running, name="ana")
         assert_problem(Annotator(running).post("next"), 400, "annotator_missing")
@@ -158,8 +155,7 @@ def test_wrong_requests_are_problems_and_store_nothing(color_bundle: Path, tmp_p
 def test_two_annotators_agree_and_disagree(color_bundle: Path, tmp_path: Path) -> None:
     with serving(
         color_bundle,
-        labeling__manifest=str(draw_queue(tmp_path)),
-        labeling__output=str(tmp_path / "labels"),
+        **label_settings(draw_queue(tmp_path)),
         labeling__annotations_per_image=2,
         labeling__classes="none",
     ) as running:
@@ -195,8 +191,7 @@ def test_multilabel_images_have_any_number_of_labels(
 ) -> None:
     with serving(
         multilabel_bundle,
-        labeling__manifest=str(draw_queue(tmp_path, 3)),
-        labeling__output=str(tmp_path / "labels"),
+        **label_settings(draw_queue(tmp_path, 3)),
         labeling__annotations_per_image=2,
     ) as running:
         ana, ben = (Annotator(running, name=name) for name in ("ana", "ben"))
@@ -216,9 +211,8 @@ def test_multilabel_images_have_any_number_of_labels(
 
 def test_a_reloaded_queue_keeps_the_decisions(color_bundle: Path, tmp_path: Path) -> None:
     """Decisions belong to absolute paths: rows may be added and moved."""
-    output = tmp_path / "labels"
     manifest = draw_queue(tmp_path, 3)
-    options = {"labeling__manifest": str(manifest), "labeling__output": str(output)}
+    options = label_settings(manifest)
     with serving(color_bundle, **options) as running:
         Annotator(running, name="ana").decide(0, ["red"])
     write_manifest(manifest, [("2.jpg",), ("1.jpg",), (str(tmp_path / "0.jpg"),)], ("path",))
@@ -248,7 +242,7 @@ def test_a_replica_with_another_list_of_images_rejects_each_request_with_a_row(
     color_bundle: Path, tmp_path: Path
 ) -> None:
     manifest, output = draw_queue(tmp_path, 3), tmp_path / "labels"
-    options = {"labeling__manifest": str(manifest), "labeling__output": str(output)}
+    options = label_settings(manifest)
     with serving(color_bundle, **options) as one:
         write_manifest(manifest, [("2.jpg",), ("1.jpg",), ("0.jpg",)], ("path",))
         with serving(color_bundle, **options) as two:
@@ -354,8 +348,7 @@ def test_slow_images_hold_up_nothing_else(
     with (
         serving(
             color_bundle,
-            labeling__manifest=str(draw_queue(tmp_path, 3)),
-            labeling__output=str(tmp_path / "labels"),
+            **label_settings(draw_queue(tmp_path, 3)),
         ) as running,
         ThreadPoolExecutor(40) as pool,
     ):
