@@ -174,7 +174,7 @@ def check_create_is_exclusive(
 
     record:  a file that exists
     writers: processes that could write at once, for the message
-    option:  that names the folder, for the message
+    option:  command-line option to name in the message
     """
     if not filesystem.is_local(record) and filesystem.create(record, b"{}"):
         filesystem.remove(record)

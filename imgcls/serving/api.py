@@ -16,7 +16,6 @@ from starlette.types import ASGIApp
 
 from imgcls import __version__
 from imgcls.data.formats import MIME_TYPES
-from imgcls.errors import OK
 from imgcls.serving import page
 from imgcls.serving.api_schemas import (
     AUTH_ERRORS,
@@ -24,17 +23,16 @@ from imgcls.serving.api_schemas import (
     PredictResponse,
     ReloadResponse,
     Secret,
+    build_predict_response,
     describe_problems,
 )
 from imgcls.serving.app_middleware import AppMiddleware
 from imgcls.serving.auth import AccessControl
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.explanations import EXPLANATION_COST
-from imgcls.serving.labeling.labeling import Labeling
-from imgcls.serving.labeling.routes import add_labeling_routes
+from imgcls.serving.labeling.labeling import Labeling, UnavailableLabeling
 from imgcls.serving.problems import (
     Problem,
-    build_image_problem,
     build_internal_error,
     build_status_problem,
 )
@@ -107,7 +105,7 @@ def build_app(
     access: AccessControl,
     control: ServiceControl,
     config: ServeConfig,
-    labeling: Labeling | None = None,
+    labeling: Labeling | UnavailableLabeling | None = None,
 ) -> ASGIApp:
     """Build the ASGI application.
 
@@ -126,6 +124,8 @@ def build_app(
     _add_model_routes(app, service, access, control)
     _add_public_routes(app, service)
     if labeling is not None:
+        from imgcls.serving.labeling.routes import add_labeling_routes
+
         add_labeling_routes(app, service, access, labeling, budget)
     _add_error_handlers(app)
     wrapped: ASGIApp = AppMiddleware(app, service.metrics, config)
@@ -184,9 +184,7 @@ def _add_predict_route(
             if len(uploads) > 1:
                 await access.charge(key, cost * (len(uploads) - 1), paid=cost)
             model, rows = await service.predict(uploads, options)
-        if len(rows) == 1 and rows[0]["status"] != OK:
-            raise build_image_problem(rows[0]["status"], rows[0]["error"])
-        return JSONResponse({"model": model.sha256, "predictions": rows})
+        return JSONResponse(build_predict_response(model.sha256, rows))
 
 
 def _add_model_routes(

@@ -163,7 +163,7 @@ class NewKeyConfig(Section):
     """Name of the key's owner, shown in metrics and logs."""
     scopes: KeyScopes = ["predict"]
     """predict: classify images. admin: read metrics, reload the model. label: label images on the
-    labeling page. Several: predict,admin."""
+    labeling page. Separate several scopes by commas: predict,label."""
     images_per_minute: PositiveFloat | None = None
     """Rate limit in images per minute; unlimited if not set."""
     days: Annotated[int, Field(gt=0)] | None = None

@@ -8,8 +8,9 @@ from fastapi import Depends, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
 
+from imgcls.errors import OK
 from imgcls.models.bundle import TaskName
-from imgcls.serving.problems import MEDIA_TYPE
+from imgcls.serving.problems import MEDIA_TYPE, build_image_problem
 
 _bearer_scheme = HTTPBearer(auto_error=False, description="API key.")
 _header_scheme = APIKeyHeader(name="X-API-Key", auto_error=False, description="API key.")
@@ -85,6 +86,17 @@ class PredictResponse(BaseModel):
 
     model: str = Field(description="SHA-256 of the bundle that was used.")
     predictions: list[PredictionRow]
+
+
+def build_predict_response(model: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A PredictResponse as JSON.
+
+    model: SHA-256 of the bundle
+    Raises the Problem of a request whose only image was rejected.
+    """
+    if len(rows) == 1 and rows[0]["status"] != OK:
+        raise build_image_problem(rows[0]["status"], rows[0]["error"])
+    return {"model": model, "predictions": rows}
 
 
 class ModelDescription(BaseModel):

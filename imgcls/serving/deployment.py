@@ -23,7 +23,7 @@ from imgcls import config as configuration
 from imgcls import log
 from imgcls.cluster import autoscaler, session
 from imgcls.cluster.session import DeviceType
-from imgcls.data.storage import storage_settings
+from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import ImgclsError, RequestError
 from imgcls.models.bundle import is_registry_uri, load_bundle, read_description
 from imgcls.models.device_support import check_device
@@ -34,7 +34,7 @@ from imgcls.serving.api_keys import ApiKey, Keyring
 from imgcls.serving.auth import AccessControl
 from imgcls.serving.config import LabelingConfig, ServeConfig
 from imgcls.serving.coordinator import Coordinator, CoordinatorClient, ReplicaReport
-from imgcls.serving.labeling.labeling import Labeling
+from imgcls.serving.labeling.labeling import Labeling, UnavailableLabeling, open_in_replica
 from imgcls.serving.metrics import ReplicaMetrics
 from imgcls.serving.problems import Problem
 from imgcls.serving.rate_limit import LocalAllowance
@@ -45,6 +45,8 @@ from imgcls.serving.service import ServedModel, Service
 APPLICATION = "imgcls"
 ENDPOINT = "endpoint"
 REPORT_INTERVAL_S = 1.0
+LABELING_RETRY_S = 30.0
+"""Interval between two attempts of a replica to open labeling, in seconds."""
 MAX_ONGOING_REQUESTS = 1024
 """Concurrent requests per replica: slow uploads wait in the replica and not in the HTTP proxy."""
 MAX_QUEUED_REQUESTS = 256
@@ -74,6 +76,8 @@ class Endpoint:
         self._settings_id = ""
         self._reload_error: str | None = None
         self._service: Service | None = None
+        self._labeling: Labeling | UnavailableLabeling | None = None
+        self._app_lock = asyncio.Lock()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         async def app(scope: ASGIScope, receive: Receive, send: Send) -> None:
@@ -105,9 +109,19 @@ class Endpoint:
         keyring = Keyring(config.keys.file, fixed_keys) if config.keys.is_configured() else None
         allowance = LocalAllowance(self._coordinator.take_tokens)
         self._access = AccessControl(keyring, allowance, config.http.cors_origins)
-        is_multilabel = self._service.model.classifier.bundle.spec.task == "multilabel"
-        labeling = await asyncio.to_thread(Labeling.open, config.labeling, several=is_multilabel)
-        self._app = build_app(self._service, self._access, self._coordinator, config, labeling)
+        await self._build_app()
+
+    async def _build_app(self) -> None:
+        """Build the application; an error of labeling leaves the predictions running."""
+        assert self._service is not None
+        async with self._app_lock:
+            config, spec = self._config, self._service.model.classifier.bundle.spec
+            self._labeling = await asyncio.to_thread(
+                open_in_replica, config.labeling, several=spec.task == "multilabel"
+            )
+            self._app = build_app(
+                self._service, self._access, self._coordinator, config, self._labeling
+            )
 
     def _load_model(self, config: ServeConfig) -> ServedModel:
         import torch
@@ -125,6 +139,7 @@ class Endpoint:
                 self._report_periodically,
                 self._reload_on_request,
                 self._refresh_keys_periodically,
+                self._reopen_labeling_periodically,
             )
         ]
 
@@ -179,6 +194,17 @@ class Endpoint:
             await self._reload_requested.wait()
             self._reload_requested.clear()
             await self._update_model(self._config, self._settings_id)
+
+    async def _reopen_labeling_periodically(self) -> None:
+        """Open labeling again after an error that may pass, such as one of the storage."""
+        while True:
+            await asyncio.sleep(LABELING_RETRY_S)
+            if not isinstance(self._labeling, UnavailableLabeling):
+                continue
+            try:
+                await self._build_app()
+            except Exception:  # predictions go on with the application in use
+                logger.exception("cannot open labeling again")
 
     async def _refresh_keys_periodically(self) -> None:
         while True:
@@ -265,12 +291,18 @@ def _check_labeling_paths(labeling: LabelingConfig) -> None:
         ("labeling.manifest.root", labeling.manifest.root),
         ("labeling.output", labeling.output),
     ):
-        is_relative = value is not None and not (":" in value or os.path.isabs(value))
-        if is_relative:
+        if value is not None and _is_relative(value, is_manifest=key.endswith(".path")):
             raise RequestError(
                 f"{key} {value}: is relative to the working directory of each replica. Set an "
                 "absolute path on a disk that all replicas share, or a URL"
             )
+
+
+def _is_relative(place: str, *, is_manifest: bool) -> bool:
+    if is_manifest and place.startswith("iceberg:"):
+        return False
+    path = place.removeprefix("delta:") if is_manifest else place
+    return not (filesystem.is_url(path) or os.path.isabs(path))
 
 
 def locate_model(config: ServeConfig) -> ServeConfig:

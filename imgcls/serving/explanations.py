@@ -7,7 +7,6 @@ such requests has neither its memory nor its time.
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,11 +30,10 @@ _SECONDS_EACH = 0.5
 
 
 class LazyExplainer:
-    """The explainer of a served model, loaded when it is first used."""
+    """The explainer of a served model, loaded when it is first used. Used by one thread."""
 
     def __init__(self, classifier: Classifier) -> None:
         self._classifier = classifier
-        self._lock = threading.Lock()
         self._explainer: Explainer | None = None
         self._failure: Exception | None = None
         self._failed_at = 0.0
@@ -45,23 +43,25 @@ class LazyExplainer:
 
         Raises a Problem: 501 if the network cannot be explained, 503 if its weights cannot be read.
         """
-        with self._lock:
-            if self._explainer is not None:
+        if self._explainer is not None:
+            return self._explainer
+        is_temporary = isinstance(self._failure, StorageError)
+        if is_temporary and time.monotonic() - self._failed_at > _RETRY_S:
+            self._failure = None
+        if self._failure is None:
+            try:
+                self._explainer = Explainer(self._classifier.bundle, self._classifier.device)
                 return self._explainer
-            is_temporary = isinstance(self._failure, StorageError)
-            if is_temporary and time.monotonic() - self._failed_at > _RETRY_S:
-                self._failure = None
-            if self._failure is None:
-                try:
-                    self._explainer = Explainer(self._classifier.bundle, self._classifier.device)
-                    return self._explainer
-                except (BundleError, StorageError) as error:
-                    self._failure, self._failed_at = error, time.monotonic()
-            raise _build_load_problem(self._failure) from self._failure
+            except (BundleError, StorageError) as error:
+                self._failure, self._failed_at = error, time.monotonic()
+        raise _build_load_problem(self._failure) from self._failure
 
 
 def _build_load_problem(error: Exception) -> Problem:
-    """Problem of an explainer that cannot be loaded; the one of a missing file passes by reload."""
+    """Problem for an explainer that cannot be loaded.
+
+    If weights are missing or replaced, restore the bundle and reload the model.
+    """
     if isinstance(error, NotExplainable):
         return Problem(501, "not_explainable", str(error))
     return Problem(

@@ -94,10 +94,8 @@ async def receive_uploads(
         budget.release(body.num_bytes)
 
 
-async def receive_json(
-    request: Request, limits: LimitsConfig, budget: BodyBudget, max_bytes: int = MAX_JSON_BYTES
-) -> bytes:
-    """Receive a JSON body of at most `max_bytes`, not parsed. Raises a Problem."""
+async def receive_json(request: Request, limits: LimitsConfig, budget: BodyBudget) -> bytes:
+    """Receive a JSON body of at most MAX_JSON_BYTES, not parsed. Raises a Problem."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise Problem(
@@ -105,7 +103,7 @@ async def receive_json(
             "unsupported_body",
             f"unsupported content type {content_type[:80]!r}. Send application/json",
         )
-    body = _BoundedBody(request, max_bytes, limits, budget)
+    body = _BoundedBody(request, MAX_JSON_BYTES, limits, budget)
     try:
         return b"".join([chunk async for chunk in body.iter_chunks()])
     finally:

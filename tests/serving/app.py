@@ -25,7 +25,7 @@ from imgcls.serving.api import build_app
 from imgcls.serving.api_keys import Keyring
 from imgcls.serving.auth import AccessControl
 from imgcls.serving.config import ServeConfig
-from imgcls.serving.labeling.labeling import Labeling
+from imgcls.serving.labeling.labeling import open_in_replica
 from imgcls.serving.metrics import MetricTotals, ReplicaMetrics
 from imgcls.serving.rate_limit import LocalAllowance, TokenBuckets
 from imgcls.serving.service import ServedModel, Service
@@ -70,7 +70,7 @@ def serving(bundle: Path, device: DeviceType = "cpu", **settings: Any) -> Iterat
 
     keyring = Keyring(config.keys.file) if config.keys.is_configured() else None
     is_multilabel = load_bundle(str(bundle)).spec.task == "multilabel"
-    labeling = Labeling.open(config.labeling, several=is_multilabel)
+    labeling = open_in_replica(config.labeling, several=is_multilabel)
     port = free_port()
     is_created = threading.Event()
     running: list[Running] = []

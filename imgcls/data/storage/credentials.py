@@ -7,7 +7,7 @@ import re
 _CONTAINER_SCHEMES = ("abfs", "abfss", "wasb", "wasbs")
 """Azure's URLs, where the name before the @ is a container: abfs://container@account/..."""
 _USER_INFO = re.compile(r"([A-Za-z][\w+.-]*)://([^/\s'\"<>]*|[^/\s:@'\"<>]+:(?!\d+/)[^\s@'\"<>]*)@")
-_QUERY = re.compile(r"\b(?!(?:s3|gs|file|hf)://)([A-Za-z][\w+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>)]+")
+_QUERY = re.compile(r"\b(?!(?:s3|gs|file|hf)://)([A-Za-z][\w+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>)#]+")
 
 
 def hide_credentials(text: str) -> str:

@@ -56,8 +56,7 @@ class LabelMatrix:
         encoded = {}
         for name, record in sorted(records.items()):
             known = self._encoded.get(name)
-            is_known = known is not None and known[0] == record.version
-            encoded[name] = known if known is not None and is_known else self._encode(record)
+            encoded[name] = known if known and known[0] == record.version else self._encode(record)
         self._encoded, self._names = encoded, list(encoded)
         self._label_sets = list(self._codes)
         self._matrix = np.full((len(encoded), len(self._paths)), -1, np.int64)
@@ -86,7 +85,8 @@ class LabelMatrix:
     ) -> list[AnnotatorAgreement]:
         """Agreement of each pair of annotators with images in common.
 
-        several: images may have several labels; kappa is then that of the yes or no to each class
+        several: images may have several labels; kappa is then Cohen's kappa of the binary decisions
+            (class applies or not)
         """
         found = []
         for first, second in itertools.combinations(range(len(self._names)), 2):

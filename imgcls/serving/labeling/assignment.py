@@ -40,11 +40,10 @@ def choose_images(
 
     records: of all annotators
     """
-    others = [each for name, each in records.items() if name != own.annotator]
-    labels = Counter(path for each in others for path in each.labeled)
+    labels = _count_labels_of_others(own, records)
     taken = labels.copy()
-    for each in others:
-        if is_assignment_valid(each, now):
+    for name, each in records.items():
+        if name != own.annotator and is_assignment_valid(each, now):
             taken.update(path for path in each.assigned if path not in each.current)
 
     unavailable = labels if is_assignment_valid(own, now) else taken
@@ -73,9 +72,16 @@ def count_remaining(
     annotations_per_image: int,
 ) -> int:
     """Number of images that an annotator has not decided about and that need more labels."""
-    labels = Counter(
-        path for name, each in records.items() if name != own.annotator for path in each.labeled
-    )
+    labels = _count_labels_of_others(own, records)
     return sum(
         labels[path] < annotations_per_image and path not in own.current for path in queue.paths
+    )
+
+
+def _count_labels_of_others(
+    own: AnnotatorRecord, records: Mapping[str, AnnotatorRecord]
+) -> Counter[str]:
+    """Number of other annotators who labeled each image, by path."""
+    return Counter(
+        path for name, each in records.items() if name != own.annotator for path in each.labeled
     )

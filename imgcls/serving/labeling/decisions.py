@@ -72,6 +72,11 @@ class AnnotatorRecord:
         return frozenset(path for path, each in self.current.items() if each.labels is not None)
 
     @property
+    def num_skipped(self) -> int:
+        """Number of images that the annotator skipped."""
+        return len(self.current) - len(self.labeled)
+
+    @property
     def last(self) -> Decision | None:
         """The newest decision that is not undone."""
         return next((each for each in reversed(self.decisions) if not each.is_undone), None)

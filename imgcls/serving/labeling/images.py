@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import functools
 import io
-from concurrent.futures import ThreadPoolExecutor
 
 from imgcls.data import image_files
 from imgcls.data.decoding import open_image
 from imgcls.data.formats import identify_format
+from imgcls.data.storage.storage_settings import create_thread_pool
 from imgcls.errors import ImageError, StorageError
 from imgcls.serving.config import LimitsConfig
 from imgcls.serving.labeling.queue import LabelingQueue, hide_secrets
@@ -37,7 +35,7 @@ class QueueImages:
     def __init__(self, queue: LabelingQueue, limits: LimitsConfig) -> None:
         self._queue = queue
         self._limits = limits
-        self._threads = ThreadPoolExecutor(MAX_READS, "label-images")
+        self._threads = create_thread_pool(MAX_READS, "label-images")
         self._waiting = 0
 
     async def read(self, row: int) -> bytes:
@@ -49,9 +47,9 @@ class QueueImages:
             raise build_busy_problem(1)
         self._waiting += 1
         try:
-            run = contextvars.copy_context().run
-            call = functools.partial(run, read_queue_image, self._queue.paths[row], self._limits)
-            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, read_queue_image, self._queue.paths[row], self._limits
+            )
         finally:
             self._waiting -= 1
 
@@ -62,21 +60,12 @@ def read_queue_image(url: str, limits: LimitsConfig) -> bytes:
     Raises a Problem with the image's status: 503 if a retry may help, otherwise 413, 415 or 422.
     """
     try:
-        return _read(url, limits)
-    except Problem as problem:
-        problem.detail = hide_secrets(problem.detail)
-        raise
-
-
-def _read(url: str, limits: LimitsConfig) -> bytes:
-    try:
         return image_files.read_image(url, limits.image_bytes)
-    except StorageError as error:
-        if error.is_temporary:
-            raise Problem(503, error.status, str(error), retry_after=_RETRY_AFTER_S) from error
-        raise build_image_problem(error.status, str(error)) from error
-    except ImageError as error:
-        raise build_image_problem(error.status, str(error)) from error
+    except (StorageError, ImageError) as error:
+        detail = hide_secrets(str(error))
+        if isinstance(error, StorageError) and error.is_temporary:
+            raise Problem(503, error.status, detail, retry_after=_RETRY_AFTER_S) from error
+        raise build_image_problem(error.status, detail) from error
 
 
 def convert_for_browser(data: bytes, limits: LimitsConfig) -> tuple[bytes, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from imgcls.errors import RequestError
+from imgcls.data.storage.credentials import hide_credentials
+from imgcls.data.storage.storage_settings import create_thread_pool
+from imgcls.errors import ImgclsError, RequestError
 from imgcls.serving.config import LabelingConfig
 from imgcls.serving.labeling.assignment import (
     ASSIGNMENT_S,
@@ -25,6 +27,8 @@ from imgcls.serving.problems import Problem
 MAX_NEWCOMERS = 100
 """Annotators without a decision whose first images are reserved in a replica."""
 _STORE_THREADS = 4
+
+logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class Labeling:
         self.several = several
         self.added_classes = config.classes
         self.annotations_per_image = config.annotations_per_image
-        self.threads = ThreadPoolExecutor(_STORE_THREADS, "labels")
-        self.progress_thread = ThreadPoolExecutor(1, "progress")
+        self.threads = create_thread_pool(_STORE_THREADS, "labels")
+        self.progress_thread = create_thread_pool(1, "progress")
         self._store = store
         self._meter = ProgressMeter(queue, config.annotations_per_image, several=several)
         self._newcomers: dict[str, AnnotatorRecord] = {}
@@ -75,7 +79,8 @@ class Labeling:
     def assign(self, annotator: str) -> AnnotatorWork:
         """Assign the next images to an annotator.
 
-        Does not create the record of an annotator without decisions: names are limited in number.
+        Creates no record for an annotator without decisions, because MAX_ANNOTATORS limits the
+        records.
         """
 
         def change(
@@ -159,18 +164,14 @@ class Labeling:
             self._newcomers = dict(list(valid.items())[-MAX_NEWCOMERS:])
             self._newcomers[record.annotator] = record
 
-    def _list_newcomers(self, now: datetime.datetime) -> dict[str, AnnotatorRecord]:
-        with self._newcomers_lock:
-            newcomers = self._newcomers.items()
-            return {name: each for name, each in newcomers if is_assignment_valid(each, now)}
-
     def _with_assignment(
         self,
         own: AnnotatorRecord,
         records: Mapping[str, AnnotatorRecord],
         now: datetime.datetime,
     ) -> AnnotatorRecord:
-        everyone = {**self._list_newcomers(now), **records}
+        with self._newcomers_lock:
+            everyone = {**self._newcomers, **records}
         chosen = choose_images(self.queue, own, everyone, self.annotations_per_image, now)
         return replace(own, assigned=chosen, assigned_at=now)
 
@@ -179,3 +180,25 @@ class Labeling:
         record = self._find_newcomer(record)
         remaining = count_remaining(self.queue, record, records, self.annotations_per_image)
         return AnnotatorWork(record, remaining)
+
+
+@dataclass(frozen=True)
+class UnavailableLabeling:
+    """Labeling that a replica could not open.
+
+    reason: the error, without credentials
+    """
+
+    reason: str
+
+
+def open_in_replica(
+    config: LabelingConfig, *, several: bool
+) -> Labeling | UnavailableLabeling | None:
+    """As `Labeling.open`, but an error is logged and returned: the replica serves predictions."""
+    try:
+        return Labeling.open(config, several=several)
+    except ImgclsError as error:
+        reason = hide_credentials(str(error))
+        logger.error("labeling is not available in this replica: %s", reason)
+        return UnavailableLabeling(reason)

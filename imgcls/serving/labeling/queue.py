@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -11,14 +10,13 @@ import pyarrow as pa
 from imgcls import log
 from imgcls.data.manifests.manifest import ManifestConfig, open_manifest, resolve_paths
 from imgcls.data.manifests.options import KeyNames
+from imgcls.data.storage.credentials import hide_credentials
 from imgcls.errors import RequestError
 from imgcls.formatting import format_count
 
 MAX_IMAGES = 50_000
 """Maximum number of images: the decisions of an annotator are written again with each one."""
 _KEYS = KeyNames("labeling.manifest")
-_CREDENTIALS = re.compile(r"(://)[^/@?#\s]*@")
-_QUERY = re.compile(r"(https?://[^?#]*)\?[^#\s]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -54,16 +52,16 @@ class LabelingQueue:
 
 
 def hide_secrets(path: str) -> str:
-    """A path or a text without the user names and passwords in URLs and the queries of HTTP URLs.
+    """A path or a text without user names, passwords and queries, as `hide_credentials` has it.
 
-    Signed URLs have their signature in the query. Of a data: URL only the media type is kept.
+    Of a data: URL only the media type is kept.
 
     >>> hide_secrets("https://ana:secret@host/a.jpg?X-Amz-Signature=1")
     'https://host/a.jpg?...'
     """
     if path[:5].lower() == "data:":
         return f"{path.partition(',')[0][:60]},..."
-    return _QUERY.sub(r"\1?...", _CREDENTIALS.sub(r"\1", path))
+    return hide_credentials(path)
 
 
 def read_queue(config: ManifestConfig) -> LabelingQueue:

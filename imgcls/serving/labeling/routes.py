@@ -7,7 +7,7 @@ the ID of the queue: a replica with another list of images rejects the request (
 from __future__ import annotations
 
 import asyncio
-import contextvars
+import functools
 import io
 import logging
 import unicodedata
@@ -19,13 +19,19 @@ from fastapi import FastAPI, Path, Request
 from fastapi.responses import HTMLResponse, Response
 from pydantic import ValidationError
 
-from imgcls.errors import OK, OutputError, StorageError
+from imgcls.errors import OutputError, StorageError
 from imgcls.serving import page
 from imgcls.serving.api_keys import ApiKey
-from imgcls.serving.api_schemas import AUTH_ERRORS, PredictResponse, Secret, describe_problems
+from imgcls.serving.api_schemas import (
+    AUTH_ERRORS,
+    PredictResponse,
+    Secret,
+    build_predict_response,
+    describe_problems,
+)
 from imgcls.serving.auth import AccessControl
 from imgcls.serving.labeling.images import BROWSER_FORMATS, QueueImages, convert_for_browser
-from imgcls.serving.labeling.labeling import Labeling
+from imgcls.serving.labeling.labeling import Labeling, UnavailableLabeling
 from imgcls.serving.labeling.schemas import (
     DecisionRequest,
     LabelingRequest,
@@ -36,20 +42,19 @@ from imgcls.serving.labeling.schemas import (
     build_progress_response,
     build_work_response,
 )
-from imgcls.serving.problems import Problem, build_image_problem
+from imgcls.serving.problems import Problem
 from imgcls.serving.service import PredictOptions, Service
 from imgcls.serving.uploads import BodyBudget, Upload, receive_json
 
 T = TypeVar("T")
 R = TypeVar("R", bound=LabelingRequest)
 
-LABEL_PAGE = page.StaticPage.load("label.html")
 _RETRY_AFTER_S = 5
 _STORE_ERRORS = AUTH_ERRORS | describe_problems(
     {
         409: "The list of images has changed, or the request does not fit the stored decisions; "
         "the detail has the reason.",
-        503: "The folder of the labels cannot be read or written; see Retry-After.",
+        503: "The manifest or the folder of the labels cannot be read or written; see Retry-After.",
     }
 )
 _BODY_ERRORS = _STORE_ERRORS | describe_problems(
@@ -68,8 +73,12 @@ _IMAGE_ERRORS = AUTH_ERRORS | describe_problems(
         415: "Not an image, or an unsupported image format.",
         422: "The image is missing, truncated, empty or damaged.",
         429: "Rate limit of the API key exceeded; see Retry-After.",
-        503: "The image cannot be read now, or the queue of the model is full; see Retry-After.",
+        503: "The image or the manifest cannot be read now, or the queue of the model is full; see "
+        "Retry-After.",
     }
+)
+_UNAVAILABLE_ERRORS = AUTH_ERRORS | describe_problems(
+    {503: "This replica cannot read the manifest or the folder of the labels; see Retry-After."}
 )
 _IMAGE_RESPONSE: dict[int | str, dict[str, Any]] = {
     200: {
@@ -87,17 +96,42 @@ def add_labeling_routes(
     app: FastAPI,
     service: Service,
     access: AccessControl,
-    labeling: Labeling,
+    labeling: Labeling | UnavailableLabeling,
     budget: BodyBudget,
 ) -> None:
-    """Add the labeling page and its routes."""
+    """Add the labeling page and its routes.
+
+    If labeling is unavailable, each route is answered with a problem (503), which the page retries.
+    """
+    label_page = page.StaticPage.load("label.html")
+
+    @app.get("/label", response_class=HTMLResponse, include_in_schema=False)
+    async def label() -> HTMLResponse:
+        return label_page.build_response()
+
+    if isinstance(labeling, UnavailableLabeling):
+        _add_unavailable_routes(app, access, labeling)
+        return
     _add_image_routes(app, service, access, labeling)
     _add_queue_routes(app, service, access, labeling)
     _add_decision_routes(app, service, access, labeling, budget)
 
-    @app.get("/label", response_class=HTMLResponse, include_in_schema=False)
-    async def label_page() -> HTMLResponse:
-        return LABEL_PAGE.build_response()
+
+def _add_unavailable_routes(
+    app: FastAPI, access: AccessControl, labeling: UnavailableLabeling
+) -> None:
+    path = "/v1/labeling/{path:path}"
+
+    @app.get(path, responses=_UNAVAILABLE_ERRORS, summary="Labeling is not available")
+    @app.post(path, responses=_UNAVAILABLE_ERRORS, summary="Labeling is not available")
+    async def unavailable(request: Request, secret: Secret, path: str) -> Response:
+        access.authorize(secret, "label", request)
+        raise Problem(
+            503,
+            "labeling_unavailable",
+            f"labeling is not available in this replica: {labeling.reason}",
+            retry_after=_RETRY_AFTER_S,
+        )
 
 
 def _add_image_routes(
@@ -129,13 +163,12 @@ def _add_image_routes(
     async def suggestion(request: Request, secret: Secret, queue: QueueId, row: Row) -> Any:
         key = access.authorize(secret, "label", request)
         _check_image(labeling, queue, row)
+        service.check_capacity()
         await access.charge(key, 1)  # for the image, too: a page asks for both
         data = await images.read(row)
         options = PredictOptions(service.config.top_k, service.config.threshold)
         model, rows = await service.predict([Upload(io.BytesIO(data), len(data))], options)
-        if rows[0]["status"] != OK:
-            raise build_image_problem(rows[0]["status"], rows[0]["error"])
-        return {"model": model.sha256, "predictions": rows}
+        return build_predict_response(model.sha256, rows)
 
 
 def _add_queue_routes(
@@ -185,10 +218,10 @@ def _add_decision_routes(
         _check_queue(labeling, body.queue)
         return body, _find_annotator(key, body)
 
-    @app.post(
+    post = functools.partial(app.post, response_model=WorkResponse, responses=_BODY_ERRORS)
+
+    @post(
         "/v1/labeling/next",
-        response_model=WorkResponse,
-        responses=_BODY_ERRORS,
         openapi_extra=_describe_body(LabelingRequest),
         summary="Assign the next images to an annotator",
     )
@@ -197,10 +230,8 @@ def _add_decision_routes(
         work = await _run(labeling.threads, lambda: labeling.assign(annotator))
         return build_work_response(work, labeling.queue)
 
-    @app.post(
+    @post(
         "/v1/labeling/decisions",
-        response_model=WorkResponse,
-        responses=_BODY_ERRORS,
         openapi_extra=_describe_body(DecisionRequest),
         summary="Store the labels of an image",
     )
@@ -214,10 +245,8 @@ def _add_decision_routes(
         )
         return build_work_response(work, labeling.queue)
 
-    @app.post(
+    @post(
         "/v1/labeling/undo",
-        response_model=WorkResponse,
-        responses=_BODY_ERRORS,
         openapi_extra=_describe_body(UndoRequest),
         summary="Undo a decision",
     )
@@ -229,9 +258,8 @@ def _add_decision_routes(
 
 async def _run(threads: Executor, call: Callable[[], T]) -> T:
     """Run a call of the store in a thread; its errors become problems."""
-    context = contextvars.copy_context()
     try:
-        return await asyncio.get_running_loop().run_in_executor(threads, context.run, call)
+        return await asyncio.get_running_loop().run_in_executor(threads, call)
     except StorageError as error:
         logger.error("the folder of the labels: %s", error)
         raise Problem(503, "labels_unavailable", str(error), retry_after=_RETRY_AFTER_S) from error

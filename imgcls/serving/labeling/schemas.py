@@ -14,8 +14,8 @@ from imgcls.serving.labeling.queue import LabelingQueue
 
 MAX_LABELS = 1_000
 PATH_TEXT = (
-    "Path of the image as in the manifest, for display: without the credentials of a URL and the "
-    "query of an HTTP URL."
+    "Path of the image as in the manifest, for display: a URL without credentials and query, such "
+    "as a signature."
 )
 Annotator = Annotated[
     str, StringConstraints(strip_whitespace=True, pattern=r"^[\w.@ -]{1,64}$", max_length=64)
@@ -121,8 +121,8 @@ class PairAgreement(BaseModel):
     images: int
     equal: float = Field(description="Share of the images with the same labels.")
     kappa: float | None = Field(
-        description="Cohen's kappa, with task multilabel of the yes or no to each class; null if "
-        "undefined."
+        description="Cohen's kappa, with task multilabel of the binary decisions (class applies "
+        "or not); null if undefined."
     )
 
 
@@ -164,7 +164,7 @@ def build_work_response(work: AnnotatorWork, queue: LabelingQueue) -> WorkRespon
             labeled_at=last.labeled_at,
         ),
         labeled=len(record.labeled),
-        skipped=len(record.current) - len(record.labeled),
+        skipped=record.num_skipped,
         remaining=work.remaining,
     )
 
@@ -176,9 +176,7 @@ def build_progress_response(progress: LabelingProgress, queue: LabelingQueue) ->
         images=len(queue),
         complete=progress.complete,
         annotators=[
-            AnnotatorProgress(
-                name=name, labeled=len(each.labeled), skipped=len(each.current) - len(each.labeled)
-            )
+            AnnotatorProgress(name=name, labeled=len(each.labeled), skipped=each.num_skipped)
             for name, each in sorted(progress.records.items())
         ],
         agreements=[PairAgreement(**vars(each)) for each in progress.agreements],

@@ -103,7 +103,10 @@ class DecisionStore:
             records = self.read_all()
             own = records.get(annotator, AnnotatorRecord(annotator))
             if annotator not in records and len(records) >= MAX_ANNOTATORS:
-                raise OutputError(f"there are {MAX_ANNOTATORS} annotators already")
+                raise OutputError(
+                    f"there are {MAX_ANNOTATORS} annotators already, the maximum. Label under an "
+                    "existing name"
+                )
             changed = change(own, records)
             if changed is None:
                 if not publish or own.version == 0 or self._publish(key, own):
@@ -113,10 +116,9 @@ class DecisionStore:
             data = encode_record(changed, several=self._several)
             if not filesystem.create(self._get_record_url(key, changed.version), data):
                 continue
-            is_newest = self._publish(key, changed) if publish else self._is_newest(key, changed)
+            is_newest = self._publish(key, changed) if publish else self._check_newest(key, changed)
             if is_newest:
                 self._records[key] = changed
-                self._remove_old_versions(key, changed.version)
                 return changed, records
         raise StorageUnavailable(
             f"{self._folder}: the decisions of {annotator} are being changed by other requests"
@@ -126,10 +128,18 @@ class DecisionStore:
         """Replace a labels table; returns whether the record is still the newest afterwards."""
         table = encode_labels_table(record, several=self._several)
         filesystem.write(self._get_table_url(key), table)
-        return self._is_newest(key, record)
+        return self._check_newest(key, record)
 
-    def _is_newest(self, key: str, record: AnnotatorRecord) -> bool:
-        return max(self._list_versions().get(key, [0])) == record.version
+    def _check_newest(self, key: str, record: AnnotatorRecord) -> bool:
+        """Whether a record is the newest of its annotator; if so, removes the old ones."""
+        versions = self._list_versions().get(key, [0])
+        if max(versions) != record.version:
+            return False
+        with contextlib.suppress(StorageError):  # the next update removes them
+            for version in versions:
+                if version <= record.version - _KEPT_VERSIONS:
+                    filesystem.remove(self._get_record_url(key, version))
+        return True
 
     def _refresh(self) -> dict[str, AnnotatorRecord]:
         """The newest records by key; reads only those that have changed."""
@@ -159,9 +169,10 @@ class DecisionStore:
         url = self._get_record_url(key, version)
         try:
             record, several = decode_record(filesystem.read(url), version)
-        except (ValueError, pa.ArrowException) as error:
+        except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise OutputError(
-                f"{url}: is damaged ({error}); move it away to continue with the version before it"
+                f"{url}: is damaged ({error}). Stop the service, move this file away to continue "
+                "with the version before it, and start the service again"
             ) from error
         if several != self._several:
             kinds = ("one label per image", "several labels per image")
@@ -170,12 +181,6 @@ class DecisionStore:
                 f"model has {kinds[self._several]}; pass another --labeling.output"
             )
         return record
-
-    def _remove_old_versions(self, key: str, newest: int) -> None:
-        with contextlib.suppress(StorageError):  # the next update removes them
-            for version in self._list_versions().get(key, []):
-                if version <= newest - _KEPT_VERSIONS:
-                    filesystem.remove(self._get_record_url(key, version))
 
     def _check_writable(self) -> None:
         """Check that files can be written and created exclusively."""

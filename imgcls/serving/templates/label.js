@@ -3,7 +3,6 @@ const KEYS = [..."123456789abcdefghijklmnopqrtuvwxy0"];  // without s and z: ski
 const OWN_KEY = /^[a-z0-9]$/;
 const MAX_MATCHES = 12;
 const SMALL_IMAGE = 200;
-const KEY_RIGHTS = "The key needs the scope label.";
 
 let queue = null;
 let work = null;
@@ -48,7 +47,7 @@ async function start() {
     byId("setup").hidden = true;
   } catch (problem) {
     const isKeyProblem = problem.status === 401 || problem.status === 403;
-    if (isKeyProblem) return showSetup(["key"], byId("key").value ? problem.message + ". " + KEY_RIGHTS : "");
+    if (isKeyProblem) return showSetup(["key"], byId("key").value ? problem.message : "");
     if (problem.status === 400) return showSetup(["name"], problem.message);
     return showMessage(problem.message, true);
   }

@@ -2,11 +2,14 @@
 
 let sending = Promise.resolve();
 
+/** Whether a request may succeed later; status 0: there was no answer. */
+const isTemporary = (status) => status === 0 || status === 429 || status >= 500;
+
 class Rejected extends Error {
   constructor(status, problem) {
     super(problem.detail || problem.title || "error " + status);
     this.status = status;
-    this.mayPass = status === 0 || status === 429 || status >= 500;
+    this.mayPass = isTemporary(status);
   }
 }
 
@@ -23,8 +26,7 @@ async function request(path, { body, tries = 5, onWait, authorization = headers(
       response = await fetch("v1/labeling/" + path, options);
       if (response.ok) return await (response.headers.get("Content-Type").includes("json") ? response.json() : response.blob());
     } catch { response = null; }
-    const mayPass = !response || response.status === 429 || response.status >= 500;
-    if (!mayPass || attempt >= tries) {
+    if (!isTemporary(response ? response.status : 0) || attempt >= tries) {
       const kind = response?.headers.get("Content-Type") || "";
       if (response) throw new Rejected(response.status, kind.includes("json") ? await response.json() : {});
       throw new Rejected(0, { detail: "The server cannot be reached." });

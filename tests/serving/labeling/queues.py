@@ -35,6 +35,14 @@ def draw_mixed_queue(folder: Path) -> Path:
     return write_manifest(folder / "m.csv", [(name,) for name in FILES], ("path",))
 
 
+def label_settings(manifest: Path) -> dict[str, Any]:
+    """Settings of a server whose labels are next to the manifest."""
+    return {
+        "labeling__manifest": str(manifest),
+        "labeling__output": str(manifest.parent / "labels"),
+    }
+
+
 def read_submissions(output: Path) -> list[str]:
     """The submissions in the newest record of each annotator, sorted."""
     newest = {

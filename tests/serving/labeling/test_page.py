@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,26 @@ import pytest
 from imgcls.models.bundle import load_bundle, load_bundle_weights, save_bundle
 from tests.browser import Watched, launched, opened
 from tests.serving.app import serving
-from tests.serving.labeling.queues import draw_mixed_queue, draw_queue, read_table
+from tests.serving.labeling.queues import draw_mixed_queue, draw_queue, label_settings, read_table
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with launched() as running:
         yield running
+
+
+@contextlib.contextmanager
+def label_page(browser: Any, bundle: Path, manifest: Path, **settings: Any) -> Iterator[Watched]:
+    """The labeling page of a server with a queue.
+
+    settings: further ones of the server
+    """
+    with (
+        serving(bundle, **label_settings(manifest), **settings) as running,
+        opened(f"{running.url}/label", browser=browser) as watched,
+    ):
+        yield watched
 
 
 def enter(page: Any, field: str, value: str) -> None:
@@ -61,8 +75,7 @@ def test_two_annotators_label_by_keyboard_and_undo(
     output = tmp_path / "labels"
     with serving(
         color_bundle,
-        labeling__manifest=str(draw_queue(tmp_path, 6)),
-        labeling__output=str(output),
+        **label_settings(draw_queue(tmp_path, 6)),
         labeling__annotations_per_image=2,
     ) as running:
         with opened(f"{running.url}/label", browser=browser) as watched:
@@ -125,14 +138,7 @@ def test_multilabel_keys_toggle_and_enter_saves(
     browser: Any, multilabel_bundle: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "labels"
-    with (
-        serving(
-            multilabel_bundle,
-            labeling__manifest=str(draw_queue(tmp_path, 3)),
-            labeling__output=str(output),
-        ) as running,
-        opened(f"{running.url}/label", browser=browser) as watched,
-    ):
+    with label_page(browser, multilabel_bundle, draw_queue(tmp_path, 3)) as watched:
         page = watched.page
         enter(page, "name", "ana")
         page.get_by_text("Save: red, blue").wait_for()  # as suggested
@@ -151,15 +157,9 @@ def test_images_that_cannot_be_shown_are_skipped(
     browser: Any, color_bundle: Path, keys: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "labels"
-    with (
-        serving(
-            color_bundle,
-            keys__file=keys["file"],
-            labeling__manifest=str(draw_mixed_queue(tmp_path)),
-            labeling__output=str(output),
-        ) as running,
-        opened(f"{running.url}/label", browser=browser) as watched,
-    ):
+    with label_page(
+        browser, color_bundle, draw_mixed_queue(tmp_path), keys__file=keys["file"]
+    ) as watched:
         page = watched.page
         page.locator("#key").wait_for()
         page.fill("#key", "wrong")
@@ -187,15 +187,9 @@ def test_images_that_cannot_be_shown_are_skipped(
 
 def test_many_classes_are_found_by_typing(browser: Any, color_bundle: Path, tmp_path: Path) -> None:
     names = ",".join(f"class {i:03d}" for i in range(60))
-    with (
-        serving(
-            color_bundle,
-            labeling__manifest=str(draw_queue(tmp_path, 3)),
-            labeling__output=str(tmp_path / "labels"),
-            labeling__classes=names,
-        ) as running,
-        opened(f"{running.url}/label", browser=browser) as watched,
-    ):
+    with label_page(
+        browser, color_bundle, draw_queue(tmp_path, 3), labeling__classes=names
+    ) as watched:
         page = watched.page
         enter(page, "name", "ana")
         assert page.locator("#classes button").count() == 3  # the likely ones
@@ -227,14 +221,7 @@ def test_unsaved_decisions_are_sent_again_once_the_server_answers(
 ) -> None:
     """The reply to a stored decision is lost, too: it is stored once."""
     output = tmp_path / "labels"
-    with (
-        serving(
-            color_bundle,
-            labeling__manifest=str(draw_queue(tmp_path, 3)),
-            labeling__output=str(output),
-        ) as running,
-        opened(f"{running.url}/label", browser=browser) as watched,
-    ):
+    with label_page(browser, color_bundle, draw_queue(tmp_path, 3)) as watched:
         page, attempts = watched.page, []
 
         def lose_reply(route: Any) -> None:
@@ -278,14 +265,7 @@ def test_rejected_decisions_come_back_after_the_shown_image_and_undo_nothing_els
     browser: Any, color_bundle: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "labels"
-    with (
-        serving(
-            color_bundle,
-            labeling__manifest=str(draw_queue(tmp_path, 5)),
-            labeling__output=str(output),
-        ) as running,
-        opened(f"{running.url}/label", browser=browser) as watched,
-    ):
+    with label_page(browser, color_bundle, draw_queue(tmp_path, 5)) as watched:
         page = watched.page
         enter(page, "name", "ana")
         press(page, "1")
@@ -330,15 +310,9 @@ def test_unsaved_decisions_stay_with_the_annotator_who_made_them(
     browser: Any, color_bundle: Path, keys: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "labels"
-    with (
-        serving(
-            color_bundle,
-            keys__file=keys["file"],
-            labeling__manifest=str(draw_queue(tmp_path, 3)),
-            labeling__output=str(output),
-        ) as running,
-        opened(f"{running.url}/label", browser=browser) as watched,
-    ):
+    with label_page(
+        browser, color_bundle, draw_queue(tmp_path, 3), keys__file=keys["file"]
+    ) as watched:
         page = watched.page
         page.locator("#key").wait_for()
         enter(page, "key", keys["ana"])
@@ -361,14 +335,7 @@ def test_unsaved_decisions_stay_with_the_annotator_who_made_them(
 def test_an_image_that_cannot_be_loaded_now_can_be_tried_again(
     browser: Any, color_bundle: Path, tmp_path: Path
 ) -> None:
-    with (
-        serving(
-            color_bundle,
-            labeling__manifest=str(draw_queue(tmp_path, 3)),
-            labeling__output=str(tmp_path / "labels"),
-        ) as running,
-        opened(f"{running.url}/label", browser=browser) as watched,
-    ):
+    with label_page(browser, color_bundle, draw_queue(tmp_path, 3)) as watched:
         page, order = watched.page, []
         page.on("request", lambda each: order.append(each.url.rpartition("/")[2]))
         page.route(
@@ -397,14 +364,7 @@ def test_classes_named_s_and_z_own_their_keys(
     loaded = load_bundle(str(color_bundle))
     spec = loaded.spec.model_copy(update={"classes": ["s", "b", "Z"]})
     save_bundle(str(tmp_path / "bundle"), spec, load_bundle_weights(loaded))
-    with (
-        serving(
-            tmp_path / "bundle",
-            labeling__manifest=str(draw_queue(tmp_path, 4)),
-            labeling__output=str(tmp_path / "labels"),
-        ) as running,
-        opened(f"{running.url}/label", browser=browser) as watched,
-    ):
+    with label_page(browser, tmp_path / "bundle", draw_queue(tmp_path, 4)) as watched:
         page = watched.page
         enter(page, "name", "ana")
         assert page.locator("#undo").inner_text() == "BackspaceUndo"
@@ -426,8 +386,7 @@ def test_the_page_fits_a_phone_and_can_be_used_by_touch(
     with (
         serving(
             color_bundle,
-            labeling__manifest=str(draw_queue(tmp_path, 3)),
-            labeling__output=str(tmp_path / "labels"),
+            **label_settings(draw_queue(tmp_path, 3)),
         ) as running,
         opened(
             f"{running.url}/label", width=390, height=844, scheme=scheme, browser=browser
@@ -458,14 +417,7 @@ def test_names_of_classes_are_text_and_not_html(
     loaded = load_bundle(str(color_bundle))
     spec = loaded.spec.model_copy(update={"classes": ["<img src=x>", "a&b", "1"]})
     save_bundle(str(tmp_path / "bundle"), spec, load_bundle_weights(loaded))
-    with (
-        serving(
-            tmp_path / "bundle",
-            labeling__manifest=str(draw_queue(tmp_path, 1)),
-            labeling__output=str(tmp_path / "labels"),
-        ) as running,
-        opened(f"{running.url}/label", browser=browser) as watched,
-    ):
+    with label_page(browser, tmp_path / "bundle", draw_queue(tmp_path, 1)) as watched:
         enter(watched.page, "name", "ana")
         texts = watched.page.locator("#classes button").all_inner_texts()
         assert any("<img src=x>" in text for text in texts)

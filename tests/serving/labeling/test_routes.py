@@ -28,11 +28,12 @@ from imgcls.serving.labeling.labeling import Labeling
 from imgcls.serving.problems import Problem
 from tests.conftest import write_manifest
 from tests.processes import wait_for
-from tests.serving.app import Running, assert_problem, serving
+from tests.serving.app import Running, assert_problem, jpeg, post, serving
 from tests.serving.labeling.queues import (
     Annotator,
     draw_mixed_queue,
     draw_queue,
+    label_settings,
     read_table,
 )
 
@@ -46,8 +47,7 @@ def mixed(
     with serving(
         color_bundle,
         keys__file=keys["file"],
-        labeling__manifest=str(draw_mixed_queue(folder)),
-        labeling__output=str(folder / "labels"),
+        **label_settings(draw_mixed_queue(folder)),
     ) as running:
         yield running
 
@@ -122,10 +122,7 @@ def test_the_annotator_is_the_name_of_the_key(mixed: Running, keys: dict[str, st
 
 
 def test_wrong_requests_are_problems_and_store_nothing(color_bundle: Path, tmp_path: Path) -> None:
-    settings_ = {
-        "labeling__manifest": str(draw_queue(tmp_path, 2)),
-        "labeling__output": str(tmp_path / "labels"),
-    }
+    settings_ = label_settings(draw_queue(tmp_path, 2))
     with serving(color_bundle, **settings_) as running:
         ana = Annotator(running, name="ana")
         assert_problem(Annotator(running).post("next"), 400, "annotator_missing")
@@ -158,8 +155,7 @@ def test_wrong_requests_are_problems_and_store_nothing(color_bundle: Path, tmp_p
 def test_two_annotators_agree_and_disagree(color_bundle: Path, tmp_path: Path) -> None:
     with serving(
         color_bundle,
-        labeling__manifest=str(draw_queue(tmp_path)),
-        labeling__output=str(tmp_path / "labels"),
+        **label_settings(draw_queue(tmp_path)),
         labeling__annotations_per_image=2,
         labeling__classes="none",
     ) as running:
@@ -195,8 +191,7 @@ def test_multilabel_images_have_any_number_of_labels(
 ) -> None:
     with serving(
         multilabel_bundle,
-        labeling__manifest=str(draw_queue(tmp_path, 3)),
-        labeling__output=str(tmp_path / "labels"),
+        **label_settings(draw_queue(tmp_path, 3)),
         labeling__annotations_per_image=2,
     ) as running:
         ana, ben = (Annotator(running, name=name) for name in ("ana", "ben"))
@@ -216,9 +211,8 @@ def test_multilabel_images_have_any_number_of_labels(
 
 def test_a_reloaded_queue_keeps_the_decisions(color_bundle: Path, tmp_path: Path) -> None:
     """Decisions belong to absolute paths: rows may be added and moved."""
-    output = tmp_path / "labels"
     manifest = draw_queue(tmp_path, 3)
-    options = {"labeling__manifest": str(manifest), "labeling__output": str(output)}
+    options = label_settings(manifest)
     with serving(color_bundle, **options) as running:
         Annotator(running, name="ana").decide(0, ["red"])
     write_manifest(manifest, [("2.jpg",), ("1.jpg",), (str(tmp_path / "0.jpg"),)], ("path",))
@@ -248,7 +242,7 @@ def test_a_replica_with_another_list_of_images_rejects_each_request_with_a_row(
     color_bundle: Path, tmp_path: Path
 ) -> None:
     manifest, output = draw_queue(tmp_path, 3), tmp_path / "labels"
-    options = {"labeling__manifest": str(manifest), "labeling__output": str(output)}
+    options = label_settings(manifest)
     with serving(color_bundle, **options) as one:
         write_manifest(manifest, [("2.jpg",), ("1.jpg",), ("0.jpg",)], ("path",))
         with serving(color_bundle, **options) as two:
@@ -291,11 +285,15 @@ def test_the_queue_has_each_image_once_in_order(tmp_path: Path) -> None:
 def test_the_page_shows_no_credentials_of_urls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    urls = ["https://ana:secret@h/a.jpg?X-Amz-Signature=s", "zip://https://h/z.zip?sig=s#a b?.jpg"]
+    urls = [
+        "https://ana:secret@h/a.jpg?X-Amz-Signature=s", "zip://https://h/z.zip?sig=s#a b?.jpg",
+        "https://ana:pa/ss@h/a.jpg", "https://ana:p#w@h/b.jpg", "az://c/a.jpg?sig=s",
+    ]  # fmt: skip
     found = read_csv_queue(tmp_path, urls)
     assert found.paths == tuple(urls)
     assert [found.describe(url) for url in urls] == [
         "https://h/a.jpg?...", "zip://https://h/z.zip?...#a b?.jpg",
+        "https://h/a.jpg", "https://h/b.jpg", "az://c/a.jpg?...",
     ]  # fmt: skip
 
     def refuse(url: str, _: int) -> bytes:
@@ -305,6 +303,33 @@ def test_the_page_shows_no_credentials_of_urls(
     with pytest.raises(Problem) as caught:
         read_queue_image(urls[0], LimitsConfig())
     assert caught.value.detail == "https://h/a.jpg?... no answer"
+
+
+def test_a_replica_that_cannot_open_labeling_serves_predictions(
+    color_bundle: Path, keys: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level("ERROR", "ray.serve"),
+        serving(
+            color_bundle,
+            keys__file=keys["file"],
+            labeling__manifest=str(tmp_path / "removed.csv"),
+            labeling__output=str(tmp_path / "labels"),
+        ) as running,
+    ):
+        predict = {"Authorization": f"Bearer {keys['nightly']}"}
+        assert post(running, jpeg(), headers=predict).status_code == 200
+        assert requests.get(f"{running.url}/label", timeout=10).status_code == 200
+        assert_problem(Annotator(running).get("queue"), 401, "key_missing")
+        ana = Annotator(running, keys["ana"])
+        for response in (ana.get("queue"), ana.post("next", queue="a"), ana.get_image(0, "a")):
+            problem = assert_problem(response, 503, "labeling_unavailable")
+            assert "removed.csv: no such file" in problem["detail"]
+            assert response.headers["Retry-After"]
+        paths = requests.get(f"{running.url}/openapi.json", timeout=10).json()["paths"]
+        for operation in paths["/v1/labeling/{path}"].values():
+            assert "503" in operation["responses"]
+    assert "labeling is not available in this replica" in caplog.text
 
 
 def test_slow_images_hold_up_nothing_else(
@@ -323,8 +348,7 @@ def test_slow_images_hold_up_nothing_else(
     with (
         serving(
             color_bundle,
-            labeling__manifest=str(draw_queue(tmp_path, 3)),
-            labeling__output=str(tmp_path / "labels"),
+            **label_settings(draw_queue(tmp_path, 3)),
         ) as running,
         ThreadPoolExecutor(40) as pool,
     ):
@@ -345,7 +369,13 @@ def test_slow_images_hold_up_nothing_else(
 
 
 def test_relative_paths_in_a_serve_config_file_are_refused(color_bundle: Path) -> None:
-    for changed in ({"labeling.output": "labels"}, {"labeling.manifest": "m.csv"}):
+    for changed in (
+        {"labeling.output": "labels"},
+        {"labeling.output": "run:1/labels"},
+        {"labeling.output": "delta:/labels"},
+        {"labeling.manifest": "m.csv"},
+        {"labeling.manifest": "delta:tables/x"},
+    ):
         args = {"model": str(color_bundle), "labeling.manifest": "/m.csv", "labeling.output": "/l"}
         with pytest.raises(RequestError, match=r"is relative to the working directory"):
             build_from_args({**args, **changed})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -192,6 +193,20 @@ def test_a_damaged_record_is_refused_with_its_path(tmp_path: Path) -> None:
     (file,) = (tmp_path / store.DECISIONS_FOLDER).glob("*.parquet")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(OutputError, match=f"{file.name}: is damaged"):
+        open_labeling(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", ['{"annotator": "ana"}', "3", '{"assigned": null}'])
+def test_a_record_with_wrong_metadata_is_refused_with_its_path(
+    tmp_path: Path, metadata: str
+) -> None:
+    open_labeling(tmp_path).submit("ana", 0, ("red",), new_id())
+    (file,) = (tmp_path / store.DECISIONS_FOLDER).glob("*.parquet")
+    table = pq.read_table(file)
+    if metadata.startswith('{"assigned"'):
+        metadata = json.dumps(json.loads(table.schema.metadata[b"imgcls"]) | json.loads(metadata))
+    pq.write_table(table.replace_schema_metadata({"imgcls": metadata}), file)
+    with pytest.raises(OutputError, match=f"{file.name}: is damaged .* Stop the service"):
         open_labeling(tmp_path)
 
 
