@@ -71,15 +71,17 @@ def _find_hits(
             try:
                 run = open_run(entry.url)
                 row = _find_row(run, image)
+                if row is None:
+                    continue
+                order = compute_run_order(run) if kind == "history" else ()
+                hit = (*order, entry.date or ""), entry, _describe_row(run, row)
             except StorageUnavailable:
                 raise
             except UNREADABLE as error:
                 problems.append(f"{entry.path}: {explain_problem(error)}")
                 continue
-            if row is not None:
-                order = compute_run_order(run) if kind == "history" else None
-                yield (*(order or ()), entry.date or ""), entry, _describe_row(run, row)
-                break
+            yield hit
+            break
 
 
 def _find_row(run: CommittedRun, image: str) -> dict[str, Any] | None:

@@ -308,6 +308,18 @@ def test_of_several_histories_the_one_with_the_newest_run_counts(
     assert child(tree, "run").title == "history all"
 
 
+def test_a_history_whose_merged_runs_cannot_be_ordered_is_named(made: Made, tmp_path: Path) -> None:
+    folder = copied(made[0], tmp_path / "out")
+    shutil.rmtree(folder / "labels")
+    damaged = copied(folder / "latest", folder / "other")
+    image = str(made[0] / "labels" / "date=2026-01-01" / "images" / "000002.jpg")
+    for origins in ([1], {"a": 5}, {"a": ["x", "", 1, "", ""]}):
+        change_json(damaged / layout.RUN_FILE, origins=origins)
+        tree = build_image_lineage(list_runs(folder), image)
+        assert child(tree, "run").title == "history latest"
+        assert dict(tree.facts)["not searched"].startswith("other: ")
+
+
 def test_an_image_that_no_run_has_is_refused(made: Made, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="none of 3 committed runs there has an image"):
         build_image_lineage(list_runs(made[0]), str(tmp_path / "none.jpg"))
