@@ -27,6 +27,7 @@ from imgcls.evaluation.overview.records import (
     explain_problem,
     format_time,
     get_text,
+    name_file,
     read_record,
 )
 from imgcls.evaluation.overview.run_readers import choose_metric, read_run, read_unfinished
@@ -137,17 +138,24 @@ def _read_tune(folder: FoundFolder) -> RunEntry:
     }
     if RESULTS_FILE not in folder.files:
         return read_unfinished(folder, "tune", None, known)
-    data = filesystem.read(filesystem.join(folder.url, RESULTS_FILE))
-    best = pq.read_table(io.BytesIO(data)).slice(0, 1).to_pylist()
-    names = ("val_mean_average_precision", "val_accuracy")
-    name = next((each for each in names if best and best[0].get(each) is not None), None)
-    if name is not None and math.isfinite(best[0][name]):
-        known["headline"] = Headline(name, float(best[0][name]))
+    with name_file(RESULTS_FILE):
+        known["headline"] = _read_best_metric(folder)
     if BEST_FOLDER in folder.folders:
         url = filesystem.join(folder.url, BEST_FOLDER)
         known |= {"model": url, "bundle_sha256": read_description(url).sha256}
     known["date"] = format_time(folder.files.get(RESULTS_FILE))
     return build_entry(folder, "tune", "finished", **known)
+
+
+def _read_best_metric(folder: FoundFolder) -> Headline | None:
+    """The metric of the best trial, the first one in the results of a search."""
+    data = filesystem.read(filesystem.join(folder.url, RESULTS_FILE))
+    best = pq.read_table(io.BytesIO(data)).slice(0, 1).to_pylist()
+    for name in ("val_mean_average_precision", "val_accuracy"):
+        value = best[0].get(name) if best else None
+        if value is not None:
+            return Headline(name, float(value)) if math.isfinite(value) else None
+    return None
 
 
 # ---------------------------------------------------------------------- results about runs
@@ -181,8 +189,9 @@ def _read_summary(folder: FoundFolder) -> RunEntry | None:
 
 
 def _read_selection(folder: FoundFolder) -> RunEntry:
-    stored = read_record(folder, SUMMARY_FILE)
-    found = SelectionRecord.model_validate(stored)
+    with name_file(SUMMARY_FILE):
+        stored = read_record(folder, SUMMARY_FILE)
+        found = SelectionRecord.model_validate(stored)
     return build_entry(
         folder,
         "selection",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.credentials import hide_credentials
-from imgcls.errors import ImgclsError, one_line
+from imgcls.errors import ImgclsError, OutputError, one_line
 from imgcls.evaluation.overview.entry import Kind, RunEntry, State
 from imgcls.evaluation.overview.search import FoundFolder
 
@@ -142,6 +143,20 @@ def explain_problem(error: Exception) -> str:
     if isinstance(error, (KeyError, TypeError, AttributeError)):
         return f"is not a record of imgcls ({type(error).__name__}: {one_line(error)})"
     return one_line(error)
+
+
+@contextlib.contextmanager
+def name_file(name: str) -> Iterator[None]:
+    """Raise OutputError with the name of the file that could not be read or is no record.
+
+    Errors of imgcls, which have a path, are raised as they are.
+    """
+    try:
+        yield
+    except ImgclsError:
+        raise
+    except (*UNREADABLE, OSError) as error:
+        raise OutputError(f"{name}: {explain_problem(error)}") from error
 
 
 def check_size(size: int | None) -> None:
