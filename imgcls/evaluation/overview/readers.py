@@ -136,14 +136,19 @@ def _read_tune(folder: FoundFolder) -> RunEntry:
         "date": format_time(folder.files.get(SEARCH_FILE)),
         "record": stored | ({} if registered is None else {"registered_model": registered}),
     }
-    if RESULTS_FILE not in folder.files:
+    best = filesystem.join(folder.url, BEST_FOLDER)
+    # the table is written first, and the description of the best bundle last
+    if RESULTS_FILE not in folder.files or not filesystem.exists(
+        filesystem.join(best, BUNDLE_FILE)
+    ):
         return read_unfinished(folder, "tune", None, known)
     with name_file(RESULTS_FILE):
         known["headline"] = _read_best_metric(folder)
-    if BEST_FOLDER in folder.folders:
-        url = filesystem.join(folder.url, BEST_FOLDER)
-        known |= {"model": url, "bundle_sha256": read_description(url).sha256}
-    known["date"] = format_time(folder.files.get(RESULTS_FILE))
+    known |= {
+        "model": best,
+        "bundle_sha256": read_description(best).sha256,
+        "date": format_time(folder.files.get(RESULTS_FILE)),
+    }
     return build_entry(folder, "tune", "finished", **known)
 
 
