@@ -26,6 +26,7 @@ from imgcls.evaluation.overview.records import (
     check_size,
     explain_problem,
     format_time,
+    get_section,
     get_text,
     name_file,
     read_record,
@@ -40,9 +41,8 @@ from imgcls.training.search_space import BEST_FOLDER, RESULTS_FILE, SEARCH_FILE
 from imgcls.training.starting_model import parse_search_model
 
 
-def read_entries(folder: FoundFolder) -> list[RunEntry]:
-    """The outputs that lie in one folder: usually one."""
-    entries = []
+def read_entry(folder: FoundFolder) -> RunEntry | None:
+    """The output in a folder; None if its files are of another tool."""
     for marker, kind, reader in _READERS:
         if marker not in folder.files and marker not in folder.folders:
             continue
@@ -54,24 +54,21 @@ def read_entries(folder: FoundFolder) -> list[RunEntry]:
         except UNREADABLE as error:
             entry = _build_damaged(folder, kind, marker, error)
         if entry is not None:
-            entries.append(entry)
-        if entries:
-            break
-    if not entries and layout.SUCCESS_FILE in folder.files:
+            return entry
+    if layout.SUCCESS_FILE in folder.files:
         problem = (
             f"{layout.SUCCESS_FILE} without {layout.RUN_FILE}: of another tool, such as Spark, or "
             f"{layout.RUN_FILE} was removed"
         )
-        entries.append(build_entry(folder, "unknown", "foreign", problem=problem))
-    return entries
+        return build_entry(folder, "unknown", "foreign", problem=problem)
+    return None
 
 
 def _read_bundle(folder: FoundFolder) -> RunEntry:
     bundle = read_description(folder.url)
     spec, made = bundle.spec, bundle.spec.provenance
     stored = ProvenanceRecord.model_validate(made)
-    data = made.get("data") if isinstance(made.get("data"), dict) else {}
-    assert isinstance(data, dict)
+    data = get_section(made, "data")
     source = get_text(data, "manifests", "data.train", "manifest")
     own = stored.created if "calibration" not in made else None  # that of its parent
     name = f"val_{'mean_average_precision' if spec.task == 'multilabel' else 'accuracy'}"

@@ -165,13 +165,18 @@ def check_size(size: int | None) -> None:
         raise ValueError(f"has {size / 1e6:,.0f} MB; a record of imgcls is smaller")
 
 
+def get_section(tree: Any, *keys: str) -> Mapping[str, Any]:
+    """A nested record; empty where a key is missing or the value is no record."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree if isinstance(tree, Mapping) else {}
+
+
 def get_text(tree: Any, *keys: str) -> str | None:
     """A text in nested records; None where a key is missing or the value is no text."""
-    for key in keys:
-        if not isinstance(tree, Mapping):
-            return None
-        tree = tree.get(key)
-    return tree if isinstance(tree, str) else None
+    *above, name = keys
+    found = get_section(tree, *above).get(name)
+    return found if isinstance(found, str) else None
 
 
 def read_record(folder: FoundFolder, name: str) -> dict[str, Any]:
