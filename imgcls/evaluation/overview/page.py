@@ -103,9 +103,9 @@ def _build_row(entry: RunEntry, target: str | None) -> dict[str, Any]:
 
 def _format_interval(entry: RunEntry) -> str:
     found = entry.headline
-    if found is None or found.lower is None or found.upper is None:
+    if found is None or found.interval is None:
         return ""
-    return format_interval(found.name, (found.lower, found.upper))
+    return format_interval(found.name, found.interval)
 
 
 def _find_report(entry: RunEntry, target: str | None) -> str | None:
