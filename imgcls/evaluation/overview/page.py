@@ -16,6 +16,7 @@ from imgcls.evaluation.report_parts import TEMPLATES, base_name, format_optional
 from imgcls.formatting import format_duration
 from imgcls.html import render_page
 from imgcls.metrics.formatting import format_interval, format_percent
+from imgcls.runs import layout
 
 _OPEN_STATES = ("damaged", "foreign", "refused")
 _MAX_NOTEBOOK_ROWS = 200
@@ -114,6 +115,6 @@ def _find_report(entry: RunEntry, target: str | None) -> str | None:
         return None
     if not filesystem.is_local(target) or not filesystem.is_local(entry.url):
         return None
-    report = os.path.join(filesystem.local_path(entry.url), "report.html")
+    report = os.path.join(filesystem.local_path(entry.url), layout.REPORT_FILE)
     start = os.path.dirname(filesystem.absolute(target))
     return "./" + urllib.parse.quote(os.path.relpath(report, start), errors="surrogateescape")

@@ -33,12 +33,14 @@ from imgcls.evaluation.overview.records import (
 )
 from imgcls.evaluation.overview.run_readers import choose_metric, read_run, read_unfinished
 from imgcls.evaluation.overview.search import FoundFolder
-from imgcls.evaluation.result import SUMMARY_FILE
-from imgcls.evaluation.select import SELECTION_FILE
 from imgcls.models.bundle import BUNDLE_FILE, read_description
 from imgcls.runs import layout
-from imgcls.training.search_space import BEST_FOLDER, RESULTS_FILE, SEARCH_FILE
-from imgcls.training.starting_model import parse_search_model
+from imgcls.training.search_space import (
+    BEST_FOLDER,
+    RESULTS_FILE,
+    SEARCH_FILE,
+    parse_search_model,
+)
 
 
 def read_entry(folder: FoundFolder) -> RunEntry | None:
@@ -166,12 +168,12 @@ def _read_best_metric(folder: FoundFolder) -> Headline | None:
 def _read_summary(folder: FoundFolder) -> RunEntry | None:
     """An evaluation or a comparison; None for a summary.json of another tool."""
     try:
-        stored = read_record(folder, SUMMARY_FILE)
+        stored = read_record(folder, layout.SUMMARY_FILE)
     except ValueError:
         if layout.METRICS_FOLDER in folder.folders:
             raise
         return None
-    date = format_time(folder.files.get(SUMMARY_FILE))
+    date = format_time(folder.files.get(layout.SUMMARY_FILE))
     if {"run_a", "run_b"} <= stored.keys():
         return build_entry(folder, "comparison", "finished", date=date, record=stored)
     if not {"run", "metrics"} <= stored.keys():
@@ -191,8 +193,8 @@ def _read_summary(folder: FoundFolder) -> RunEntry | None:
 
 
 def _read_selection(folder: FoundFolder) -> RunEntry:
-    with name_file(SUMMARY_FILE):
-        stored = read_record(folder, SUMMARY_FILE)
+    with name_file(layout.SUMMARY_FILE):
+        stored = read_record(folder, layout.SUMMARY_FILE)
         found = SelectionRecord.model_validate(stored)
     return build_entry(
         folder,
@@ -200,7 +202,7 @@ def _read_selection(folder: FoundFolder) -> RunEntry:
         "finished",
         bundle_sha256=found.bundle_sha256,
         rows=found.rows,
-        date=format_time(folder.files.get(SELECTION_FILE)),
+        date=format_time(folder.files.get(layout.SELECTION_FILE)),
         record=stored,
     )
 
@@ -219,8 +221,8 @@ _READERS: tuple[tuple[str, Kind, Callable[[FoundFolder], RunEntry | None]], ...]
     (BUNDLE_FILE, "bundle", _read_bundle),
     (SEARCH_FILE, "tune", _read_tune),
     (layout.CHECKPOINT_FOLDER, "training", _read_training),
-    (SELECTION_FILE, "selection", _read_selection),
-    (SUMMARY_FILE, "evaluation", _read_summary),
+    (layout.SELECTION_FILE, "selection", _read_selection),
+    (layout.SUMMARY_FILE, "evaluation", _read_summary),
 )
 """File or folder that marks an output, its kind if it cannot be read, and its reader; the first one
 that finds an output counts."""

@@ -16,10 +16,10 @@ from imgcls.data.storage.credentials import hide_credentials
 from imgcls.errors import ImgclsError, OutputError, one_line
 from imgcls.evaluation.overview.entry import Kind, RunEntry, State
 from imgcls.evaluation.overview.search import FoundFolder
+from imgcls.runs import layout
 
 MAX_RECORD_BYTES = 64 << 20
 """Larger records are not read."""
-_REPORT_FILE = "report.html"
 UNREADABLE = (
     ImgclsError,
     ValueError,
@@ -123,7 +123,7 @@ class SelectionRecord(StoredRecord):
 
 def build_entry(folder: FoundFolder, kind: Kind, state: State, **values: Any) -> RunEntry:
     """An entry; its texts have no credentials."""
-    has_report = _REPORT_FILE in folder.files
+    has_report = layout.REPORT_FILE in folder.files
     for name in ("model", "manifest", "problem"):
         if values.get(name) is not None:
             values[name] = hide_credentials(values[name])
