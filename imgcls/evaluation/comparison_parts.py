@@ -57,7 +57,7 @@ class DifferingRows:
         self._tables.append(pa.table(list(columns), schema=self.schema))
 
     def sort(self) -> pa.Table:
-        """Sort the rows: first those that only A predicts correctly, then only B, then the others."""
+        """Sort rows: first those that only A predicts correctly, then only B, then the others."""
         rows = pa.concat_tables(self._tables)
         rank = pc.fill_null(pc.index_in(rows["right"], value_set=pa.array(["a", "b"])), 2)
         order = pa.table({"rank": rank, "row": rows["row"]})
