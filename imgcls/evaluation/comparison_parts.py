@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 from imgcls import log
 from imgcls.data.storage import filesystem
 from imgcls.metrics.columns import Ints
+from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun
-from imgcls.runs.layout import write_tables
 
 MAX_DIFFERING = 1_000_000
 _RIGHT = np.array(["neither", "b", "a", "both"])
@@ -57,7 +57,7 @@ class DifferingRows:
         self._tables.append(pa.table(list(columns), schema=self.schema))
 
     def sort(self) -> pa.Table:
-        """The rows that only A, then those that only B predicts correctly, then the others."""
+        """Sort rows: first those that only A predicts correctly, then only B, then the others."""
         rows = pa.concat_tables(self._tables)
         rank = pc.fill_null(pc.index_in(rows["right"], value_set=pa.array(["a", "b"])), 2)
         order = pa.table({"rank": rank, "row": rows["row"]})
@@ -71,7 +71,7 @@ def name_right(is_right_a: np.ndarray, is_right_b: np.ndarray) -> pa.Array:
 
 
 def log_cut_rows(comparison: _Tables) -> None:
-    """Note that not all differing rows are written, if so."""
+    """Log a note if only the first of the differing rows are written."""
     if comparison.num_differing > comparison.differing.num_rows:
         log.emit(
             "note",
@@ -81,17 +81,17 @@ def log_cut_rows(comparison: _Tables) -> None:
 
 
 def log_worst_groups(
-    comparison: _Tables, smallest: float, describe: Callable[[dict[str, Any]], str]
+    comparison: _Tables, min_loss: float, describe: Callable[[dict[str, Any]], str]
 ) -> None:
     """Log the classes and slices with the largest losses, at most five of each.
 
-    smallest: loss that is shown, such as 0.001
+    min_loss: loss that is shown, such as 0.001
     describe: text for a row of the table
     """
     for name, table in (("class", comparison.per_class), ("slice", comparison.slices)):
         for row in table.slice(0, 5).to_pylist():
             difference = row["difference"]
-            if difference is not None and difference < 0 and -difference >= smallest:
+            if difference is not None and difference < 0 and -difference >= min_loss:
                 what = row.get("label") or f"{row['slice_by']}={row['value']}"
                 log.show(f"  worse {name}: {what}  {100 * difference:+.1f} points{describe(row)}")
 
@@ -101,7 +101,7 @@ def write_comparison(
 ) -> None:
     """Write the tables and summary.json."""
     names = ("per_class", "slices", "differing")
-    write_tables(output, {name: getattr(comparison, name) for name in names})
+    layout.write_tables(output, {name: getattr(comparison, name) for name in names})
     body = {"run_a": a.url, "run_b": b.url, **summary}
-    url = filesystem.join(output, "summary.json")
+    url = filesystem.join(output, layout.SUMMARY_FILE)
     filesystem.write(url, (json.dumps(body, indent=2) + "\n").encode())

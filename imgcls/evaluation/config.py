@@ -260,8 +260,8 @@ class RunsConfig(Section):
     folder: str
     """Folder with outputs of imgcls, local or on an object store."""
     lineage: str | None = None
-    """Output in the folder, or path of an image: show what it was made from, or its newest
-    prediction and label."""
+    """Path of an output, or 8 or more digits of a bundle's SHA-256: show what it was made from.
+    Path of an image: show its newest prediction and label."""
     html: str | None = None
     """HTML file to write, one page without external parts."""
     json_lines: bool = False

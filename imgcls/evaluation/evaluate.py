@@ -13,13 +13,12 @@ from imgcls.data.manifests.manifest import Manifest, open_manifest
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import use_settings
 from imgcls.errors import ConfigError, ManifestError
-from imgcls.evaluation import report
 from imgcls.evaluation.compute import Evaluation, compute_evaluation
 from imgcls.evaluation.config import EvaluateConfig
 from imgcls.evaluation.explained import check_explainable
 from imgcls.evaluation.label_join import select_run_columns
 from imgcls.evaluation.multilabel import MultiLabelEvaluation
-from imgcls.evaluation.result import SUMMARY_FILE, RunEvaluation, write_evaluation
+from imgcls.evaluation.result import RunEvaluation, write_evaluation
 from imgcls.inference.predict import PredictConfig, predict
 from imgcls.metrics import tables
 from imgcls.metrics.formatting import format_summary
@@ -76,7 +75,7 @@ def _evaluate(config: EvaluateConfig) -> Evaluation | MultiLabelEvaluation:
     output = filesystem.absolute(given or source)
     evaluation = compute_evaluation(source, config, need_labels=True)
     write_evaluation(evaluation, output)
-    report_url = filesystem.join(output, report.REPORT_FILE)
+    report_url = filesystem.join(output, layout.REPORT_FILE)
     filesystem.write(report_url, evaluation.render(in_notebook=False).encode())
     _log_result(evaluation, output, was_shown=was_shown)
     return evaluation
@@ -96,9 +95,9 @@ def _log_result(evaluation: RunEvaluation, output: str, *, was_shown: bool) -> N
         log.show(text)
     for note in evaluation.omitted:
         log.show(f"left out: {note}")
-    log.show(f"all metrics  {filesystem.join(output, SUMMARY_FILE)}")
+    log.show(f"all metrics  {filesystem.join(output, layout.SUMMARY_FILE)}")
     log.show(f"tables       {filesystem.join(output, layout.METRICS_FOLDER)}")
-    log.show(f"report       {filesystem.join(output, report.REPORT_FILE)}")
+    log.show(f"report       {filesystem.join(output, layout.REPORT_FILE)}")
 
 
 def _resolve_run(config: EvaluateConfig) -> tuple[str, bool]:

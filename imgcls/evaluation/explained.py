@@ -5,8 +5,7 @@ The only part of an evaluation that runs the model, and only on request.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,15 +24,6 @@ OVERLAY_SIDE = 264
 
 Overlays = Mapping[tuple[int, str], str]
 """Overlays as data URIs, by row and class."""
-
-
-@dataclass(frozen=True)
-class ExplainedRow:
-    """A row to explain, for some classes."""
-
-    row: int
-    path: str | None
-    classes: tuple[str, ...]
 
 
 def open_explainer(run: CommittedRun, config: EvaluationOptions) -> Explainer | None:
@@ -62,11 +52,11 @@ def explain_mistakes(explainer: Explainer, run: CommittedRun, mistakes: pa.Table
     """
     from imgcls.models.notebook_repr import encode_data_uri
 
-    wanted = list(_list_rows(mistakes.to_pylist(), explainer.classes))
-    rows = [(each.path, each.classes) for each in wanted]
+    wanted, known = mistakes.to_pylist(), set(explainer.classes)
+    rows = [(each["path"], _list_classes(each, known)) for each in wanted]
     found = explain_rows(explainer, run, rows, OVERLAY_SIDE)
     return {
-        (each.row, one.label): encode_data_uri(one.overlay())
+        (each["row"], one.label): encode_data_uri(one.overlay())
         for each, explanations in zip(wanted, found, strict=True)
         for one in explanations
     }
@@ -98,8 +88,7 @@ def list_overlays(overlays: Overlays, row: Mapping[str, Any]) -> list[dict[str, 
     ]
 
 
-def _list_rows(mistakes: list[dict[str, Any]], classes: list[str]) -> Iterator[ExplainedRow]:
-    known = set(classes)
-    for row in mistakes:
-        names = dict.fromkeys(row.get(key) for key in ("predicted_label", "label"))
-        yield ExplainedRow(row["row"], row["path"], tuple(n for n in names if n in known))
+def _list_classes(mistake: Mapping[str, Any], known: set[str]) -> tuple[str, ...]:
+    """The predicted class of a mistake, and its label if it is a class."""
+    names = dict.fromkeys(mistake.get(key) for key in ("predicted_label", "label"))
+    return tuple(name for name in names if name in known)

@@ -72,8 +72,8 @@ class Cells:
 def select_mistakes(found: MultiLabelAggregate, gallery: int, confident: int = 0) -> Cells:
     """The worst mistakes of the classes with the most, false positives of a class first.
 
-    At most a quarter of `gallery` false positives and as many false negatives of each class, and
-    besides these the `confident` most confident ones of all of these classes.
+    Per class, at most a quarter of `gallery` false positives and as many false negatives; in
+    addition, the `confident` most confident mistakes of these classes.
     """
     counts, cells = found.counts, Cells.from_aggregate(found)
     wrong = cells.take(cells.given != cells.predicted)

@@ -37,8 +37,7 @@ from imgcls.html import render_page
 from imgcls.metrics import tables
 from imgcls.metrics.formatting import format_percent
 from imgcls.models.bundle import BUNDLE_FILE, Bundle, is_registry_uri, read_description
-
-REPORT_FILE = "report.html"
+from imgcls.runs import layout
 
 
 @with_config_storage
@@ -65,7 +64,7 @@ def write_report(config: ReportConfig) -> str:
             f"source {config.source}: is a registered model; pass the folder of a run or a bundle"
         )
     source = filesystem.absolute(config.source)
-    target = config.output or filesystem.join(source, REPORT_FILE)
+    target = config.output or filesystem.join(source, layout.REPORT_FILE)
     if filesystem.exists(filesystem.join(source, BUNDLE_FILE)):
         text = render_training(read_description(source))
     else:

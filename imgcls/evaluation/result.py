@@ -22,8 +22,6 @@ from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun
 from imgcls.runs.table_counts import RunCounts
 
-SUMMARY_FILE = "summary.json"
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RunEvaluation(ABC):
@@ -117,7 +115,7 @@ def write_evaluation(evaluation: RunEvaluation, output: str) -> None:
         {"summary": tables.build_summary_table(evaluation.metrics), **evaluation.build_tables()},
     )
     body = json.dumps(build_summary_json(evaluation), indent=2) + "\n"
-    filesystem.write(filesystem.join(output, SUMMARY_FILE), body.encode())
+    filesystem.write(filesystem.join(output, layout.SUMMARY_FILE), body.encode())
 
 
 def build_summary_json(evaluation: RunEvaluation) -> dict[str, Any]:

@@ -6,6 +6,7 @@ An aggregate keeps the positions of rows; their columns are read here, file by f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +14,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcls.data.storage import filesystem
-from imgcls.evaluation.aggregate import RunAggregate, TopRows
 from imgcls.evaluation.label_join import JOINED_COLUMN, JoinedLabels
 from imgcls.runs.committed import CommittedRun, cast_string_views
+
+if TYPE_CHECKING:
+    from imgcls.evaluation.aggregate import RunAggregate, TopRows
 
 _SHOWN_COLUMNS = (
     "row",

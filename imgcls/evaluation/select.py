@@ -45,8 +45,6 @@ from imgcls.runs.embeddings import resolve_urls
 from imgcls.runs.schema import list_prediction_columns
 
 MANIFEST_FILE = "manifest.parquet"
-SELECTION_FILE = "selection.parquet"
-SUMMARY_FILE = "summary.json"
 _CANDIDATES_PER_ROW = 10
 _HASHED_PER_ROW = 2
 """Candidates per selected row whose images are read where the run has no embeddings."""
@@ -114,7 +112,7 @@ def _select(config: SelectConfig) -> Selection:
     run = open_run(config.run)
     run.check_predictions()
     output = filesystem.absolute(config.output)
-    if filesystem.exists(filesystem.join(output, SELECTION_FILE)) and not config.overwrite:
+    if filesystem.exists(filesystem.join(output, layout.SELECTION_FILE)) and not config.overwrite:
         raise OutputError(
             f"output {output}: already has a selection; pass --overwrite to replace it"
         )
@@ -374,7 +372,7 @@ def _write(
     added = {*list_prediction_columns(run.schema), "selection_rank", "selection_value"}
     own = [name for name in rows.schema.names if name not in added]
     layout.write_table(filesystem.join(output, MANIFEST_FILE), rows.select(own))
-    layout.write_table(filesystem.join(output, SELECTION_FILE), rows)
+    layout.write_table(filesystem.join(output, layout.SELECTION_FILE), rows)
     summary = {
         "run": run.url,
         "bundle_sha256": run.bundle_sha256,
@@ -386,4 +384,4 @@ def _write(
         "run_rows": run.rows,
     }
     data = (json.dumps(summary, indent=2) + "\n").encode()
-    filesystem.write(filesystem.join(output, SUMMARY_FILE), data)
+    filesystem.write(filesystem.join(output, layout.SUMMARY_FILE), data)

@@ -106,8 +106,8 @@ def krippendorffs_alpha(
     values : ndarray of int, shape (N,)
         What was decided, from 0 to V - 1.
     distances : callable, optional
-        The difference of a value from each of them, ndarray of shape (V,), so that no matrix of
-        V * V is held. Default: 1 from different ones (nominal values).
+        Function that returns the distances of one value to all V values, shape (V,). Default: 0
+        for equal values, else 1 (nominal).
 
     Returns
     -------

@@ -25,7 +25,7 @@ from imgcls.metrics.columns import (
     OkRows,
     read_ok_rows,
 )
-from imgcls.metrics.table_counts import TableCounts
+from imgcls.metrics.mergeable_counts import MergeableCounts
 
 MAX_RANK = 20  # top-k accuracy is known up to this k; deeper ranks share one overflow count
 
@@ -38,7 +38,7 @@ SCORE_FLOOR = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
-class PredictionCounts(TableCounts):
+class PredictionCounts(MergeableCounts):
     """Counts of a predictions table; C classes, B confidence bins, K confusion cells.
 
     An ok row (status "ok") has a prediction. It is labeled if its label is one of the classes,

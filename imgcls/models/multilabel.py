@@ -114,7 +114,7 @@ class MultiLabel(Task):
         assert found.is_predicted is not None
         return {
             "predicted_labels": build_label_lists(scores, found.is_predicted, classes),
-            **build_top_k_columns(found, classes, ood),
+            **build_top_k_columns(found, pa.array(classes, pa.string()), ood),
             "scores": build_score_column(scores, scores_type or "float32"),
         }
 

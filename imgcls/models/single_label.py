@@ -190,7 +190,7 @@ class SingleLabel(Task):
         columns: dict[str, pa.Array] = {
             "predicted_label": names.take(pa.array(found.classes[:, 0])),
             "confidence": pa.array(found.scores[:, 0]),
-            **build_top_k_columns(found, classes, ood),
+            **build_top_k_columns(found, names, ood),
             **sets,
         }
         if codes is not None:

@@ -216,10 +216,13 @@ def take_top_k(
 
 
 def build_top_k_columns(
-    found: Decisions, classes: Sequence[str], ood: OodScores | None
+    found: Decisions, names: pa.Array, ood: OodScores | None
 ) -> dict[str, pa.Array]:
-    """The columns of every task: accepted, the top k, and those of the detector."""
-    names, width = pa.array(classes, pa.string()), found.classes.shape[1]
+    """The columns of every task: accepted, the top k, and those of the detector.
+
+    names: of the classes, strings
+    """
+    width = found.classes.shape[1]
     return {
         "accepted": pa.array(found.accepted if ood is None else found.accepted & ~ood.is_ood),
         "topk_labels": build_lists(names.take(pa.array(found.classes.ravel())), width),

@@ -39,8 +39,10 @@ METRICS_FOLDER = "metrics"
 PROGRESS_FILE = "_progress.json"
 SINCE_FOLDER = "_since"
 SUCCESS_FILE = "_SUCCESS"
-_EVALUATION_FILES = ("report.html", "summary.json")
-"""Files that an evaluation of the run writes next to it."""
+REPORT_FILE = "report.html"
+SUMMARY_FILE = "summary.json"
+"""Result of an evaluation, a comparison or a selection; an evaluation writes it next to the run."""
+SELECTION_FILE = "selection.parquet"
 CHECKPOINT_FOLDER = "_train"
 """Folder of an unfinished training in the folder of its bundle."""
 IDENTITY_FILE = "run.json"
@@ -93,7 +95,8 @@ def remove_run(output: str) -> None:
     """Remove a run: `_SUCCESS` first and `_run.json` last, so that it can resume after a kill."""
     for name in (
         SUCCESS_FILE,
-        *_EVALUATION_FILES,
+        REPORT_FILE,
+        SUMMARY_FILE,
         PREDICTIONS_FOLDER,
         METRICS_FOLDER,
         EXPLANATIONS_FOLDER,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -208,3 +210,17 @@ def resolve_search_paths(config: TuneConfig) -> TuneConfig:
             "model": config.model.model_copy(update={"weights": weights}),
         }
     )
+
+
+def parse_search_model(text: str) -> Mapping[str, Any] | None:
+    """The registered model in `_tune.json`, the third of its JSON values; None without one."""
+    values: list[Any] = []
+    try:
+        while text:
+            value, end = json.JSONDecoder().raw_decode(text)
+            values.append(value)
+            text = text[end:].lstrip()
+    except ValueError:
+        return None
+    found = values[2].get("registered_model") if len(values) > 2 else None
+    return found if isinstance(found, Mapping) else None

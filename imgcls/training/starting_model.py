@@ -6,7 +6,6 @@ resumed uses this version, also if the alias has another one by then.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from imgcls.errors import BundleError, RequestError, StorageError, StorageUnavai
 from imgcls.models.bundle import REGISTRY_PREFIX, is_registry_uri, read_description
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
-from imgcls.training.search_space import SEARCH_FILE, TuneConfig
+from imgcls.training.search_space import SEARCH_FILE, TuneConfig, parse_search_model
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 ModelRecord = Mapping[str, Any]
@@ -109,20 +108,6 @@ def _load_stored(config: TrainConfig) -> ModelRecord | None:
         except BundleError:
             return None
     found = known.get("registered_model") if isinstance(known, Mapping) else None
-    return found if isinstance(found, Mapping) else None
-
-
-def parse_search_model(text: str) -> ModelRecord | None:
-    """The registered model in `_tune.json`, the third of its JSON values; None without one."""
-    values: list[Any] = []
-    try:
-        while text:
-            value, end = json.JSONDecoder().raw_decode(text)
-            values.append(value)
-            text = text[end:].lstrip()
-    except ValueError:
-        return None
-    found = values[2].get("registered_model") if len(values) > 2 else None
     return found if isinstance(found, Mapping) else None
 
 

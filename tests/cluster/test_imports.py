@@ -36,6 +36,12 @@ PROCESSES = {
             LARGE - {"fsspec", "ray.train", "imgcls.training"} | {"imgcls.inference"},
         ),
     ],
+    "list of runs": [
+        (
+            "import imgcls.cli, imgcls.evaluation.overview.show",
+            LARGE - {"imgcls.evaluation", "imgcls.training"} | PIXELS | {"pandas", "ray"},
+        ),
+    ],
 }
 """What processes of each kind import, step by step, and what they must not have imported then."""
 
@@ -52,7 +58,7 @@ def run(script: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("process", ["driver", "labeling worker", "training worker"])
+@pytest.mark.parametrize("process", PROCESSES)
 def test_a_process_imports_nothing_that_it_does_not_need(process: str) -> None:
     steps = "\n".join(
         f"{imports}\nprint({imports!r}, *sorted({unneeded!r} & set(sys.modules)))"

@@ -31,8 +31,6 @@ _METRIC_LABELS = {
     "val_accuracy": "validation accuracy",
     "val_mean_average_precision": "validation mAP",
 }
-HEADLINES = tuple(_METRIC_LABELS)
-"""Metrics of which an output has one, the first that it defines for its task."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,11 @@ class Headline:
     def label(self) -> str:
         """Name for people."""
         return _METRIC_LABELS.get(self.name, self.name)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% interval; None unless both of its ends are stored."""
+        return None if self.lower is None or self.upper is None else (self.lower, self.upper)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls.data.storage import filesystem
-from imgcls.errors import OutputError, RequestError, StorageUnavailable
+from imgcls.errors import RequestError, StorageUnavailable
 from imgcls.evaluation.overview.entry import RunEntry
-from imgcls.evaluation.overview.label_provenance import Facts, describe_label_row, match_image
+from imgcls.evaluation.overview.label_provenance import (
+    PROVENANCE_COLUMNS,
+    Facts,
+    describe_label_row,
+    match_image,
+)
 from imgcls.evaluation.overview.lineage import LineageBuilder, LineageNode
 from imgcls.evaluation.overview.overview import RunList, compute_entry_order, find_series
 from imgcls.evaluation.overview.records import UNREADABLE, explain_problem
+from imgcls.evaluation.row_lookup import read_part_rows
 from imgcls.formatting import format_count
 from imgcls.inference.nights import compute_run_order
 from imgcls.metrics.formatting import format_percent
@@ -25,6 +33,8 @@ _MAX_PROBLEMS = 10
 """Runs that could not be read and are named."""
 _HitOrder = tuple[Any, ...]
 _LABEL_SCORES = ("confidence", "label_score")
+_MERGED_COLUMNS = ("run", "bundle_sha256")
+"""Columns of a history."""
 
 
 def build_image_lineage(runs: RunList, image: str) -> LineageNode:
@@ -71,55 +81,53 @@ def _find_hits(
             try:
                 run = open_run(entry.url)
                 row = _find_row(run, image)
+                if row is None:
+                    continue
+                order = compute_run_order(run) if kind == "history" else ()
+                hit = (*order, entry.date or ""), entry, _describe_row(run, row)
             except StorageUnavailable:
                 raise
             except UNREADABLE as error:
                 problems.append(f"{entry.path}: {explain_problem(error)}")
                 continue
-            if row is not None:
-                order = compute_run_order(run) if kind == "history" else None
-                yield (*(order or ()), entry.date or ""), entry, _describe_row(run, row)
-                break
+            yield hit
+            break
 
 
 def _find_row(run: CommittedRun, image: str) -> dict[str, Any] | None:
-    """The row of an image; None if the run does not have it."""
-    start = 0
-    for table in iter_tables(run, [run.path_column]):
-        hits = match_image(table[run.path_column], run.root, image)
-        place = pc.index(hits, True).as_py()
-        if place >= 0:
-            return _read_row(run, start + place)
-        start += table.num_rows
+    """The columns of `_describe_row` of an image; None if the run does not have it."""
+    for file in run.files:
+        start = 0
+        for table in iter_tables(replace(run, files=(file,)), [run.path_column]):
+            hits = match_image(table[run.path_column], run.root, image)
+            place = pc.index(hits, True).as_py()
+            if place >= 0:
+                wanted = [*_list_result_columns(run), *_MERGED_COLUMNS, *PROVENANCE_COLUMNS]
+                names = [name for name in dict.fromkeys(wanted) if name in run.schema.names]
+                found = read_part_rows(file, names, np.array([start + place]))
+                row: dict[str, Any] = found.to_pylist()[0]
+                return row
+            start += table.num_rows
     return None
 
 
-def _read_row(run: CommittedRun, place: int) -> dict[str, Any]:
-    """One row of a run, without its embedding and its scores."""
-    names = [name for name in run.schema.names if name not in ("embedding", "scores")]
-    start = 0
-    for table in iter_tables(run, names):
-        if place < start + table.num_rows:
-            row: dict[str, Any] = table.slice(place - start, 1).to_pylist()[0]
-            return row
-        start += table.num_rows
-    raise OutputError(f"{run.url}: has fewer rows than when it was committed; restore it")
+def _list_result_columns(run: CommittedRun) -> list[str]:
+    labels = () if run.label_columns is None else run.label_columns.names
+    names = [run.label_column or "", *labels, "predicted_label", "predicted_labels", "confidence"]
+    return [*names, "label_score", "accepted", "is_ood", "status", "error"]
 
 
 def _describe_row(run: CommittedRun, row: dict[str, Any]) -> Facts:
     """Prediction, label and label provenance of a row."""
-    labels = () if run.label_columns is None else run.label_columns.names
-    names = [run.label_column or "", *labels, "predicted_label", "predicted_labels", "confidence"]
-    names += ["label_score", "accepted", "is_ood", "status", "error"]
     facts = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(_list_result_columns(run)):
         value = row.get(name)
         if value is None or (name == "status" and value == "ok"):
             continue
         shown = format_percent(value) if name in _LABEL_SCORES else _format_value(value)
         facts.append((name.replace("_", " "), shown))
     if run.merged_runs:
-        facts += [(name, str(row[name])) for name in ("run", "bundle_sha256") if row.get(name)]
+        facts += [(name, str(row[name])) for name in _MERGED_COLUMNS if row.get(name)]
     return facts + describe_label_row(row)
 
 

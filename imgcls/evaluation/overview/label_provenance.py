@@ -22,6 +22,7 @@ from imgcls.runs.embeddings import resolve_urls
 ANNOTATOR_COLUMNS = ("labeled_by", "annotator")
 TIME_COLUMNS = ("labeled_at",)
 SOURCE_COLUMNS = ("label_source", "tool")
+PROVENANCE_COLUMNS = (*ANNOTATOR_COLUMNS, *TIME_COLUMNS, *SOURCE_COLUMNS)
 _MAX_NAMES = 10
 Facts = list[tuple[str, str]]
 
@@ -38,22 +39,29 @@ def describe_manifest(settings: Any, fingerprint: str | None, image: str | None 
     path = get_text(settings, "path")
     if path is None or not is_relative(path):
         return _describe_now(settings, fingerprint, image)
-    facts = [] if fingerprint is None else _describe_now(settings, fingerprint, image)
+    facts = (
+        [] if fingerprint is None else _describe_now(settings, fingerprint, image, needs_same=True)
+    )
     if ("unchanged", "yes") in facts:
         return facts
     reason = f"a relative path, and no manifest with this fingerprint is in {os.getcwd()}"
     return [("not checked", reason if fingerprint is not None else "a relative path")]
 
 
-def _describe_now(settings: Any, fingerprint: str | None, image: str | None) -> Facts:
+def _describe_now(
+    settings: Any, fingerprint: str | None, image: str | None, *, needs_same: bool = False
+) -> Facts:
+    """needs_same: describe nothing of a manifest with another fingerprint."""
     try:
         manifest = open_manifest(_parse_settings(settings))
-        now = manifest.fingerprint()
-        facts = (
-            [] if fingerprint is None else [("unchanged", "yes" if now == fingerprint else "no")]
-        )
-        if now != fingerprint and fingerprint is not None:
-            facts.append(("fingerprint now", now))
+        now = None if fingerprint is None else manifest.fingerprint()
+        if needs_same and now != fingerprint:
+            return []
+        facts = []
+        if now is not None:
+            facts.append(("unchanged", "yes" if now == fingerprint else "no"))
+            if now != fingerprint:
+                facts.append(("fingerprint now", now))
         counted = _LabelProvenance.from_manifest(manifest)
         if counted.names or image is not None:
             for table in _iter_columns(manifest, counted.names):
@@ -65,13 +73,8 @@ def _describe_now(settings: Any, fingerprint: str | None, image: str | None) -> 
 
 def describe_label_row(row: Mapping[str, Any]) -> Facts:
     """Label provenance in one row, by the names of its columns."""
-    found = [
-        (name, row[name])
-        for names in (ANNOTATOR_COLUMNS, TIME_COLUMNS, SOURCE_COLUMNS)
-        for name in names
-        if row.get(name) is not None
-    ]
-    return [(name.replace("_", " "), str(value)) for name, value in found]
+    found = [name for name in PROVENANCE_COLUMNS if row.get(name) is not None]
+    return [(name.replace("_", " "), str(row[name])) for name in found]
 
 
 def match_image(paths: pa.ChunkedArray, root: str, image: str) -> pa.ChunkedArray:

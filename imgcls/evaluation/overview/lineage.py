@@ -14,11 +14,11 @@ from typing import Any
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.credentials import hide_credentials
 from imgcls.evaluation.overview.entry import Kind, RunEntry
-from imgcls.evaluation.overview.label_provenance import describe_manifest
+from imgcls.evaluation.overview.label_provenance import Facts, describe_manifest
 from imgcls.evaluation.overview.links import ExpectedRun, describe_path_link, find_embedded_run
 from imgcls.evaluation.overview.overview import RunList, escape_text, format_headline
 from imgcls.evaluation.overview.readers import read_bundle_entry
-from imgcls.evaluation.overview.records import get_text
+from imgcls.evaluation.overview.records import get_section, get_text
 from imgcls.formatting import format_count, format_duration, format_share
 from imgcls.models.bundle import REGISTRY_PREFIX, is_registry_uri
 
@@ -27,7 +27,6 @@ MAX_MERGED = 10
 _MAX_DEPTH = 20
 _HASH_DIGITS = 64
 _UNKNOWN_RUN = ExpectedRun()
-Facts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,11 @@ class LineageBuilder:
                 yield from self._follow(get_text(entry.record, name), name, above)
 
     def _iter_run_parents(self, entry: RunEntry, above: tuple[str, ...]) -> Iterator[LineageNode]:
-        config = _get_section(entry.record, "provenance", "config")
+        config = get_section(entry.record, "provenance", "config")
         relabel = config.get("relabel")
         labels = None
         if isinstance(relabel, Mapping):
-            settings = _get_section(entry.record, "identity", "settings")
+            settings = get_section(entry.record, "identity", "settings")
             expected = ExpectedRun.from_record(settings.get("relabeled"))
             yield from self._follow(get_text(relabel, "source"), "source", above, expected)
             labels = relabel.get("labels")
@@ -130,7 +129,7 @@ class LineageBuilder:
         yield from self._follow(get_text(config, "reference"), "reference", above)
 
     def _iter_merged(self, entry: RunEntry, above: tuple[str, ...]) -> Iterator[LineageNode]:
-        merged = _get_section(entry.record, "identity").get("merged")
+        merged = get_section(entry.record, "identity").get("merged")
         urls = [each for each in merged if isinstance(each, str)] if merged else []
         for url in reversed(urls[-MAX_MERGED:]):
             yield from self._follow(url, "merged run", above)
@@ -143,7 +142,7 @@ class LineageBuilder:
     ) -> Iterator[LineageNode]:
         settings = entry.record.get("settings", entry.record)
         if isinstance(settings, Mapping):
-            manifest = _get_section(settings, "data").get("train")
+            manifest = get_section(settings, "data").get("train")
             yield self._build_manifest("training data", manifest, entry.fingerprint)
             weights = get_text(settings, "model", "weights")
             yield from self._build_start(entry.record, weights, above)
@@ -153,12 +152,12 @@ class LineageBuilder:
     def _iter_bundle_parents(
         self, entry: RunEntry, above: tuple[str, ...]
     ) -> Iterator[LineageNode]:
-        made, config = entry.record, _get_section(entry.record, "config")
-        data = _get_section(made, "data", "manifests")
+        made, config = entry.record, get_section(entry.record, "config")
+        data = get_section(made, "data", "manifests")
         for key, relation in (("train", "training data"), ("val", "validation data")):
             source = data.get(f"data.{key}")
             if isinstance(source, Mapping):
-                settings = _get_section(config, "data").get(key) or {"path": source.get("manifest")}
+                settings = get_section(config, "data").get(key) or {"path": source.get("manifest")}
                 fingerprint = get_text(source, "fingerprint")
                 yield self._build_manifest(relation, settings, fingerprint, source.get("rows"))
         weights = get_text(config, "model", "weights") or get_text(made, "imported_from")
@@ -171,7 +170,7 @@ class LineageBuilder:
         self, record: Mapping[str, Any], weights: str | None, above: tuple[str, ...]
     ) -> Iterator[LineageNode]:
         """The registered model that a training began with, or its weights."""
-        found = _get_section(record, "registered_model")
+        found = get_section(record, "registered_model")
         name, version, sha256 = (get_text(found, key) for key in ("name", "version", "sha256"))
         if name is not None and version is not None:
             uri = f"{REGISTRY_PREFIX}{name}/{version}"
@@ -183,7 +182,7 @@ class LineageBuilder:
         self, made: Mapping[str, Any], above: tuple[str, ...]
     ) -> Iterator[LineageNode]:
         """The bundle that was calibrated, and other bundles that the provenance names."""
-        calibration = _get_section(made, "calibration")
+        calibration = get_section(made, "calibration")
         run = get_text(calibration, "predictions")
         expected = ExpectedRun.from_record(calibration)
         yield from self._follow(run, "calibrated on", above, expected)
@@ -278,8 +277,8 @@ def _build_title(entry: RunEntry) -> str:
 
 def _list_facts(entry: RunEntry) -> Facts:
     """Name and value of what is known about an output."""
-    made = _get_section(entry.record, "provenance") or entry.record
-    config = _get_section(made, "config")
+    made = get_section(entry.record, "provenance") or entry.record
+    config = get_section(made, "config")
     values: list[tuple[str, Any]] = [
         ("state", entry.state if entry.kind != "bundle" else None),
         ("problem", entry.problem),
@@ -310,16 +309,6 @@ def _list_facts(entry: RunEntry) -> Facts:
         for name, value in values
         if value not in (None, "", 0.0) or (name == "seed" and value is not None)
     ]
-
-
-def _get_section(tree: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """A nested record; empty where it is missing or is none."""
-    for key in keys:
-        below = tree.get(key)
-        if not isinstance(below, Mapping):
-            return {}
-        tree = below
-    return tree
 
 
 def format_tree(node: LineageNode, prefix: str = "", branch: str = "") -> str:

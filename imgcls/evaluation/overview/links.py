@@ -9,7 +9,7 @@ from typing import Any
 
 from imgcls.data.storage import filesystem
 from imgcls.evaluation.overview.entry import RunEntry
-from imgcls.evaluation.overview.records import get_text
+from imgcls.evaluation.overview.records import get_section, get_text
 from imgcls.models.bundle import is_registry_uri
 
 BY_PATH = "by path, not verified"
@@ -71,10 +71,7 @@ def describe_path_link(url: str) -> str:
 
 def find_embedded_run(made: Mapping[str, Any]) -> ExpectedRun:
     """The run whose embeddings a head was fitted to, by the provenance of its bundle."""
-    record: Any = made
-    for key in ("run", "data", "data.embeddings"):
-        record = record.get(key) if isinstance(record, Mapping) else None
-    return ExpectedRun.from_record(record)
+    return ExpectedRun.from_record(get_section(made, "run", "data", "data.embeddings"))
 
 
 def _shorten(name: str, text: str | None) -> str:

@@ -6,20 +6,19 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import (
     StorageConfig,
     create_thread_pool,
-    current_settings,
     use_settings,
 )
 from imgcls.errors import RequestError
 from imgcls.evaluation.config import DEFAULT_DEPTH
 from imgcls.evaluation.overview.entry import RunEntry
-from imgcls.evaluation.overview.readers import read_entries
+from imgcls.evaluation.overview.readers import read_entry
 from imgcls.evaluation.overview.search import READ_THREADS, find_outputs
 from imgcls.formatting import format_count, format_share
 from imgcls.inference.nights import RunOrder, compute_order
@@ -46,14 +45,11 @@ class RunList:
         The outputs, in order of their paths.
     notes : tuple of str
         What was not searched, and which links point to an output.
-    storage : StorageConfig
-        Storage settings that the outputs were read with.
     """
 
     folder: str
     entries: tuple[RunEntry, ...]
     notes: tuple[str, ...] = ()
-    storage: StorageConfig = field(default_factory=current_settings)
 
     def to_pandas(self) -> pd.DataFrame:
         """The entries as a table: a row per output, a column per field of `RunEntry`.
@@ -133,8 +129,8 @@ def list_runs(
         url = filesystem.absolute(os.fspath(folder))
         found = find_outputs(url, depth)
         with create_thread_pool(READ_THREADS, "read") as pool:
-            entries = [each for some in pool.map(read_entries, found.outputs) for each in some]
-        entries = mark_current(entries)
+            read = [each for each in pool.map(read_entry, found.outputs) if each is not None]
+        entries = mark_current(read)
         links = [f"{path} is a link to {target}" for path, target in sorted(found.links.items())]
         return RunList(url, tuple(entries), (*found.notes, *links))
 
@@ -251,8 +247,8 @@ def format_headline(entry: RunEntry) -> str:
     if found is None:
         return ""
     text = f"{found.label} {format_percent(found.value)}"
-    if found.lower is not None and found.upper is not None:
-        text += f" ({format_interval(found.name, (found.lower, found.upper))})"
+    if found.interval is not None:
+        text += f" ({format_interval(found.name, found.interval)})"
     return text if found.rows is None else f"{text}, n {found.rows:,}"
 
 

@@ -16,6 +16,7 @@ from imgcls.evaluation.report_parts import TEMPLATES, base_name, format_optional
 from imgcls.formatting import format_duration
 from imgcls.html import render_page
 from imgcls.metrics.formatting import format_interval, format_percent
+from imgcls.runs import layout
 
 _OPEN_STATES = ("damaged", "foreign", "refused")
 _MAX_NOTEBOOK_ROWS = 200
@@ -103,9 +104,9 @@ def _build_row(entry: RunEntry, target: str | None) -> dict[str, Any]:
 
 def _format_interval(entry: RunEntry) -> str:
     found = entry.headline
-    if found is None or found.lower is None or found.upper is None:
+    if found is None or found.interval is None:
         return ""
-    return format_interval(found.name, (found.lower, found.upper))
+    return format_interval(found.name, found.interval)
 
 
 def _find_report(entry: RunEntry, target: str | None) -> str | None:
@@ -114,6 +115,6 @@ def _find_report(entry: RunEntry, target: str | None) -> str | None:
         return None
     if not filesystem.is_local(target) or not filesystem.is_local(entry.url):
         return None
-    report = os.path.join(filesystem.local_path(entry.url), "report.html")
+    report = os.path.join(filesystem.local_path(entry.url), layout.REPORT_FILE)
     start = os.path.dirname(filesystem.absolute(target))
     return "./" + urllib.parse.quote(os.path.relpath(report, start), errors="surrogateescape")

@@ -26,22 +26,25 @@ from imgcls.evaluation.overview.records import (
     check_size,
     explain_problem,
     format_time,
+    get_section,
     get_text,
+    name_file,
     read_record,
 )
 from imgcls.evaluation.overview.run_readers import choose_metric, read_run, read_unfinished
 from imgcls.evaluation.overview.search import FoundFolder
-from imgcls.evaluation.result import SUMMARY_FILE
-from imgcls.evaluation.select import SELECTION_FILE
 from imgcls.models.bundle import BUNDLE_FILE, read_description
 from imgcls.runs import layout
-from imgcls.training.search_space import BEST_FOLDER, RESULTS_FILE, SEARCH_FILE
-from imgcls.training.starting_model import parse_search_model
+from imgcls.training.search_space import (
+    BEST_FOLDER,
+    RESULTS_FILE,
+    SEARCH_FILE,
+    parse_search_model,
+)
 
 
-def read_entries(folder: FoundFolder) -> list[RunEntry]:
-    """The outputs that lie in one folder: usually one."""
-    entries = []
+def read_entry(folder: FoundFolder) -> RunEntry | None:
+    """The output in a folder; None if its files are of another tool."""
     for marker, kind, reader in _READERS:
         if marker not in folder.files and marker not in folder.folders:
             continue
@@ -53,24 +56,21 @@ def read_entries(folder: FoundFolder) -> list[RunEntry]:
         except UNREADABLE as error:
             entry = _build_damaged(folder, kind, marker, error)
         if entry is not None:
-            entries.append(entry)
-        if entries:
-            break
-    if not entries and layout.SUCCESS_FILE in folder.files:
+            return entry
+    if layout.SUCCESS_FILE in folder.files:
         problem = (
             f"{layout.SUCCESS_FILE} without {layout.RUN_FILE}: of another tool, such as Spark, or "
             f"{layout.RUN_FILE} was removed"
         )
-        entries.append(build_entry(folder, "unknown", "foreign", problem=problem))
-    return entries
+        return build_entry(folder, "unknown", "foreign", problem=problem)
+    return None
 
 
 def _read_bundle(folder: FoundFolder) -> RunEntry:
     bundle = read_description(folder.url)
     spec, made = bundle.spec, bundle.spec.provenance
     stored = ProvenanceRecord.model_validate(made)
-    data = made.get("data") if isinstance(made.get("data"), dict) else {}
-    assert isinstance(data, dict)
+    data = get_section(made, "data")
     source = get_text(data, "manifests", "data.train", "manifest")
     own = stored.created if "calibration" not in made else None  # that of its parent
     name = f"val_{'mean_average_precision' if spec.task == 'multilabel' else 'accuracy'}"
@@ -135,19 +135,31 @@ def _read_tune(folder: FoundFolder) -> RunEntry:
         "date": format_time(folder.files.get(SEARCH_FILE)),
         "record": stored | ({} if registered is None else {"registered_model": registered}),
     }
-    if RESULTS_FILE not in folder.files:
+    best = filesystem.join(folder.url, BEST_FOLDER)
+    # the table is written first, and the description of the best bundle last
+    if RESULTS_FILE not in folder.files or not filesystem.exists(
+        filesystem.join(best, BUNDLE_FILE)
+    ):
         return read_unfinished(folder, "tune", None, known)
+    with name_file(RESULTS_FILE):
+        known["headline"] = _read_best_metric(folder)
+    known |= {
+        "model": best,
+        "bundle_sha256": read_description(best).sha256,
+        "date": format_time(folder.files.get(RESULTS_FILE)),
+    }
+    return build_entry(folder, "tune", "finished", **known)
+
+
+def _read_best_metric(folder: FoundFolder) -> Headline | None:
+    """The metric of the best trial, the first one in the results of a search."""
     data = filesystem.read(filesystem.join(folder.url, RESULTS_FILE))
     best = pq.read_table(io.BytesIO(data)).slice(0, 1).to_pylist()
-    names = ("val_mean_average_precision", "val_accuracy")
-    name = next((each for each in names if best and best[0].get(each) is not None), None)
-    if name is not None and math.isfinite(best[0][name]):
-        known["headline"] = Headline(name, float(best[0][name]))
-    if BEST_FOLDER in folder.folders:
-        url = filesystem.join(folder.url, BEST_FOLDER)
-        known |= {"model": url, "bundle_sha256": read_description(url).sha256}
-    known["date"] = format_time(folder.files.get(RESULTS_FILE))
-    return build_entry(folder, "tune", "finished", **known)
+    for name in ("val_mean_average_precision", "val_accuracy"):
+        value = best[0].get(name) if best else None
+        if value is not None:
+            return Headline(name, float(value)) if math.isfinite(value) else None
+    return None
 
 
 # ---------------------------------------------------------------------- results about runs
@@ -156,12 +168,12 @@ def _read_tune(folder: FoundFolder) -> RunEntry:
 def _read_summary(folder: FoundFolder) -> RunEntry | None:
     """An evaluation or a comparison; None for a summary.json of another tool."""
     try:
-        stored = read_record(folder, SUMMARY_FILE)
+        stored = read_record(folder, layout.SUMMARY_FILE)
     except ValueError:
         if layout.METRICS_FOLDER in folder.folders:
             raise
         return None
-    date = format_time(folder.files.get(SUMMARY_FILE))
+    date = format_time(folder.files.get(layout.SUMMARY_FILE))
     if {"run_a", "run_b"} <= stored.keys():
         return build_entry(folder, "comparison", "finished", date=date, record=stored)
     if not {"run", "metrics"} <= stored.keys():
@@ -181,15 +193,16 @@ def _read_summary(folder: FoundFolder) -> RunEntry | None:
 
 
 def _read_selection(folder: FoundFolder) -> RunEntry:
-    stored = read_record(folder, SUMMARY_FILE)
-    found = SelectionRecord.model_validate(stored)
+    with name_file(layout.SUMMARY_FILE):
+        stored = read_record(folder, layout.SUMMARY_FILE)
+        found = SelectionRecord.model_validate(stored)
     return build_entry(
         folder,
         "selection",
         "finished",
         bundle_sha256=found.bundle_sha256,
         rows=found.rows,
-        date=format_time(folder.files.get(SELECTION_FILE)),
+        date=format_time(folder.files.get(layout.SELECTION_FILE)),
         record=stored,
     )
 
@@ -208,8 +221,8 @@ _READERS: tuple[tuple[str, Kind, Callable[[FoundFolder], RunEntry | None]], ...]
     (BUNDLE_FILE, "bundle", _read_bundle),
     (SEARCH_FILE, "tune", _read_tune),
     (layout.CHECKPOINT_FOLDER, "training", _read_training),
-    (SELECTION_FILE, "selection", _read_selection),
-    (SUMMARY_FILE, "evaluation", _read_summary),
+    (layout.SELECTION_FILE, "selection", _read_selection),
+    (layout.SUMMARY_FILE, "evaluation", _read_summary),
 )
 """File or folder that marks an output, its kind if it cannot be read, and its reader; the first one
 that finds an output counts."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -12,13 +13,13 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.credentials import hide_credentials
-from imgcls.errors import ImgclsError, one_line
+from imgcls.errors import ImgclsError, OutputError, one_line
 from imgcls.evaluation.overview.entry import Kind, RunEntry, State
 from imgcls.evaluation.overview.search import FoundFolder
+from imgcls.runs import layout
 
 MAX_RECORD_BYTES = 64 << 20
 """Larger records are not read."""
-_REPORT_FILE = "report.html"
 UNREADABLE = (
     ImgclsError,
     ValueError,
@@ -122,7 +123,7 @@ class SelectionRecord(StoredRecord):
 
 def build_entry(folder: FoundFolder, kind: Kind, state: State, **values: Any) -> RunEntry:
     """An entry; its texts have no credentials."""
-    has_report = _REPORT_FILE in folder.files
+    has_report = layout.REPORT_FILE in folder.files
     for name in ("model", "manifest", "problem"):
         if values.get(name) is not None:
             values[name] = hide_credentials(values[name])
@@ -144,19 +145,38 @@ def explain_problem(error: Exception) -> str:
     return one_line(error)
 
 
+@contextlib.contextmanager
+def name_file(name: str) -> Iterator[None]:
+    """Raise OutputError with the name of the file that could not be read or is no record.
+
+    Errors of imgcls, which have a path, are raised as they are.
+    """
+    try:
+        yield
+    except ImgclsError:
+        raise
+    except (*UNREADABLE, OSError) as error:
+        raise OutputError(f"{name}: {explain_problem(error)}") from error
+
+
 def check_size(size: int | None) -> None:
     """Raise ValueError for a file that is too large to be a record of imgcls."""
     if size is not None and size > MAX_RECORD_BYTES:
         raise ValueError(f"has {size / 1e6:,.0f} MB; a record of imgcls is smaller")
 
 
+def get_section(tree: Any, *keys: str) -> Mapping[str, Any]:
+    """A nested record; empty where a key is missing or the value is no record."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree if isinstance(tree, Mapping) else {}
+
+
 def get_text(tree: Any, *keys: str) -> str | None:
     """A text in nested records; None where a key is missing or the value is no text."""
-    for key in keys:
-        if not isinstance(tree, Mapping):
-            return None
-        tree = tree.get(key)
-    return tree if isinstance(tree, str) else None
+    *above, name = keys
+    found = get_section(tree, *above).get(name)
+    return found if isinstance(found, str) else None
 
 
 def read_record(folder: FoundFolder, name: str) -> dict[str, Any]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls.data.storage import filesystem
-from imgcls.errors import StorageMissing, StorageUnavailable, one_line
+from imgcls.errors import StorageMissing, StorageUnavailable
 from imgcls.evaluation.overview.entry import Headline, Kind, RunEntry, State
 from imgcls.evaluation.overview.records import (
     UNREADABLE,
@@ -28,6 +29,7 @@ from imgcls.evaluation.overview.search import FoundFolder
 from imgcls.runs import layout, lease
 
 _LABELED_METRIC = "labelled"
+ValueT = TypeVar("ValueT")
 
 
 def read_run(folder: FoundFolder) -> RunEntry:
@@ -69,9 +71,10 @@ def read_run(folder: FoundFolder) -> RunEntry:
         known |= {"seconds": None, "images_per_second": None}
     problems: list[str] = []
     if layout.METRICS_FOLDER in folder.folders:
-        known["headline"] = _read_metric(folder, run.task, problems)
+        parse = partial(_parse_metric, task=run.task)
+        known["headline"] = _read_metric_table(folder, "summary", problems, parse)
         if config.get("reference") is not None:
-            known["psi"] = _read_psi(folder, problems)
+            known["psi"] = _read_metric_table(folder, "drift", problems, _parse_psi)
     return build_entry(folder, kind, "committed", problem="; ".join(problems) or None, **known)
 
 
@@ -121,17 +124,10 @@ def _read_success(folder: FoundFolder) -> dict[str, Any]:
     }
 
 
-def _read_metric(folder: FoundFolder, task: str, problems: list[str]) -> Headline | None:
-    """The main metric in `metrics/summary.parquet`; a problem is added to `problems`."""
-    table = _read_metric_table(folder, "summary", problems)
-    if table is None:
-        return None
-    try:
-        rows = {row["metric"]: row for row in table.to_pylist()}
-        return choose_metric({name: MetricRecord(**row) for name, row in rows.items()}, task)
-    except UNREADABLE as error:
-        problems.append(f"{layout.METRICS_FOLDER}/summary.parquet: {explain_problem(error)}")
-        return None
+def _parse_metric(table: pa.Table, task: str) -> Headline | None:
+    """The main metric in `metrics/summary.parquet`."""
+    rows = {row["metric"]: row for row in table.to_pylist()}
+    return choose_metric({name: MetricRecord(**row) for name, row in rows.items()}, task)
 
 
 def choose_metric(metrics: Mapping[str, MetricRecord], task: str | None) -> Headline | None:
@@ -151,30 +147,32 @@ def choose_metric(metrics: Mapping[str, MetricRecord], task: str | None) -> Head
     return Headline(name, found.value, lower, upper, rows)
 
 
-def _read_psi(folder: FoundFolder, problems: list[str]) -> float | None:
-    table = _read_metric_table(folder, "drift", problems)
-    if table is None or not table.num_rows:
+def _parse_psi(table: pa.Table) -> float | None:
+    """The largest PSI in `metrics/drift.parquet`; raises ValueError if it is not finite."""
+    if not table.num_rows:
         return None
-    try:
-        psi = max(float(value) for value in table["psi"].to_pylist())
-        if not math.isfinite(psi):
-            raise ValueError(f"psi is {psi}")
-        return psi
-    except UNREADABLE as error:
-        problems.append(f"{layout.METRICS_FOLDER}/drift.parquet: {explain_problem(error)}")
-        return None
+    psi = max(float(value) for value in table["psi"].to_pylist())
+    if not math.isfinite(psi):
+        raise ValueError(f"psi is {psi}")
+    return psi
 
 
-def _read_metric_table(folder: FoundFolder, name: str, problems: list[str]) -> pa.Table | None:
-    """A table of `metrics/`; None if there is none, or with a problem if it cannot be read."""
-    url = filesystem.join(folder.url, layout.METRICS_FOLDER, f"{name}.parquet")
+def _read_metric_table(
+    folder: FoundFolder, name: str, problems: list[str], parse: Callable[[pa.Table], ValueT | None]
+) -> ValueT | None:
+    """What `parse` finds in a table of `metrics/`; None if there is no such table.
+
+    A table that cannot be read or parsed adds a problem.
+    """
+    place = f"{layout.METRICS_FOLDER}/{name}.parquet"
+    url = filesystem.join(folder.url, place)
     try:
         check_size(filesystem.size(url))
-        return pq.read_table(io.BytesIO(filesystem.read(url)))
+        return parse(pq.read_table(io.BytesIO(filesystem.read(url))))
     except StorageMissing:
         return None
     except StorageUnavailable:
         raise
     except (*UNREADABLE, OSError) as error:
-        problems.append(f"{layout.METRICS_FOLDER}/{name}.parquet: {one_line(error)}")
+        problems.append(f"{place}: {explain_problem(error)}")
         return None

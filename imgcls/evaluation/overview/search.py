@@ -14,8 +14,6 @@ from imgcls.data.formats import LISTING_FILE
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import create_thread_pool
 from imgcls.errors import RequestError, StorageError, StorageMissing
-from imgcls.evaluation.result import SUMMARY_FILE
-from imgcls.evaluation.select import SELECTION_FILE
 from imgcls.formatting import format_count
 from imgcls.models.bundle import BUNDLE_FILE
 from imgcls.runs import layout
@@ -27,8 +25,8 @@ MARKERS = (
     layout.SUCCESS_FILE,
     BUNDLE_FILE,
     SEARCH_FILE,
-    SELECTION_FILE,
-    SUMMARY_FILE,
+    layout.SELECTION_FILE,
+    layout.SUMMARY_FILE,
 )
 """Files by which an output is recognized."""
 _FETCH_FOLDER = "_fetch"

@@ -12,7 +12,6 @@ from imgcls.evaluation.config import RunsConfig
 from imgcls.evaluation.overview.image_lineage import build_image_lineage, find_entry
 from imgcls.evaluation.overview.lineage import LineageBuilder, LineageNode, format_tree
 from imgcls.evaluation.overview.overview import RunList, describe_counts, escape_text, list_runs
-from imgcls.evaluation.overview.page import render_lineage, render_list
 
 
 @with_config_storage
@@ -34,7 +33,10 @@ def show_runs(config: RunsConfig) -> RunList | LineageNode:
             log.show(runs.format_table())
         for note in runs.notes:
             log.emit("note", escape_text(note))
-    _write_page(config, render_list(runs, config.html) if config.html is not None else None)
+    if config.html is not None:
+        from imgcls.evaluation.overview.page import render_list  # imports matplotlib
+
+        _write_page(config, config.html, render_list(runs, config.html))
     return runs
 
 
@@ -44,13 +46,14 @@ def _show_lineage(config: RunsConfig, runs: RunList, lineage: str) -> LineageNod
         build_image_lineage(runs, lineage) if entry is None else LineageBuilder(runs).build(entry)
     )
     log.show(json.dumps(tree.to_json()) if config.json_lines else format_tree(tree))
-    _write_page(config, render_lineage(runs, tree) if config.html is not None else None)
+    if config.html is not None:
+        from imgcls.evaluation.overview.page import render_lineage  # imports matplotlib
+
+        _write_page(config, config.html, render_lineage(runs, tree))
     return tree
 
 
-def _write_page(config: RunsConfig, text: str | None) -> None:
-    if config.html is None or text is None:
-        return
-    filesystem.write(filesystem.absolute(config.html), text.encode("utf-8", "replace"))
+def _write_page(config: RunsConfig, html: str, text: str) -> None:
+    filesystem.write(filesystem.absolute(html), text.encode("utf-8", "replace"))
     if not config.json_lines:
-        log.show(f"page  {config.html}")
+        log.show(f"page  {html}")

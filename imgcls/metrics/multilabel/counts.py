@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from imgcls.metrics.columns import Bools, Floats, Ints
+from imgcls.metrics.mergeable_counts import MergeableCounts
 from imgcls.metrics.multilabel.columns import MultiLabelRows
 from imgcls.metrics.multilabel.matrices import (
     Targets,
@@ -26,7 +27,6 @@ from imgcls.metrics.multilabel.matrices import (
     count_in_rows,
     split_rows,
 )
-from imgcls.metrics.table_counts import TableCounts
 
 # Rows and columns of `cell_moments`: kinds of cells.
 TP, FP, FN, TN = 0, 1, 2, 3
@@ -35,7 +35,7 @@ F1, PRECISION, RECALL, JACCARD = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, eq=False)
-class MultiLabelCounts(TableCounts):
+class MultiLabelCounts(MergeableCounts):
     """Counts of multi-label predictions; C classes.
 
     An ok row (status "ok") has a prediction for every class. It is labeled if at least one of its

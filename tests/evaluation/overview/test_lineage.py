@@ -15,6 +15,7 @@ from imgcls.evaluation.overview.image_lineage import build_image_lineage, find_e
 from imgcls.evaluation.overview.lineage import LineageBuilder, LineageNode, format_tree
 from imgcls.evaluation.overview.overview import list_runs
 from imgcls.inference.history import CompactConfig, compact
+from imgcls.metrics.formatting import format_percent
 from imgcls.models.bundle import load_bundle
 from imgcls.runs import layout
 from tests.conftest import copied, write_manifest
@@ -245,6 +246,17 @@ def test_an_image_has_its_newest_prediction_and_the_labels_it_was_trained_on(mad
     assert "has the image" not in format_tree(tree)
 
 
+def test_an_image_is_found_in_any_row_group_of_any_part(tmp_path: Path) -> None:
+    table = drawn(30)
+    commit(tmp_path / "run", table, parts=3, group_rows=4)
+    runs = list_runs(tmp_path)
+    for row in (0, 9, 10, 17, 29):
+        image = tmp_path / "run" / table["path"][row].as_py()
+        facts = dict(build_image_lineage(runs, str(image)).facts)
+        assert facts["predicted label"] == table["predicted_label"][row].as_py()
+        assert facts["confidence"] == format_percent(table["confidence"][row].as_py())
+
+
 def test_an_image_of_the_training_data_is_shown_with_its_annotator(
     tmp_path: Path, color_bundle: Path
 ) -> None:
@@ -306,6 +318,18 @@ def test_of_several_histories_the_one_with_the_newest_run_counts(
     shutil.rmtree(folder / "latest")
     tree = build_image_lineage(list_runs(folder), str(night / "images" / "000002.jpg"))
     assert child(tree, "run").title == "history all"
+
+
+def test_a_history_whose_merged_runs_cannot_be_ordered_is_named(made: Made, tmp_path: Path) -> None:
+    folder = copied(made[0], tmp_path / "out")
+    shutil.rmtree(folder / "labels")
+    damaged = copied(folder / "latest", folder / "other")
+    image = str(made[0] / "labels" / "date=2026-01-01" / "images" / "000002.jpg")
+    for origins in ([1], {"a": 5}, {"a": ["x", "", 1, "", ""]}):
+        change_json(damaged / layout.RUN_FILE, origins=origins)
+        tree = build_image_lineage(list_runs(folder), image)
+        assert child(tree, "run").title == "history latest"
+        assert dict(tree.facts)["not searched"].startswith("other: ")
 
 
 def test_an_image_that_no_run_has_is_refused(made: Made, tmp_path: Path) -> None:

@@ -199,6 +199,47 @@ def test_damaged_bundles_metrics_and_foreign_files_are_listed_as_such(
     assert "without _run.json" in str(found["spark"].problem)
 
 
+def test_a_search_is_finished_when_its_best_bundle_is_complete(
+    tmp_path: Path, color_bundle: Path
+) -> None:
+    (tmp_path / "_tune.json").write_text("{}")
+    pq.write_table(pa.table({"val_accuracy": [0.5]}), tmp_path / "results.parquet")
+    best = tmp_path / "best"
+    steps = (
+        lambda: None,
+        best.mkdir,
+        lambda: shutil.copy(color_bundle / "model.safetensors", best),
+        lambda: shutil.copy(color_bundle / "bundle.json", best),
+    )
+    states = []
+    for step in steps:
+        step()
+        states.append(by_path(list_runs(tmp_path))["."].state)
+    assert states == ["waiting", "waiting", "waiting", "finished"]
+
+
+def test_a_damaged_file_of_a_search_or_a_selection_is_named(
+    tmp_path: Path, color_bundle: Path
+) -> None:
+    search, chosen = tmp_path / "search", tmp_path / "next"
+    for folder, marker in ((search, "_tune.json"), (chosen, "selection.parquet")):
+        folder.mkdir()
+        (folder / marker).write_text("{}")
+    copied(color_bundle, search / "best")
+    pq.write_table(pa.table({"val_accuracy": [0.5]}), search / "results.parquet")
+    table = (search / "results.parquet").read_bytes()
+    texts = pa.table({"val_accuracy": ["high"]})
+    pq.write_table(texts, tmp_path / "texts.parquet")
+    wrong = (tmp_path / "texts.parquet").read_bytes()
+    for data in (b"PAR1 no table", table[:4] + bytes(len(table) - 12) + table[-8:], wrong):
+        (search / "results.parquet").write_bytes(data)
+        (chosen / "summary.json").write_bytes(data)
+        found = by_path(list_runs(tmp_path))
+        assert (found["search"].state, found["next"].state) == ("damaged", "damaged")
+        assert str(found["search"].problem).startswith("results.parquet: ")
+        assert str(found["next"].problem).startswith("summary.json: ")
+
+
 def test_numbers_that_are_not_finite_are_named_and_not_listed(tmp_path: Path, made: Made) -> None:
     for value in ("NaN", "Infinity"):
         folder = copied(made[0] / "evaluated", tmp_path / value)

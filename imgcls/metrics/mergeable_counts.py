@@ -11,7 +11,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, eq=False)
-class TableCounts:
+class MergeableCounts:
     """Mergeable counts of a table of any task.
 
     Attributes
@@ -73,7 +73,7 @@ class TableCounts:
 
         Returns
         -------
-        TableCounts
+        MergeableCounts
             Of the class that it is called on.
 
         Raises
@@ -92,14 +92,14 @@ class TableCounts:
         plain = {"classes": tuple(data["classes"]), "status": dict(data["status"])}
         return cls(**{**data, **arrays, **plain})
 
-    def _check_same_classes(self, other: TableCounts) -> None:
+    def _check_same_classes(self, other: MergeableCounts) -> None:
         if self.classes != other.classes:
             raise ValueError(
                 f"cannot merge counts over {len(self.classes)} classes with counts over"
                 f" {len(other.classes)}: names and order must be the same, from one bundle"
             )
 
-    def _add_fields(self, other: TableCounts, skipped: Sequence[str] = ()) -> dict[str, Any]:
+    def _add_fields(self, other: MergeableCounts, skipped: Sequence[str] = ()) -> dict[str, Any]:
         """The fields of the counts of both but the skipped ones; numbers are added up."""
         left_out = {"classes", "status", *skipped}
         names = [field.name for field in fields(self) if field.name not in left_out]
