@@ -58,7 +58,7 @@ def run(script: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", sorted(PROCESSES))
 def test_a_process_imports_nothing_that_it_does_not_need(process: str) -> None:
     steps = "\n".join(
         f"{imports}\nprint({imports!r}, *sorted({unneeded!r} & set(sys.modules)))"

@@ -207,7 +207,8 @@ def test_a_worker_that_hangs_is_killed_and_another_one_processes_its_chunk(
         stopped.send_signal(signal.SIGSTOP)
         out, err = driver.communicate(timeout=300)
         assert driver.returncode == 0, err
-        assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
+        # by the watchdog, or by Ray a moment after the driver has exited
+        wait_for(lambda: is_dead(stopped))
     # stopped between two chunks, it has none; then no worker makes progress, and it is replanned
     message = (
         r"watch   chunk \d+ \(rows .*\): worker .* made no progress for|no worker has made progress"
@@ -229,9 +230,18 @@ def test_a_worker_that_hangs_between_two_chunks_is_killed_too(
         done = imgcls(*order, env=cluster.environment(), timeout=300)
         assert done.returncode == 0, done.stderr
         with contextlib.suppress(psutil.NoSuchProcess):
-            assert psutil.Process(int(stopped.read_text())).status() == psutil.STATUS_ZOMBIE
+            worker = psutil.Process(int(stopped.read_text()))
+            wait_for(lambda: is_dead(worker))
     assert re.search(r"no worker has made progress for \d+ s; replanning", done.stdout) is not None
     assert_exactly_once(output, 400)
+
+
+def is_dead(process: psutil.Process) -> bool:
+    """Ended; a zombie until its parent has read its exit status."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def stopping(folder: Path, stopped: Path) -> dict[str, str]:

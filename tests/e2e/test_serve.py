@@ -125,8 +125,17 @@ def test_replicas_store_each_decision_once(service: Served) -> None:
         build(NewKeyConfig, {"file": str(service.keys), "name": "ana", "scopes": ["label"]})
     )
     headers, url = {"X-API-Key": key}, f"{service.url}/v1/labeling"
-    wait_for(lambda: requests.get(f"{url}/queue", headers=headers, timeout=30).ok, 30)
-    queue = requests.get(f"{url}/queue", headers=headers, timeout=30).json()["queue"]
+    found: list[str] = []
+
+    def read_queue() -> bool:
+        """False while the replica that answers has not read the new key yet."""
+        response = requests.get(f"{url}/queue", headers=headers, timeout=30)
+        if response.ok:
+            found.append(response.json()["queue"])
+        return response.ok
+
+    wait_for(read_queue, 30)
+    (queue,) = found
 
     def decide(row: int) -> int:
         """Sent again only if a replica has not read the new key yet."""
