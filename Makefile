@@ -21,8 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing imgcls[dev,demo] into .venv (the first time takes minutes)"
 	@# compat: a path entry, which a folder named imgcls in the working directory does not shadow.
 	@# Python compiles the modules that are imported; of all packages that takes more than a minute.
-	@$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt \
-		--config-settings editable_mode=compat -e '.[dev,demo]'
+	@# Where it may not write what it compiles, pip does: else each start takes ten seconds longer.
+	@$(BIN)/pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),--compile,--no-compile) \
+		--disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e '.[dev,demo]'
 	@touch $@
 
 azurite: $(AZURITE)  ## install Azurite by npm: the server that the tests of Azure use

@@ -32,7 +32,7 @@ from imgcls.inference.benchmark import (
     measure_rates,
 )
 from imgcls.models.bundle import EngineName, Precision
-from imgcls.models.cpu import is_openvino_faster
+from imgcls.models.cpu import find_bf16_instructions, is_openvino_faster
 from imgcls.models.openvino_package import is_openvino_installed
 
 GPU_BATCH_SIZES = (64, 128, 256)
@@ -112,7 +112,7 @@ def tune_settings(
     spec = plan_benchmark(scale, compile, placement, rows, engine)
     if spec is None:
         if engine == "auto" and not always and is_openvino_default(placement, rows, precision):
-            log.emit("tune", "engine openvino: on a CPU without AMX it is faster than torch")
+            log.emit("tune", "engine openvino: on CPUs with AVX2 it is faster than torch")
             return replace(usual, engine="openvino")
         return usual
     images = build_input(rows // placement.workers)
@@ -144,13 +144,17 @@ def tune_settings(
 def is_openvino_default(placement: Placement, rows: int, precision: Precision) -> bool:
     """Whether a run that is not benchmarked uses OpenVINO.
 
-    Only in a private session: the CPUs of a cluster's nodes are not known.
+    Only in a private session: the CPUs of a cluster's nodes are not known. OpenVINO has no bf16 on
+    a CPU without its instructions.
     """
+    has_precision = precision in ("auto", "fp32") or (
+        precision == "bf16" and find_bf16_instructions() is not None
+    )
     return (
         is_openvino_installed()
         and placement.worker_gpus == 0
         and rows >= MIN_OPENVINO_ROWS * placement.workers
-        and precision in ("auto", "fp32")
+        and has_precision
         and is_private_session()
         and is_openvino_faster()
     )

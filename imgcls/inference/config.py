@@ -94,7 +94,7 @@ class RunConfig(Section):
     image that exceeds its range becomes an error row. int8: on CPUs, with a quantized bundle."""
     engine: EngineName = "auto"
     """Library that runs the network. auto: torch; on CPUs OpenVINO (if installed) where a benchmark
-    before a long run shows that it is faster, or on one machine without AMX from 1,000 rows per
+    before a long run shows that it is faster, or on one machine with AVX2 from 1,000 rows per
     worker on."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Compile the model. auto: where a benchmark before a long run shows that it saves time."""

@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 
 from imgcls.errors import RequestError
+from imgcls.models import cpu
 from imgcls.models.bundle import EngineName, Precision
-from imgcls.models.cpu import read_cpu_flags
 from imgcls.models.device_support import check_device
 
 RunPrecision = Literal["fp32", "bf16", "fp16", "int8"]
@@ -31,7 +31,7 @@ def choose_precision(
     check_device(wanted, engine, device.type)
     if wanted == "int8":
         _check_int8_instructions(engine)
-    if wanted == "bf16" and device.type == "cpu" and _find_bf16_instructions() is None:
+    if wanted == "bf16" and device.type == "cpu" and cpu.find_bf16_instructions() is None:
         return wanted, "as requested; fp32 is faster: the CPU has no bfloat16 instructions"
     if wanted != "auto":
         return wanted, "as requested"
@@ -40,31 +40,19 @@ def choose_precision(
         if native:
             return "bf16", "the GPU has it"
         return "fp32", "the GPU has no bfloat16; --precision fp16 is possible, not measured"
-    instructions = _find_bf16_instructions()
+    instructions = cpu.find_bf16_instructions()
     if instructions is not None:
         return "bf16", f"the CPU has {instructions}"
     return "fp32", "the CPU has no bfloat16 instructions"
 
 
-def _find_bf16_instructions() -> str | None:
-    """Name of the CPU's bfloat16 instructions; None if it has none.
-
-    Without them, on AVX-512 and on AVX2, bfloat16 takes 2 to 11 times as long as float32.
-    """
-    flags = read_cpu_flags()
-    for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16"), ("bf16", "Arm BF16")):
-        if flag in flags:
-            return name
-    return None
-
-
 def has_int8_instructions() -> bool:
     """Whether the CPU sums products of int8 without overflow."""
-    return bool(read_cpu_flags() & INT8_FLAGS)
+    return bool(cpu.read_cpu_flags() & INT8_FLAGS)
 
 
 def _check_int8_instructions(engine: EngineName) -> None:
-    flags = read_cpu_flags()
+    flags = cpu.read_cpu_flags()
     if engine == "openvino" and "avx2" not in flags:
         raise RequestError("precision int8: this CPU has no AVX2; use --precision auto")
     if engine != "openvino" and not has_int8_instructions():

@@ -197,7 +197,7 @@ assert not [each for each in commands if "dashboard.py" in each or "monitor.py" 
 assert "--listen-port=0 " in raylet and "--minimal" not in raylet
 session.end_session(0)
 assert not ray.is_initialized()
-_, left = psutil.wait_procs(started, timeout=10)
+_, left = psutil.wait_procs(started, timeout=60)
 assert not left
 session.end_session(0)
 """

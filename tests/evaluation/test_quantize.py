@@ -16,8 +16,9 @@ from imgcls.evaluation.quantize import quantize_bundle
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
 from imgcls.models.config import ImportConfig
+from imgcls.models.cpu import read_cpu_flags
 from imgcls.models.import_weights import import_model
-from imgcls.models.precision import INT8_FLAGS, read_cpu_flags
+from imgcls.models.precision import INT8_FLAGS
 from tests.conftest import COLORS, write_manifest
 
 pytestmark = pytest.mark.skipif("avx2" not in read_cpu_flags(), reason="this CPU has no AVX2")
@@ -166,7 +167,7 @@ def test_the_engine_is_chosen_by_the_instructions_of_the_cpu(
     flags: set[str], engine: str, reason: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: flags)
+    monkeypatch.setattr("imgcls.models.cpu.read_cpu_flags", lambda: flags)
     assert quantize._choose_engine("auto") == engine
     assert capsys.readouterr().out == f"engine  {engine}: {reason}\n"
 

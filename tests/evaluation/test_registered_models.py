@@ -13,8 +13,8 @@ from imgcls.evaluation.config import CalibrateConfig, QuantizeConfig
 from imgcls.evaluation.quantize import quantize_bundle
 from imgcls.models.bundle import load_bundle
 from imgcls.models.config import ExportConfig
+from imgcls.models.cpu import read_cpu_flags
 from imgcls.models.export import export_bundle
-from imgcls.models.precision import read_cpu_flags
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.deployment import locate_model
 from tests.evaluation.runs import CLASSES, commit, drawn

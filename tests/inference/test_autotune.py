@@ -93,6 +93,7 @@ def test_a_run_that_is_not_benchmarked_takes_torch_unless_another_is_set(
         ({}, "openvino"),
         ({"precision": "fp32"}, "openvino"),
         ({"precision": "bf16"}, "torch"),  # a CPU without it has no bf16 in OpenVINO
+        ({"precision": "bf16", "bf16": "AMX"}, "openvino"),
         ({"engine": "torch"}, "torch"),
         ({"rows": 1_999}, "torch"),
         ({"compile": "always"}, "torch"),
@@ -108,10 +109,12 @@ def test_a_run_of_thousands_of_rows_takes_openvino_where_it_is_known_to_be_faste
     given = {
         "engine": "auto", "precision": "auto", "rows": 2_000, "compile": "auto",
         "placement": CPUS, "installed": True, "private": True, "faster": True,
+        "bf16": None,
     } | changes  # fmt: skip
     monkeypatch.setattr(autotune, "is_openvino_installed", lambda: given["installed"])
     monkeypatch.setattr(autotune, "is_private_session", lambda: given["private"])
     monkeypatch.setattr(autotune, "is_openvino_faster", lambda: given["faster"])
+    monkeypatch.setattr(autotune, "find_bf16_instructions", lambda: given["bf16"])
     tuned = autotune.tune_settings(
         None, ScaleConfig(), given["compile"], given["placement"], given["rows"],
         lambda rows: BenchmarkInput("bundle", "exact", "fp32", rows, (), StorageConfig()),

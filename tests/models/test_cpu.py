@@ -32,7 +32,7 @@ def test_what_onednn_must_not_use_is_no_instruction_of_the_cpu(
     [
         ({"avx2"}, True),
         ({"avx2", "avx512f", "avx512_bf16"}, True),
-        ({"avx2", "avx512_bf16", "amx_bf16"}, False),  # not measured
+        ({"avx2", "avx512_bf16", "amx_bf16"}, True),
         ({"asimd", "bf16"}, False),
         ({"sse4_2"}, False),
     ],

@@ -20,7 +20,7 @@ from imgcls.models.bundle import (
     save_bundle,
 )
 from imgcls.models.classifier import Classifier
-from imgcls.models.precision import read_cpu_flags
+from imgcls.models.cpu import read_cpu_flags
 from tests.models.test_classifier import bundle_of, random_batch
 
 pytestmark = pytest.mark.skipif("avx2" not in read_cpu_flags(), reason="this CPU has no AVX2")
@@ -88,7 +88,7 @@ def test_a_bundle_runs_in_int8_only_in_the_engine_it_is_quantized_for(
         Classifier(quantized, precision="int8", engine="torch", device="cpu")
     with pytest.raises(BundleError, match="is not prepared for int8"):
         Classifier(exact.bundle, precision="int8", engine="openvino", device="cpu")
-    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: {"sse4_2"})
+    monkeypatch.setattr("imgcls.models.cpu.read_cpu_flags", lambda: {"sse4_2"})
     with pytest.raises(RequestError, match="precision int8: this CPU has no AVX2"):
         Classifier(quantized, precision="int8", device="cpu")
 
@@ -107,11 +107,11 @@ def test_a_cpu_where_sums_overflow_needs_an_accuracy_of_its_kind(
         )
         for has_vnni in (False, True)
     )
-    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr("imgcls.models.cpu.read_cpu_flags", lambda: {"avx2"})
     with pytest.raises(BundleError, match=r"was measured on a CPU with VNNI.* Quantize it again"):
         Classifier(with_vnni, precision="int8", device="cpu")
     assert Classifier(without, precision="int8", device="cpu").precision == "int8"
-    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: {"avx2", "avx_vnni"})
+    monkeypatch.setattr("imgcls.models.cpu.read_cpu_flags", lambda: {"avx2", "avx_vnni"})
     assert Classifier(without, precision="int8", device="cpu").precision == "int8"
 
 
@@ -131,7 +131,7 @@ def test_weights_have_7_bits_where_more_labels_are_as_before(
             return self
 
     answers = labels | {"exact": [1, 2, 3]}
-    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: flags)
+    monkeypatch.setattr("imgcls.models.cpu.read_cpu_flags", lambda: flags)
     monkeypatch.setattr(openvino_int8, "_quantize", lambda model, images, fix: fix)
     monkeypatch.setattr(
         openvino_int8, "_predict_labels", lambda model, images, spec: np.array(answers[model])
@@ -143,7 +143,7 @@ def test_weights_have_7_bits_where_more_labels_are_as_before(
 def test_a_multilabel_network_is_compared_by_its_labels(
     multilabel_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr("imgcls.models.cpu.read_cpu_flags", lambda: {"avx2"})
     predict, found = openvino_int8._predict_labels, []
     monkeypatch.setattr(
         openvino_int8,

@@ -22,7 +22,7 @@ from imgcls.models.precision import choose_float_dtype, choose_precision
 def test_bf16_is_chosen_where_the_processor_has_it(
     monkeypatch: pytest.MonkeyPatch, flags: set[str], precision: str, reason: str
 ) -> None:
-    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: flags)
+    monkeypatch.setattr("imgcls.models.cpu.read_cpu_flags", lambda: flags)
     assert choose_precision("auto", torch.device("cpu")) == (precision, reason)
     assert choose_precision("fp32", torch.device("cpu")) == ("fp32", "as requested")
     requested = "as requested"
@@ -59,9 +59,9 @@ def test_openvino_is_for_cpus() -> None:
 def test_int8_is_for_cpus_that_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="runs on CPUs only; use bf16 or auto on a GPU"):
         choose_precision("int8", torch.device("cuda"))
-    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr("imgcls.models.cpu.read_cpu_flags", lambda: {"avx2"})
     with pytest.raises(RequestError, match="amx_int8, avx512_vnni, avx_vnni, without which"):
         choose_precision("int8", torch.device("cpu"))
     assert choose_precision("int8", torch.device("cpu"), "openvino")[0] == "int8"
-    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: {"amx_int8"})
+    monkeypatch.setattr("imgcls.models.cpu.read_cpu_flags", lambda: {"amx_int8"})
     assert choose_precision("int8", torch.device("cpu"))[0] == "int8"
