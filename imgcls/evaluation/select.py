@@ -22,6 +22,7 @@ from imgcls.data import image_files
 from imgcls.data.annotations.exports import write_tasks
 from imgcls.data.decoding import open_image
 from imgcls.data.decoding.image_features import HASH_BITS, compute_features
+from imgcls.data.manifests.image_urls import read_urls, resolve_urls
 from imgcls.data.manifests.label_columns import UNKNOWN
 from imgcls.data.manifests.manifest import normalize_labels, open_manifest, resolve_paths
 from imgcls.data.manifests.options import KeyNames
@@ -41,7 +42,6 @@ from imgcls.models.bundle import read_description
 from imgcls.models.embeddings import normalize_embeddings
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, open_run
-from imgcls.runs.embeddings import resolve_urls
 from imgcls.runs.schema import list_prediction_columns
 
 MANIFEST_FILE = "manifest.parquet"
@@ -307,10 +307,7 @@ def _read_excluded(config: SelectConfig) -> pa.Array | None:
     if config.exclude is None:
         return None
     manifest = open_manifest(config.exclude, keys=KeyNames("exclude"))
-    parts = [pa.array([], pa.large_string())]
-    for batch in manifest.batches():
-        paths = pa.chunked_array([batch.column(manifest.path_column)])
-        parts += resolve_urls(paths, manifest.root).chunks
+    parts = (read_urls(manifest, batch) for batch in manifest.batches())
     return pc.unique(pa.chunked_array(parts, pa.large_string()))
 
 

@@ -1,9 +1,9 @@
 """Explanations of some rows of a committed run: `predict --explain`.
 
 Runs in the driver, after the commit, on the CPU, and holds the lease of the run. The rows are the
-labeled ones with the most confident mistakes; of an unlabeled run, those with the lowest confidence.
-The predictions and their counts do not change. The name of a picture is derived from what it shows,
-so a run that was interrupted is resumed, and doing it twice writes the same files.
+labeled ones with the most confident mistakes; of an unlabeled run, those with the lowest
+confidence. The predictions and their counts do not change. The name of a picture is derived from
+its row, so a run that was interrupted is resumed, and doing it twice writes the same files.
 
 out/_explanations/000000042-0f3a5c917d2e.jpg
 out/_explanations/explanations.parquet        written last

@@ -154,7 +154,7 @@ def test_two_drivers_do_not_explain_one_run_at_once(run: Path, bundle: Bundle) -
     before = read_files(run)
     other = Lease.acquire(str(run))
     try:
-        with pytest.raises(RunFailed, match=r"is committed, but .* is locked by .*; rerun the same"):
+        with pytest.raises(RunFailed, match=r"is committed, but .* is locked by .*; rerun"):
             explain_runs(bundle, [str(run)], 2, Interruption())
     finally:
         other.release()

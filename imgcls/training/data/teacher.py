@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls import log
-from imgcls.data.manifests.manifest import open_manifest, resolve_paths
+from imgcls.data.manifests.image_urls import normalize_urls, read_urls
+from imgcls.data.manifests.manifest import open_manifest
 from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import ConfigError, RequestError
 from imgcls.formatting import format_count
 from imgcls.models.bundle import TaskName
 from imgcls.runs.committed import CommittedRun
-from imgcls.runs.embeddings import normalize_urls
 from imgcls.training.config import Strategy, TeacherConfig, TrainConfig
 from imgcls.training.data.examples import DataSource, Examples, TeacherRecord, index_label_sets
 from imgcls.training.data.leaks import ContentMatches, find_same_content
@@ -192,11 +192,8 @@ def _read_excluded(teacher: TeacherConfig) -> list[str]:
     if teacher.exclude is None:
         return []
     manifest = open_manifest(teacher.exclude, keys=KeyNames("teacher.exclude"))
-    chunks = []
-    for batch in manifest.batches():
-        paths = pa.chunked_array([batch.column(manifest.path_column)])
-        chunks += resolve_paths(paths, manifest.root).cast(pa.string()).chunks
-    return _list_urls(pa.chunked_array(chunks, pa.string()))
+    parts = (read_urls(manifest, batch) for batch in manifest.batches())
+    return _list_urls(pa.chunked_array(parts, pa.large_string()))
 
 
 def _check_excluded(excluded: Sequence[str], tests: ContentMatches, teacher: TeacherConfig) -> None:

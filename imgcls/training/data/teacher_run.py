@@ -11,12 +11,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imgcls.data.manifests.manifest import resolve_paths
+from imgcls.data.manifests.image_urls import resolve_urls
 from imgcls.data.storage import filesystem
 from imgcls.errors import OK, RequestError
 from imgcls.models.bundle import BUNDLE_FILE
 from imgcls.runs.committed import CommittedRun, iter_tables, open_run
-from imgcls.runs.embeddings import normalize_urls
 from imgcls.training.config import TeacherConfig
 from imgcls.training.data.targets import NO_LABEL, Float16Matrix, compute_log_scores
 from imgcls.training.sampler import Int64Array
@@ -141,7 +140,7 @@ def _iter_rows(
             scores = _read_labels(column, classes)
         is_finite = np.isfinite(scores).all(1)
         left_out["without scores"] += int((~is_finite).sum())
-        urls = normalize_urls(resolve_paths(kept[run.path_column], run.root)).combine_chunks()
+        urls = resolve_urls(kept[run.path_column], run.root).combine_chunks()
         yield urls.filter(pa.array(is_finite)), scores[is_finite]
 
 
