@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -289,7 +289,7 @@ def decode_dataset(
     if failures:
         log.emit("note", f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""))
     check_enough_left(setup.examples, failures, setup.config.scale.max_workers)
-    return replace(decoded, examples=setup.examples.compute_fingerprint())
+    return decoded
 
 
 def check_same_examples(examples: Examples, images: CachedImages) -> None:
