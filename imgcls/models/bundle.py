@@ -405,7 +405,7 @@ def read_description(url: str) -> Bundle:
 
         registered = mlflow_registry.resolve_registered(url)
         bundle = read_description(registered.url)
-        mlflow_registry.check_registered(registered, bundle.sha256)
+        registered = mlflow_registry.verify_registered(registered, bundle.sha256)
         return replace(bundle, registered=registered)
     place = f"bundle {url}"
     try:

@@ -14,8 +14,8 @@ import re
 import shutil
 import tempfile
 import urllib.parse
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -60,7 +60,7 @@ class RegisteredModel:
     uri:     as it was requested, with the version or an alias
     name, version: of the model in the registry
     url:     folder of the bundle
-    sha256:  hash of the bundle, as it was registered; None if another tool registered it
+    sha256:  hash of the bundle; None until it is read, if another tool registered it
     """
 
     uri: str
@@ -70,26 +70,30 @@ class RegisteredModel:
     sha256: str | None
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What outputs store of the version."""
+        return {"uri": self.uri, "name": self.name, "version": self.version, "sha256": self.sha256}
+
+    @property
     def pinned_uri(self) -> str:
         """The URI of this version, which no alias changes."""
-        return f"{REGISTRY_PREFIX}{self.name}/{self.version}"
+        return pin_uri(self.record)
 
-    def build_record(self, sha256: str) -> dict[str, Any]:
-        """What outputs store of the version.
-
-        sha256: hash of its bundle, as it was read
-        """
-        return {"uri": self.uri, "name": self.name, "version": self.version, "sha256": sha256}
-
-    def log_version(self, sha256: str) -> None:
+    def log_version(self) -> None:
         """Log the version and the folder that the URI means."""
+        digest = (self.sha256 or "")[:12]
         log.emit(
             "model",
-            f"{self.uri}: version {self.version}, bundle {sha256[:12]} in {self.url}",
+            f"{self.uri}: version {self.version}, bundle {digest} in {self.url}",
             name=self.name,
             version=self.version,
-            sha256=sha256,
+            sha256=self.sha256,
         )
+
+
+def pin_uri(record: Mapping[str, Any]) -> str:
+    """The URI of the version in a record of `RegisteredModel`, which no alias changes."""
+    return f"{REGISTRY_PREFIX}{record['name']}/{record['version']}"
 
 
 def resolve_registered(uri: str) -> RegisteredModel:
@@ -131,14 +135,18 @@ def parse_registry_uri(uri: str) -> tuple[str, str | None, str | None]:
     return name, (last if is_version else None), (None if is_version else last)
 
 
-def check_registered(model: RegisteredModel, sha256: str) -> None:
-    """Raise BundleError if a bundle is not the one that was registered."""
+def verify_registered(model: RegisteredModel, sha256: str) -> RegisteredModel:
+    """The version with the hash of its bundle, as it was read.
+
+    Raises BundleError if it is not the bundle that was registered.
+    """
     if model.sha256 is not None and model.sha256 != sha256:
         raise BundleError(
             f"model {model.pinned_uri}: {model.url} has the bundle {sha256[:12]}, but "
             f"{model.sha256[:12]} was registered; restore the artifacts of this version, or "
             "register the bundle again"
         )
+    return replace(model, sha256=sha256)
 
 
 @contextlib.contextmanager
