@@ -60,8 +60,8 @@ class TrainSetup:
     network:           on the CPU, with its initial weights
     class_weights:     per class, for the loss; None for equal weights
     head_coefficients: see `network.compute_head_coefficients`; empty without a probe
-    identity:          settings, data and initial weights; equal for two runs of one training
-    registered_model:  version of the registered model that it starts from; None for another
+    identity:          settings, data and initial weights; equal for two runs of one training.
+                       With `registered_model`, the version of a registered model to start from
     """
 
     config: TrainConfig
@@ -73,7 +73,6 @@ class TrainSetup:
     class_weights: list[float] | None
     head_coefficients: tuple[float, ...]
     identity: dict[str, Any]
-    registered_model: ModelRecord | None = None
 
 
 def resolve_setup(config: TrainConfig, registered_model: ModelRecord | None = None) -> TrainSetup:
@@ -129,7 +128,6 @@ def resolve_setup(config: TrainConfig, registered_model: ModelRecord | None = No
         class_weights=class_weights,
         head_coefficients=coefficients,
         identity=_compute_identity(config, examples, network, registered_model),
-        registered_model=registered_model,
     )
 
 

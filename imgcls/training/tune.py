@@ -194,7 +194,7 @@ def _run_search(config: TuneConfig, task: TrainSetup, interruption: Interruption
         decoded = wait_interruptibly(decoding, interruption, execution.stop)
         images = replace(decoded, examples=task.examples.compute_fingerprint())
     with _silence_tune():
-        tuner = _build_tuner(config, images, concurrent, task.registered_model)
+        tuner = _build_tuner(config, images, concurrent, task.identity.get("registered_model"))
         grid = wait_interruptibly(run_in_thread(tuner.fit), interruption)
     return _write_results(config, grid)
 
