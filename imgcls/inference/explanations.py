@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from imgcls import log
 from imgcls.cluster.interrupts import Interruption
 from imgcls.data.formats import EXPLANATIONS_FOLDER
-from imgcls.data.manifests.label_columns import NEGATIVE
+from imgcls.data.manifests.label_columns import NEGATIVE, LabelColumns
 from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.storage import filesystem
 from imgcls.errors import Interrupted, RequestError, RunFailed, StorageError
@@ -35,6 +35,7 @@ from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables, open_run
 from imgcls.runs.explained_rows import build_explainer, explain_rows
 from imgcls.runs.lease import DEFAULT_TERM_S, Lease
+from imgcls.runs.table_counts import TableCounter
 
 TABLE_NAME = "explanations.parquet"
 _PICTURE_NAME = re.compile(r"\d{9,}-[0-9a-f]{12}\.jpg")
@@ -125,25 +126,31 @@ def select_rows(run: CommittedRun, count: int) -> pa.Table:
     """
     found = {name: _SCHEMA.empty_table() for name in _ORDERS}
     is_labeled = False
+    counter = run.create_counter()
     names = ["row", run.path_column, "topk_labels", "topk_scores"]
-    names += run.create_counter().select_columns(run.schema)
+    names += counter.select_columns(run.schema)
     if run.task == "multilabel":
         names.append("scores")
     batch_rows = limit_batch_rows(len(run.classes), _MAX_BATCH_ROWS)
     for table in iter_tables(run, list(dict.fromkeys(names)), batch_rows):
-        mistakes, has_labels = _find_mistakes(run, table)
+        best = _read_best(run, table)
+        mistakes, has_labels = _find_mistakes(run, counter, table, best)
         is_labeled = is_labeled or has_labels
-        for name, new in (("mistakes", mistakes), ("uncertain", _read_best(run, table))):
+        for name, new in (("mistakes", mistakes), ("uncertain", best)):
             order = [("score", _ORDERS[name]), ("row", "ascending")]
             found[name] = pa.concat_tables([found[name], new]).sort_by(order).slice(0, count)
     return found["mistakes" if is_labeled else "uncertain"].combine_chunks()
 
 
-def _find_mistakes(run: CommittedRun, table: pa.Table) -> tuple[pa.Table, bool]:
-    """The wrong rows of a batch, and whether any row has a label."""
-    counter = run.create_counter()
-    if run.task == "multilabel":
-        return _find_wrong_labels(run, table)
+def _find_mistakes(
+    run: CommittedRun, counter: TableCounter, table: pa.Table, best: pa.Table
+) -> tuple[pa.Table, bool]:
+    """The wrong rows of a batch, and whether any row has a label.
+
+    best: the rows with a prediction, as `_read_best` returns them
+    """
+    if counter.label_columns is not None:
+        return _find_wrong_labels(run, counter.label_columns, table)
     if counter.label_column is None:
         return _SCHEMA.empty_table(), False
     place = table.schema.get_field_index(counter.label_column)
@@ -151,14 +158,12 @@ def _find_mistakes(run: CommittedRun, table: pa.Table) -> tuple[pa.Table, bool]:
     table = table.set_column(place, counter.label_column, text)
     rows = read_ok_rows(table, label_column=counter.label_column, classes=run.classes)
     is_wrong = (rows.label >= 0) & (rows.label != rows.predicted)
-    best = _read_best(run, table)
     return best.filter(pa.array(is_wrong)), bool((rows.label >= 0).any())
 
 
-def _find_wrong_labels(run: CommittedRun, table: pa.Table) -> tuple[pa.Table, bool]:
-    columns = run.create_counter().label_columns
-    if columns is None:
-        return _SCHEMA.empty_table(), False
+def _find_wrong_labels(
+    run: CommittedRun, columns: LabelColumns, table: pa.Table
+) -> tuple[pa.Table, bool]:
     rows = read_multilabel_rows(table, classes=run.classes)
     targets = columns.encode(table, run.classes).targets[rows.position]
     wrong: Bools = rows.predicted & (targets == NEGATIVE)
