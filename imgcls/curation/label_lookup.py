@@ -20,7 +20,7 @@ from imgcls.data.manifests.image_urls import read_urls, resolve_urls
 from imgcls.data.manifests.manifest import Manifest, normalize_labels, resolve_path
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError
-from imgcls.formatting import format_count
+from imgcls.formatting import format_count, format_list
 
 _BATCH_ROWS = 262_144
 _SUFFIX = r"\.[^./]*$"
@@ -141,7 +141,7 @@ def _choose_path(name: str, lookup: _ImageLookup, export: Export, images: Manife
 
 def _check_known(export: Export, unknown: list[str], images: Manifest, manifest: Manifest) -> None:
     if unknown:
-        shown = ", ".join(unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
+        shown = format_list(unknown, _SHOWN)
         raise RequestError(
             f"export {export.source}: {format_count(len(unknown), 'image')} of it "
             f"{'is' if len(unknown) == 1 else 'are'} neither in {images.source} nor in "

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from imgcls import log
 from imgcls.data.manifests.manifest import open_manifest
-from imgcls.formatting import format_count
+from imgcls.formatting import format_count, format_lines
 from imgcls.inference.config import RelabelConfig
 from imgcls.inference.neighbor_labels import KEYS, NeighborLabels, read_label_lists, read_labels
 from imgcls.inference.registered_runs import describe_registered
@@ -173,11 +173,9 @@ class NeighborLabeler(Labeler):
 def _log_left_out(
     place: str, run: CommittedRun, urls: pa.ChunkedArray, reasons: dict[int, str]
 ) -> None:
-    first = list(reasons.items())[:_MAX_LISTED]
-    listed = "".join(f"\n  {urls[row].as_py()}: {reason}" for row, reason in first)
-    more = "\n  ..." if len(reasons) > _MAX_LISTED else ""
+    listed = (f"{urls[row].as_py()}: {reason}" for row, reason in reasons.items())
     log.emit(
         "note",
         f"{place}: {format_count(len(reasons), 'image')} without an embedding in {run.url} left "
-        f"out:{listed}{more}",
+        f"out:{format_lines(listed, _MAX_LISTED)}",
     )

@@ -22,6 +22,7 @@ from imgcls.cluster.ray_data import DataExecution
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.storage import filesystem
 from imgcls.errors import ConfigError, RequestError, TooManyErrors
+from imgcls.formatting import format_lines
 from imgcls.models.bundle import Architecture
 from imgcls.training import network as networks
 from imgcls.training.augment.augment import Augment
@@ -281,11 +282,11 @@ def decode_dataset(
         f"{time.perf_counter() - start:.1f} s",
     )
     allowed = setup.config.data.max_error_rate
-    listed = "".join(f"\n  {failure.url}: {failure.error}" for failure in failures[:3])
+    listed = format_lines((f"{failure.url}: {failure.error}" for failure in failures), 3)
     if len(failures) > allowed * rows:
         raise build_too_many_errors(len(failures), rows, allowed, listed)
     if failures:
-        log.emit("note", f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""))
+        log.emit("note", f"left out:{listed}")
     check_enough_left(setup.examples, failures, setup.config.scale.max_workers)
     return decoded
 

@@ -29,7 +29,7 @@ from imgcls.data.manifests.manifest import (
 )
 from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import ManifestError
-from imgcls.formatting import format_count
+from imgcls.formatting import format_count, format_list
 from imgcls.models.bundle import TaskName
 from imgcls.training.config import DataConfig, TeacherMode
 from imgcls.training.data.targets import NO_LABEL, Int8Matrix, TargetTable
@@ -384,12 +384,11 @@ def _encode_labels(
     if codes.null_count:
         unknown = codes.is_null().index(True).as_py()
         found = table.slice(unknown, 1).to_pylist()[0]
-        listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         origin = "data.classes" if key == "data.train" else "the training classes"
         raise ManifestError(
             f"{key} {source.manifest}: row {found['row']} ({found['path']!r}) has label "
-            f"{found['label']!r}, which is not among {origin} ({listed}); correct the label "
-            "or add the class"
+            f"{found['label']!r}, which is not among {origin} ({format_list(classes, 10)}); "
+            "correct the label or add the class"
         )
     urls = [resolve_path(path, root) for path in table.column("path").to_pylist()]
     return pa.table(

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from imgcls.data.manifests.image_urls import resolve_urls
 from imgcls.data.storage import filesystem
 from imgcls.errors import OK, RequestError
+from imgcls.formatting import format_counts
 from imgcls.models.bundle import BUNDLE_FILE
 from imgcls.runs.committed import CommittedRun, iter_tables, open_run
 from imgcls.training.config import TeacherConfig
@@ -168,17 +169,11 @@ def _read_labels(values: pa.Array, classes: Sequence[str]) -> Float16Matrix:
     return found
 
 
-def format_left_out(left_out: Mapping[str, int]) -> str:
-    """The numbers of rows that are left out; "none" for none."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count) or "none"
-
-
 def describe_no_rows(run: CommittedRun, left_out: Mapping[str, int]) -> str:
     """The message of a run whose rows are all left out."""
     remedy = "Lower teacher.min_confidence, or label other images"
     if left_out.get(LABELED_ALREADY) == max(left_out.values(), default=0) > 0:
         remedy = "Hard labels are for images without labels: pass a run of other images"
     return (
-        f"teacher.path {run.url}: no row can be used; left out: {format_left_out(left_out)}. "
-        f"{remedy}"
+        f"teacher.path {run.url}: no row can be used; left out: {format_counts(left_out)}. {remedy}"
     )
