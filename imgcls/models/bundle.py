@@ -146,7 +146,7 @@ class BundleSpec(Section):
             else []
         )
         if doubled:
-            raise ValueError(f"class {doubled[0]!r} is listed twice; class names must be unique")
+            raise ValueError(f"class {doubled[0]!r} is listed twice; remove one of the two")
         return classes
 
     @model_validator(mode="after")

@@ -64,8 +64,8 @@ class PyfuncClassifier:
         if len(given) != 1:
             found = ", ".join(map(str, getattr(model_input, "columns", ()))) or "no columns"
             raise RequestError(
-                f"model input: pass a table with one of the columns image (bytes) and path; found "
-                f"{found}"
+                f"model input: has {found}; pass a table with one of the columns image (bytes) "
+                "and path"
             )
         top_k = int((params or {}).get("top_k", DEFAULT_TOP_K))
         images = list(model_input[given[0]])

@@ -131,7 +131,7 @@ def parse_registry_uri(uri: str) -> tuple[str, str | None, str | None]:
     name, separator, last = rest.partition("@") if "@" in rest else rest.partition("/")
     is_version = separator == "/" and last.isdigit()
     if not name or "/" in name or not last or not (is_version or separator == "@"):
-        raise BundleError(f"model {uri}: is no version of a registered model; write {_FORM}")
+        raise BundleError(f"model {uri}: is not a version of a registered model; pass {_FORM}")
     return name, (last if is_version else None), (None if is_version else last)
 
 
@@ -176,15 +176,14 @@ def _explain_failure(
             f"model {uri}: the registry {registry} does not answer correctly "
             f"({reason}); check MLFLOW_TRACKING_URI"
         )
-    reason, known = reason.removeprefix(f"{code}: ").rstrip("."), "it has no versions"
+    reason = reason.removeprefix(f"{code}: ").rstrip(".")
     with contextlib.suppress(Exception):
         versions = sorted(int(each.version) for each in _list_versions(client, name))
         aliases = sorted(client.get_registered_model(name).aliases)
         if versions:
             known = f"versions: {', '.join(map(str, versions[-_MAX_LISTED:]))}"
-        if aliases:
-            known += f"; aliases: {', '.join(aliases[:_MAX_LISTED])}"
-        return BundleError(f"model {uri}: {reason} in {registry} ({known})")
+            known += f"; aliases: {', '.join(aliases[:_MAX_LISTED])}" if aliases else ""
+            return BundleError(f"model {uri}: {reason} in {registry}; pass another ({known})")
     return BundleError(
         f"model {uri}: {reason} in {registry}; register one with `imgcls train "
         "--track.register-as NAME`"
@@ -227,7 +226,7 @@ def _find_bundle(place: str, model: str) -> str:
         if filesystem.is_local(model) and not filesystem.exists(model):
             raise BundleError(
                 f"model {place}: the folder {model} does not exist on this machine; restore the "
-                "artifacts of this version, or make their folder reachable from here"
+                "artifacts of this version, or mount their folder on this machine"
             )
     except StorageError as error:
         raise request_error(
@@ -235,11 +234,9 @@ def _find_bundle(place: str, model: str) -> str:
         ) from error
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         loader = f"an {_MODEL_FILE} that cannot be read ({one_line(error)})"
-    what = (
-        f"it is loaded by {loader}" if loader else f"it has no {BUNDLE_FILE} and no {_MODEL_FILE}"
-    )
+    what = f"its loader is {loader}" if loader else f"it has no {BUNDLE_FILE} and no {_MODEL_FILE}"
     raise BundleError(
-        f"model {place} in {model} is no bundle of imgcls: {what}{_describe_endpoint(model)}. "
+        f"model {place} in {model} is not a bundle of imgcls: {what}{_describe_endpoint(model)}. "
         "Register a bundle with `imgcls train --track.register-as NAME`"
     )
 
@@ -250,7 +247,7 @@ def _describe_endpoint(model: str) -> str:
     if not model.startswith("s3://") or not endpoint:
         return ""
     return (
-        f" (MLFLOW_S3_ENDPOINT_URL {hide_credentials(endpoint)} is of MLflow alone: pass it as "
+        f" (imgcls does not use MLFLOW_S3_ENDPOINT_URL {hide_credentials(endpoint)}; pass it as "
         "--storage.endpoint-url too)"
     )
 
@@ -278,7 +275,8 @@ def _download(package: ModuleType, place: str, version: Any, source: str) -> str
         except Exception as error:
             raise StorageUnavailable(
                 hide_credentials(
-                    f"model {place} cannot be downloaded from {source} ({one_line(error)})"
+                    f"model {place} cannot be downloaded from {source} ({one_line(error)}); check "
+                    "that the MLflow server can read its artifacts, and rerun the same command"
                 )
             ) from error
         _move_download(files, folder)

@@ -173,9 +173,9 @@ def _describe_leaks(rows: TeacherRows, found: Mapping[int, str], run: CommittedR
     pairs = (f"{rows.urls[at].as_py()} is {url}" for at, url in found.items())
     listed = format_lines(pairs, _SHOWN_PATHS)
     return (
-        f"teacher.path {run.url}: {format_count(len(found), 'image')} would be trained on that "
-        f"data.val or teacher.exclude has too, by path or content:{listed}\nRemove them "
-        "from the teacher's images, or pass --teacher.leaks drop to leave them out"
+        f"teacher.path {run.url}: has {format_count(len(found), 'image')} that data.val or "
+        f"teacher.exclude also has (same path or content):{listed}\nRemove them from the "
+        "teacher's images, or pass --teacher.leaks drop to leave them out"
     )
 
 
@@ -200,7 +200,7 @@ def _check_excluded(excluded: Sequence[str], tests: ContentMatches, teacher: Tea
         assert teacher.exclude is not None
         raise RequestError(
             f"teacher.exclude {teacher.exclude.path}: {len(lost):,} of {len(excluded):,} images "
-            f"cannot be read, and so not be compared with those of the teacher:"
+            f"cannot be read, so they cannot be compared with those of the teacher:"
             f"{format_lines(lost, _SHOWN_PATHS)}\n"
             "Correct the paths or teacher.exclude.root, or remove the rows"
         )

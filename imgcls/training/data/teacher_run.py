@@ -59,14 +59,14 @@ def open_teacher_run(teacher: TeacherConfig) -> CommittedRun:
     """The run of the teacher; raises RequestError where it has not what the mode needs."""
     if is_teacher_bundle(teacher):
         raise RequestError(
-            f"teacher.path {teacher.path}: is a bundle, which has to label its images first: "
+            f"teacher.path {teacher.path}: is a bundle. Predict the images with it first: "
             f"`imgcls predict IMAGES --model {teacher.path} --output RUN --scores`; then pass "
             "--teacher RUN"
         )
     if teacher.manifest is not None:
         raise RequestError(
-            f"teacher.manifest: is for a bundle; {teacher.path} is a run, whose images are trained "
-            "on. Remove it"
+            f"teacher.manifest: has no effect with {teacher.path}, which is a run with its own "
+            "images; remove it"
         )
     run = open_run(teacher.path)
     run.check_predictions()
