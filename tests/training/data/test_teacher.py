@@ -298,7 +298,7 @@ def test_of_a_history_the_newest_label_of_an_image_counts(images: Path, labeled:
 def test_a_bundle_is_refused_with_the_command_that_labels(
     images: Path, labeled: Path, color_bundle: Path
 ) -> None:
-    with pytest.raises(RequestError, match=r"is a bundle, .* `imgcls predict IMAGES --model"):
+    with pytest.raises(RequestError, match=r"is a bundle\. .*`imgcls predict IMAGES --model"):
         add(build_config(labeled, color_bundle))
 
 
