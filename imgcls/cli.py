@@ -7,7 +7,6 @@ once the configuration is valid, so that help pages and wrong keys are answered 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import io
 import os
@@ -20,6 +19,7 @@ from imgcls import LAZY_EXPORTS, __version__, config, log, reference
 from imgcls.cluster.imports import pause_collector, skip_collection_at_exit
 from imgcls.config import Section
 from imgcls.errors import ConfigError, ImgclsError, Interrupted
+from imgcls.formatting import suggest_names
 from imgcls.reference import Command
 
 SUMMARY = "--summary-json"
@@ -285,9 +285,9 @@ def _main(arguments: list[str]) -> int:
         wrong, usage = " ".join(arguments[:2]), _usage(group)
     else:
         wrong, usage = group, _usage()
-    near = difflib.get_close_matches(" ".join(arguments[:2]), COMMANDS, n=1)
-    near = near or difflib.get_close_matches(wrong, COMMANDS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = suggest_names(" ".join(arguments[:2]), COMMANDS, form="{!r}", limit=1)
+    near = near or suggest_names(wrong, COMMANDS, form="{!r}", limit=1)
+    hint = f"; {near}" if near else ""
     print(f"imgcls: no command {wrong!r}{hint}\n\n{usage}", file=sys.stderr)
     return 2
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from imgcls.formatting import format_count, format_duration, format_share
+from imgcls.formatting import (
+    format_count,
+    format_counts,
+    format_duration,
+    format_lines,
+    format_list,
+    format_share,
+    suggest_names,
+)
 
 
 def test_a_count_has_its_noun_in_the_right_number() -> None:
@@ -14,6 +22,26 @@ def test_a_count_has_its_noun_in_the_right_number() -> None:
         "2,000 chunks",
     ]
     assert [format_count(n, "class", "classes") for n in (1, 2)] == ["1 class", "2 classes"]
+
+
+def test_counts_are_named_and_zeros_left_out() -> None:
+    assert format_counts({"ok": 1_200, "missing": 0, "empty": 3}) == "1,200 ok, 3 empty"
+    assert format_counts({"ok": 0}) == "none"
+    assert format_counts({}, "no issues") == "no issues"
+
+
+def test_a_long_list_is_cut_and_marked() -> None:
+    assert [format_list("abc"[:n], 2) for n in range(4)] == ["", "a", "a, b", "a, b, ..."]
+    assert [format_lines(iter("abc"[:n]), 2) for n in range(4)] == [
+        "", "\n  a", "\n  a\n  b", "\n  a\n  b\n  ...",
+    ]  # fmt: skip
+
+
+def test_the_nearest_names_are_suggested() -> None:
+    known = ["dog", "doge", "wolf"]
+    assert suggest_names("dgo", known) == "did you mean dog or doge?"
+    assert suggest_names("dgo", known, form="{!r}", limit=1) == "did you mean 'dog'?"
+    assert suggest_names("giraffe", known, "see the list") == "see the list"
 
 
 def test_a_small_share_is_not_shown_as_zero() -> None:

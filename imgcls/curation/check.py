@@ -40,6 +40,7 @@ from imgcls.data.manifests.options import DEFAULT_KEYS
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import use_settings
 from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
+from imgcls.formatting import format_counts
 from imgcls.models.bundle import load_bundle
 from imgcls.models.openvino_package import check_engine
 from imgcls.runs.layout import write_table
@@ -91,8 +92,8 @@ class CheckResult:
         return self.issues.__arrow_c_stream__(requested_schema)
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{count:,} {issue}" for issue, count in self.counts.items())
-        return f"CheckResult({self.rows:,} rows: {counts or 'no issues'}; {self.report})"
+        counts = format_counts(self.counts, "no issues")
+        return f"CheckResult({self.rows:,} rows: {counts}; {self.report})"
 
     def _repr_html_(self) -> str:
         return report.render_check_result(self._sections, self.rows, self.report)

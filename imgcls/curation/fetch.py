@@ -37,7 +37,7 @@ from imgcls.execution.plan import (
 )
 from imgcls.execution.progress import Progress
 from imgcls.execution.runner import add_resume_hint
-from imgcls.formatting import format_count
+from imgcls.formatting import format_count, format_counts
 from imgcls.runs import layout
 from imgcls.runs.error_limits import check_status_counts
 from imgcls.runs.provenance import build_provenance
@@ -84,7 +84,7 @@ def fetch(config: FetchConfig) -> dict[str, int]:
             outcome=f"all images that were found are stored. See the column {STATUS_COLUMN}",
         )
         _commit(held, counts)
-    statuses = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items()))
+    statuses = format_counts(dict(sorted(counts.items())))
     log.emit("fetched", f"{format_count(sum(counts.values()), 'row')} ({statuses}): {output}")
     return counts
 

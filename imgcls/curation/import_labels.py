@@ -39,11 +39,12 @@ from imgcls.curation.label_history import (
     recover_history,
     write_pending,
 )
-from imgcls.curation.label_lookup import FoundImages, find_images, iter_large_batches, read_paths
+from imgcls.curation.label_lookup import FoundImages, find_images, iter_large_batches
 from imgcls.curation.label_merge import ImportedLabel, LabelMerger
 from imgcls.curation.label_summary import LabelImport, log_added, log_import
 from imgcls.data.annotations.annotation import Annotation, Export
 from imgcls.data.annotations.exports import read_export
+from imgcls.data.manifests.image_urls import read_urls
 from imgcls.data.manifests.manifest import Manifest, open_manifest
 from imgcls.data.manifests.options import KeyNames
 from imgcls.data.storage import filesystem
@@ -237,7 +238,7 @@ def _read_rows_of(images: Manifest | None, wanted: pa.Array) -> tuple[pa.Table, 
     tables = [images.schema.empty_table()]
     parts = [pa.array([], wanted.type)]
     for batch in iter_large_batches(images):
-        paths = read_paths(images, batch)
+        paths = read_urls(images, batch)
         rows = pc.indices_nonzero(pc.is_in(paths, value_set=wanted))
         tables.append(pa.Table.from_batches([batch.take(rows)]))
         parts.append(paths.take(rows))

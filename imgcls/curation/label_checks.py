@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import os
 import re
@@ -18,7 +17,7 @@ from imgcls.curation.label_lookup import FoundImages
 from imgcls.data.manifests.manifest import Manifest, log_label_variants
 from imgcls.data.storage import filesystem
 from imgcls.errors import ConfigError, OutputError, RequestError
-from imgcls.formatting import format_count
+from imgcls.formatting import format_count, suggest_names
 
 _SHOWN = 10
 """Images of a kind that a message lists."""
@@ -162,8 +161,8 @@ def check_classes(
         log_label_variants(f"export {config.export}", counts, known)
         return
     name = unknown[0]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    near = suggest_names(name, known, form="{!r}", limit=1)
+    hint = f" ({near})" if near else ""
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     raise RequestError(
         f"export {config.export}: class {name!r} ({format_count(counts[name], 'image')}){more} is "

@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 
 from imgcls.curation.label_consensus import LabelNames
 from imgcls.data.annotations.annotation import Export
+from imgcls.data.manifests.image_urls import read_urls, resolve_urls
 from imgcls.data.manifests.manifest import Manifest, normalize_labels, resolve_path
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError
-from imgcls.formatting import format_count
-from imgcls.runs.embeddings import resolve_urls
+from imgcls.formatting import format_count, format_list
 
 _BATCH_ROWS = 262_144
 _SUFFIX = r"\.[^./]*$"
@@ -141,7 +141,7 @@ def _choose_path(name: str, lookup: _ImageLookup, export: Export, images: Manife
 
 def _check_known(export: Export, unknown: list[str], images: Manifest, manifest: Manifest) -> None:
     if unknown:
-        shown = ", ".join(unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
+        shown = format_list(unknown, _SHOWN)
         raise RequestError(
             f"export {export.source}: {format_count(len(unknown), 'image')} of it "
             f"{'is' if len(unknown) == 1 else 'are'} neither in {images.source} nor in "
@@ -163,12 +163,6 @@ def iter_large_batches(manifest: Manifest) -> Iterator[pa.RecordBatch]:
         yield pa.concat_batches(held)
 
 
-def read_paths(manifest: Manifest, batch: pa.RecordBatch) -> pa.Array:
-    """The absolute paths of rows, each image by one text."""
-    column = pa.chunked_array([batch.column(manifest.path_column)])
-    return resolve_urls(column, manifest.root).combine_chunks()
-
-
 def read_label_sets(manifest: Manifest, batch: pa.RecordBatch) -> list[LabelNames | None]:
     """The labels of rows; None for a row without one."""
     if manifest.label_columns is not None:
@@ -185,7 +179,7 @@ def _read_labels(manifest: Manifest, found: FoundImages) -> None:
     wanted = pa.array(sorted(set(found.paths.values())), pa.large_string())
     for batch in iter_large_batches(manifest):
         _count_classes(manifest, batch, found.counts)
-        paths = read_paths(manifest, batch)
+        paths = read_urls(manifest, batch)
         rows = pc.indices_nonzero(pc.is_in(paths, value_set=wanted))
         if not len(rows):
             continue
@@ -224,7 +218,7 @@ class _ImageLookup:
 
     def add(self, manifest: Manifest) -> None:
         for batch in iter_large_batches(manifest):
-            paths = read_paths(manifest, batch)
+            paths = read_urls(manifest, batch)
             is_known = pc.is_in(paths, value_set=self._absolute)
             self.known.update(paths.filter(is_known).to_pylist())
             for depth, names in self._by_depth.items():

@@ -22,9 +22,10 @@ import pyarrow.compute as pc
 from imgcls import log
 from imgcls.curation.csv_manifest import join_names
 from imgcls.curation.label_consensus import LabelNames
-from imgcls.curation.label_lookup import read_label_sets, read_paths
+from imgcls.curation.label_lookup import read_label_sets
 from imgcls.curation.label_stamps import ADDED_COLUMNS, read_stamp
 from imgcls.data.manifests.image_columns import is_text
+from imgcls.data.manifests.image_urls import read_urls
 from imgcls.data.manifests.label_columns import UNKNOWN, LabelColumns, is_list
 from imgcls.data.manifests.manifest import Manifest, make_paths_absolute, normalize_labels
 from imgcls.errors import ManifestError
@@ -121,7 +122,7 @@ class LabelMerger:
 
     def merge(self, batch: pa.RecordBatch) -> pa.Table:
         """The rows of a batch with their labels and absolute paths."""
-        paths = read_paths(self._manifest, batch)
+        paths = read_urls(self._manifest, batch)
         places = pc.fill_null(pc.index_in(paths, value_set=self._paths), -1).to_numpy()
         rows = np.flatnonzero(places >= 0)
         self._is_found[places[rows]] = True

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from imgcls import log
 from imgcls.curation.label_consensus import MAX_LABEL_SETS, Agreement
 from imgcls.data.annotations.annotation import Annotation, Export
-from imgcls.formatting import format_count, format_share
+from imgcls.formatting import format_count, format_list, format_share
 
 _SHOWN_ADDED = 3
 """Added images that a note lists."""
@@ -76,7 +76,7 @@ def log_import(done: LabelImport, export: Export, annotations: Sequence[Annotati
 def log_added(paths: Sequence[str], source: str) -> None:
     """Note the images that are not in the manifest, and that no other manifest confirms."""
     if paths:
-        shown = ", ".join(paths[:_SHOWN_ADDED]) + (", ..." if len(paths) > _SHOWN_ADDED else "")
+        shown = format_list(paths, _SHOWN_ADDED)
         log.emit(
             "note",
             f"{format_count(len(paths), 'image')} not in {source} will be added: {shown}; pass the "

@@ -24,7 +24,7 @@ from imgcls.data.manifests.manifest import open_manifest
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.data.thumbnails import build_thumbnails
-from imgcls.formatting import format_count
+from imgcls.formatting import format_count, format_list
 from imgcls.html import render_page
 
 STATS_FILE = "stats.json"
@@ -77,7 +77,7 @@ def _log_label_sets(sets: dict[str, Any]) -> None:
     log.emit("stats", f"{per_image}, {unlabeled} without labels")
     names = [each["name"] for each in sets["issues"] if each["issue"] == "few-positives"]
     if names:
-        shown = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+        shown = format_list(map(repr, names), 10)
         log.emit("note", f"{format_count(len(names), 'class', 'classes')} with few images: {shown}")
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
 from imgcls.data import image_files
 from imgcls.data.decoding import open_image
+from imgcls.data.encode_image import encode_data_uri
 from imgcls.data.manifests.manifest import resolve_path
 from imgcls.errors import ImageError, StorageError
 
@@ -35,6 +34,4 @@ def _build_thumbnail(blob: bytes | StorageError | ImageError) -> str | None:
         size = (upright.width * factor, upright.height * factor)
         upright = upright.resize(size, Image.Resampling.NEAREST)
     upright.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    sink = io.BytesIO()
-    upright.save(sink, "JPEG", quality=_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()
+    return encode_data_uri(upright, _QUALITY)

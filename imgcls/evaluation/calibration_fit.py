@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from imgcls import log
 from imgcls.errors import RequestError
 from imgcls.evaluation.label_set_calibration import SetQuality
+from imgcls.formatting import format_list
 from imgcls.metrics.selective import Threshold
 from imgcls.models.acceptance import NEVER_ACCEPT
 from imgcls.models.bundle import BundleSpec
@@ -135,9 +136,8 @@ def log_thresholds(thresholds: Sequence[Threshold], taken: str, never_taken: str
         log.show(f"           and {len(reached) - _MAX_LISTED:,} more classes")
     never = [each.label for each in thresholds if each.threshold is None]
     if never:
-        shown = ", ".join(str(name) for name in never[:_MAX_NEVER])
         log.emit(
             "note",
             f"{len(never):,} of {len(thresholds):,} classes never reach the target "
-            f"({shown}{', ...' if len(never) > _MAX_NEVER else ''}); {never_taken}",
+            f"({format_list(never, _MAX_NEVER)}); {never_taken}",
         )

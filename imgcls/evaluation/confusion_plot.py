@@ -6,7 +6,6 @@ diagonal.
 
 from __future__ import annotations
 
-import base64
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from imgcls.data.encode_image import build_data_uri
 from imgcls.metrics.columns import Bools, Floats, Ints
 from imgcls.metrics.counts import PredictionCounts
 
@@ -98,7 +98,7 @@ def render_cells(visible: Floats, is_good: Bools) -> str:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     sink = io.BytesIO()
     image.save(sink, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(sink.getvalue()).decode()
+    return build_data_uri(sink.getvalue(), "image/png")
 
 
 def _select_most_confused(counts: PredictionCounts, occurring: Ints, max_classes: int) -> Ints:

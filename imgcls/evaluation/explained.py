@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from imgcls.data.encode_image import encode_data_uri
 from imgcls.evaluation.config import EvaluationOptions
 from imgcls.models.bundle import load_bundle
 from imgcls.runs.committed import CommittedRun, load_source_bundle
@@ -50,8 +51,6 @@ def explain_mistakes(explainer: Explainer, run: CommittedRun, mistakes: pa.Table
     mistakes: as in `RunEvaluation`; those of a multilabel run are explained for their class alone
     An image that cannot be read any more has none.
     """
-    from imgcls.models.notebook_repr import encode_data_uri
-
     wanted, known = mistakes.to_pylist(), set(explainer.classes)
     rows = [(each["path"], _list_classes(each, known)) for each in wanted]
     found = explain_rows(explainer, run, rows, OVERLAY_SIDE)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls import log
+from imgcls.data.manifests.image_urls import normalize_urls
 from imgcls.data.manifests.manifest import Manifest, ManifestConfig, normalize_labels, open_manifest
 from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import OK, RequestError
@@ -62,12 +63,13 @@ class KeyedLabels(ABC):
     required_columns: columns of the run that a join needs
     """
 
-    def __init__(self, source: str, on: str, keys: pa.ChunkedArray) -> None:
+    def __init__(self, source: str, run: CommittedRun, on: str, keys: pa.ChunkedArray) -> None:
         """Sort the keys. Raises RequestError if one is null or occurs twice."""
         self.source = source
         self.key_column = on
         self.required_columns = [on]
-        self.keys = normalize_join_keys(keys)
+        self._are_paths = on == run.path_column
+        self.keys = normalize_join_keys(keys, are_paths=self._are_paths)
         self._order, self._hashes = _sort_by_hash(self.keys)
         self._check_unique()
         self.is_matched = np.zeros(len(self.keys), bool)
@@ -103,7 +105,9 @@ class KeyedLabels(ABC):
 
     def find(self, table: pa.Table) -> np.ndarray:
         """(N,) row of the labels of each row of the predictions, -1 without one."""
-        return self._find_keys(normalize_join_keys(table[self.key_column]))
+        return self._find_keys(
+            normalize_join_keys(table[self.key_column], are_paths=self._are_paths)
+        )
 
     def finish(self) -> None:
         """Raise RequestError if no label was matched; log how many were not."""
@@ -148,7 +152,7 @@ class JoinedLabels(KeyedLabels):
         source = describe_source(config)
         manifest = open_label_table(config, run, on, label_column=column)
         table = read_label_rows(manifest, [on, column], source)
-        super().__init__(source, on, table[on])
+        super().__init__(source, run, on, table[on])
         self.classes = run.classes
         self.required_columns += ["topk_labels", *(["scores"] if run.has_scores else [])]
         labels = normalize_labels(table[column], KEYS).cast(pa.string())
@@ -233,11 +237,15 @@ def read_label_rows(manifest: Manifest, names: Sequence[str], source: str) -> pa
     return pa.Table.from_batches(batches)
 
 
-def normalize_join_keys(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+def normalize_join_keys(column: pa.Array | pa.ChunkedArray, *, are_paths: bool = False) -> pa.Array:
     """Join keys as large strings: equal values of any two types have equal text.
 
     Whole floats and decimals become integers, dates midnight, times microseconds.
+    are_paths: the keys are paths of images, of which absolute ones of one file have equal text
     """
+    if are_paths:
+        column = column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column])
+        return normalize_urls(column).combine_chunks()
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()

@@ -50,7 +50,7 @@ class JoinedLabelLists(KeyedLabels):
                 f"name it with {KEYS.option('label_column')} or {KEYS.option('label_columns')}"
             )
         table = read_label_rows(manifest, [on, *columns.names], source)
-        super().__init__(source, on, table[on])
+        super().__init__(source, run, on, table[on])
         self.columns = columns
         self.classes = run.classes
         self._labels = table.select(list(columns.names)).combine_chunks()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from imgcls import log
 from imgcls.errors import RequestError
 from imgcls.evaluation.config import CalibrateConfig
-from imgcls.formatting import format_count
+from imgcls.formatting import format_count, format_list
 from imgcls.metrics.columns import Ints
 from imgcls.models.label_sets import (
     ALWAYS_INCLUDED,
@@ -150,9 +150,8 @@ def log_label_sets(sets: LabelSets, quality: SetQuality | None, classes: tuple[s
         if threshold >= ALWAYS_INCLUDED
     ]
     if always:
-        shown = ", ".join(always[:_MAX_LISTED]) + (", ..." if len(always) > _MAX_LISTED else "")
         log.emit(
             "note",
             f"{format_count(len(always), 'class', 'classes')} with too few held-out rows: in every "
-            f"label set ({shown}). Hold out more images of them",
+            f"label set ({format_list(always, _MAX_LISTED)}). Hold out more images of them",
         )

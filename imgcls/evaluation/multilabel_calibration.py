@@ -34,7 +34,7 @@ from imgcls.evaluation.label_list_join import (
     LabelReader,
     require_label_lists,
 )
-from imgcls.formatting import format_count
+from imgcls.formatting import format_count, format_list
 from imgcls.metrics import expected_calibration_error, selective
 from imgcls.metrics.columns import Bools, take_scores
 from imgcls.metrics.counts import CORRECT, WRONG
@@ -386,8 +386,8 @@ def log_multilabel(config: CalibrateConfig, bundle: Bundle, fitted: FittedCalibr
             log.emit(
                 "note",
                 f"{len(few):,} of {len(bundle.spec.classes):,} classes have fewer than "
-                f"{config.min_rows} images with the class ({', '.join(few[:10])}"
-                f"{', ...' if len(few) > 10 else ''}); they get the threshold of all classes",
+                f"{config.min_rows} images with the class ({format_list(few, 10)}); "
+                "they get the threshold of all classes",
             )
     old = set(bundle.spec.resolve_thresholds())
     if fitted.unchanged_reason is not None:

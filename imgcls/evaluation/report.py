@@ -5,7 +5,6 @@ The numbers come from `compute`, the layout from the templates.
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow as pa
 import yaml
 
 from imgcls import log
+from imgcls.data.encode_image import build_data_uri
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import RequestError, StorageError
@@ -122,7 +122,7 @@ def render_training(bundle: Bundle) -> str:
     augmented = None
     if filesystem.exists(filesystem.join(url, "plots", "augmented.png")):
         data = filesystem.read(filesystem.join(url, "plots", "augmented.png"))
-        augmented = "data:image/png;base64," + base64.b64encode(data).decode()
+        augmented = build_data_uri(data, "image/png")
     best = int(spec.metrics.get("epoch", history["epoch"].iloc[-1]))
     provenance = [
         ("bundle", f"{url} (SHA-256 {bundle.sha256})"),

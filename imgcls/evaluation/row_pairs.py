@@ -86,14 +86,15 @@ def _join_rows(
     read = list(dict.fromkeys([on, *columns_b]))
     table_b = pa.concat_tables(_iter_tables(b, read)).unify_dictionaries()
     table_b = table_b.filter(pc.is_valid(table_b[on]))  # a row without a key has no counterpart
-    index = pd.Index(normalize_join_keys(table_b[on]).to_pandas())
+    are_paths = on == a.path_column == b.path_column
+    index = pd.Index(normalize_join_keys(table_b[on], are_paths=are_paths).to_pandas())
     if index.has_duplicates:
         key = index[index.duplicated()][0]
         raise RequestError(f"{b.url}: {on} {key!r} occurs twice; join on another column")
     seen = 0
     used = np.zeros(len(index), bool)
     for left in _iter_tables(a, list(dict.fromkeys([*columns, on]))):
-        match = index.get_indexer(normalize_join_keys(left[on]).to_pandas())
+        match = index.get_indexer(normalize_join_keys(left[on], are_paths=are_paths).to_pandas())
         hit = np.flatnonzero(match >= 0)
         taken = match[hit]
         if used[taken].any() or len(np.unique(taken)) < len(taken):

@@ -8,7 +8,7 @@ number of candidates. No model runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from imgcls.data import image_files
 from imgcls.data.annotations.exports import write_tasks
 from imgcls.data.decoding import open_image
 from imgcls.data.decoding.image_features import HASH_BITS, compute_features
+from imgcls.data.manifests.image_urls import read_urls, resolve_urls
 from imgcls.data.manifests.label_columns import UNKNOWN
 from imgcls.data.manifests.manifest import normalize_labels, open_manifest, resolve_paths
 from imgcls.data.manifests.options import KeyNames
@@ -41,8 +42,8 @@ from imgcls.models.bundle import read_description
 from imgcls.models.embeddings import normalize_embeddings
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, open_run
-from imgcls.runs.embeddings import resolve_urls
 from imgcls.runs.schema import list_prediction_columns
+from imgcls.runs.table_counts import TableCounter
 
 MANIFEST_FILE = "manifest.parquet"
 _CANDIDATES_PER_ROW = 10
@@ -116,8 +117,8 @@ def _select(config: SelectConfig) -> Selection:
         raise OutputError(
             f"output {output}: already has a selection; pass --overwrite to replace it"
         )
-    _check_request(config, run)
-    top = _find_candidates(config, run)
+    other = _check_request(config, run)
+    top = _find_candidates(config, run, other)
     candidates = read_rows(run, top.file, top.position, _list_read_columns(run))
     chosen = _choose(config, run, candidates)
     rows = candidates.take(pa.array(chosen))
@@ -143,7 +144,9 @@ def _select(config: SelectConfig) -> Selection:
     return Selection(output, rows, len(top.value))
 
 
-def _check_request(config: SelectConfig, run: CommittedRun) -> None:
+def _check_request(config: SelectConfig, run: CommittedRun) -> CommittedRun | None:
+    """The other run of `--by disagreement`; raises RequestError for a request that cannot work."""
+    other = None
     if config.by == "disagreement":
         if config.other_run is None:
             raise RequestError("by disagreement: needs the run of another model; pass --other-run")
@@ -182,19 +185,23 @@ def _check_request(config: SelectConfig, run: CommittedRun) -> None:
             f"{run.url}: has no embeddings, which --diverse needs; predict again with "
             "--embeddings float16"
         )
+    return other
 
 
-def _find_candidates(config: SelectConfig, run: CommittedRun) -> TopRows:
+def _find_candidates(
+    config: SelectConfig, run: CommittedRun, other: CommittedRun | None
+) -> TopRows:
     """The most uncertain rows that may be selected, the most uncertain first."""
     size = config.candidates or _CANDIDATES_PER_ROW * config.count
     cap = config.per_class_cap
     groups: dict[str, TopRows] = {}
     group_size = size if cap is None else min(size, _CANDIDATES_PER_ROW * cap)
-    excluded = _read_excluded(config)
-    for table, value, file, position in _iter_values(config, run):
-        keep = _find_selectable(config, run, table, excluded) & np.isfinite(value)
-        names = _name_groups(table) if cap is not None else pa.nulls(len(value), pa.string())
-        encoded = names.fill_null("").dictionary_encode()
+    excluded, counter = _read_excluded(config), run.create_counter()
+    names = [run.path_column, "status", *counter.label_names, *_group_columns(run)]
+    for table, value, file, position in _iter_values(config, run, other, names):
+        keep = _find_selectable(config, run, counter, table, excluded) & np.isfinite(value)
+        group = _name_groups(table) if cap is not None else pa.nulls(len(value), pa.string())
+        encoded = group.fill_null("").dictionary_encode()
         codes = encoded.indices.to_numpy(zero_copy_only=False)
         for code, name in enumerate(encoded.dictionary.to_pylist()):
             rows = keep & (codes == code)
@@ -211,14 +218,14 @@ def _find_candidates(config: SelectConfig, run: CommittedRun) -> TopRows:
 
 
 def _iter_values(
-    config: SelectConfig, run: CommittedRun
+    config: SelectConfig, run: CommittedRun, other: CommittedRun | None, names: Sequence[str]
 ) -> Iterator[tuple[pa.Table, Floats, Ints, Ints]]:
-    """Rows of the run with their values, files and positions in these."""
-    names = [run.path_column, "status", *run.create_counter().label_names, *_group_columns(run)]
-    if config.by == "disagreement":
-        assert config.other_run is not None
+    """Rows of the run with their values, files and positions in these.
+
+    names: columns to read, besides those that the values need
+    """
+    if other is not None:
         ends = np.cumsum([0, *_count_rows(run)])
-        other = open_run(config.other_run)
         left = list(dict.fromkeys([*names, "scores", "row"]))
         right = ["status", "scores", *(["predicted_labels"] if run.task == "multilabel" else [])]
         for a, b in iter_row_pairs(run, other, left, right, config.on):
@@ -286,11 +293,14 @@ def _name_groups(table: pa.Table) -> pa.Array:
 
 
 def _find_selectable(
-    config: SelectConfig, run: CommittedRun, table: pa.Table, excluded: pa.Array | None
+    config: SelectConfig,
+    run: CommittedRun,
+    counter: TableCounter,
+    table: pa.Table,
+    excluded: pa.Array | None,
 ) -> npt.NDArray[np.bool_]:
     """Whether each row may be selected: it is not labeled and not excluded."""
     may = np.ones(table.num_rows, bool)
-    counter = run.create_counter()
     if not config.include_labeled and counter.label_columns is not None:
         may &= (counter.label_columns.encode(table, run.classes).targets == UNKNOWN).any(1)
     elif not config.include_labeled and counter.label_column is not None:
@@ -307,10 +317,7 @@ def _read_excluded(config: SelectConfig) -> pa.Array | None:
     if config.exclude is None:
         return None
     manifest = open_manifest(config.exclude, keys=KeyNames("exclude"))
-    parts = [pa.array([], pa.large_string())]
-    for batch in manifest.batches():
-        paths = pa.chunked_array([batch.column(manifest.path_column)])
-        parts += resolve_urls(paths, manifest.root).chunks
+    parts = (read_urls(manifest, batch) for batch in manifest.batches())
     return pc.unique(pa.chunked_array(parts, pa.large_string()))
 
 

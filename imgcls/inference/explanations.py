@@ -1,9 +1,9 @@
 """Explanations of some rows of a committed run: `predict --explain`.
 
-Runs in the driver, after the commit, on the CPU. The rows are the labeled ones with the most
-confident mistakes; of an unlabeled run, those with the lowest confidence. The table and what is
-counted do not change. The name of a picture is derived from what it shows, so a run that was
-interrupted is resumed, and doing it twice writes the same files.
+Runs in the driver, after the commit, on the CPU, and holds the lease of the run. The rows are the
+labeled ones with the most confident mistakes; of an unlabeled run, those with the lowest
+confidence. The predictions and their counts do not change. The name of a picture is derived from
+its row, so a run that was interrupted is resumed, and doing it twice writes the same files.
 
 out/_explanations/000000042-0f3a5c917d2e.jpg
 out/_explanations/explanations.parquet        written last
@@ -19,12 +19,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.cluster.interrupts import Interruption
 from imgcls.data.formats import EXPLANATIONS_FOLDER
-from imgcls.data.manifests.label_columns import NEGATIVE
+from imgcls.data.manifests.label_columns import NEGATIVE, LabelColumns
 from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.storage import filesystem
 from imgcls.errors import Interrupted, RequestError, RunFailed, StorageError
@@ -35,10 +34,13 @@ from imgcls.models.bundle import Bundle
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables, open_run
 from imgcls.runs.explained_rows import build_explainer, explain_rows
+from imgcls.runs.lease import DEFAULT_TERM_S, Lease
+from imgcls.runs.table_counts import TableCounter
 
 TABLE_NAME = "explanations.parquet"
 _PICTURE_NAME = re.compile(r"\d{9,}-[0-9a-f]{12}\.jpg")
 _MAX_BATCH_ROWS = 65_536
+_MAX_LEASE_CHECK_AGE_S = 1.0
 _ORDERS = {"mistakes": "descending", "uncertain": "ascending"}
 _SCHEMA = pa.schema(
     [("row", pa.int64()), ("path", pa.string()), ("label", pa.string()), ("score", pa.float32())]
@@ -46,12 +48,17 @@ _SCHEMA = pa.schema(
 
 
 def explain_runs(
-    bundle: Bundle, outputs: Sequence[str], count: int, interruption: Interruption
+    bundle: Bundle,
+    outputs: Sequence[str],
+    count: int,
+    interruption: Interruption,
+    lease_s: float = DEFAULT_TERM_S,
 ) -> None:
     """Explain rows of the committed runs of a command.
 
     outputs: the folders that it worked on or found committed
     count:   maximum number of rows of each run; 0 explains none
+    lease_s: term of the lease on each run, in seconds
     Raises RunFailed or StorageError, with a hint that the run is committed.
     """
     if not count:
@@ -59,7 +66,11 @@ def explain_runs(
     for url in dict.fromkeys(outputs):
         if layout.is_committed(url):
             with _add_commit_hint(url):
-                _explain_run(open_run(url), bundle, count, interruption)
+                lease = Lease.acquire(url, lease_s)
+                try:
+                    _explain_run(open_run(url), bundle, count, interruption, lease)
+                finally:
+                    lease.release()
 
 
 @contextlib.contextmanager
@@ -76,7 +87,9 @@ def _add_commit_hint(url: str) -> Iterator[None]:
         raise RunFailed(f"{hint}: {error}; rerun the same command for the rest") from error
 
 
-def _explain_run(run: CommittedRun, bundle: Bundle, count: int, interruption: Interruption) -> None:
+def _explain_run(
+    run: CommittedRun, bundle: Bundle, count: int, interruption: Interruption, lease: Lease
+) -> None:
     if run.bundle_sha256 != bundle.sha256:
         log.emit("note", f"{run.url}: was made by another bundle; its rows are not explained")
         return
@@ -90,14 +103,13 @@ def _explain_run(run: CommittedRun, bundle: Bundle, count: int, interruption: In
         found = explain_rows(build_explainer(run, bundle), run, wanted)
         for at, explanations in zip(missing, found, strict=True):
             interruption.check()
+            lease.check(_MAX_LEASE_CHECK_AGE_S)
             for one in explanations:
                 filesystem.write(filesystem.join(folder, names[at]), one.encode_jpeg())
                 present.add(names[at])
     files = pa.array([name if name in present else None for name in names], pa.string())
-    table_url = filesystem.join(folder, TABLE_NAME)
-    table = rows.append_column("file", files)
-    if TABLE_NAME not in present or not _read_table(table_url).equals(table):
-        layout.write_table(table_url, table)
+    lease.check()
+    layout.write_table(filesystem.join(folder, TABLE_NAME), rows.append_column("file", files))
     for name in sorted(present.difference(names)):
         if _PICTURE_NAME.fullmatch(name):  # of another request
             filesystem.remove(filesystem.join(folder, name))
@@ -114,25 +126,31 @@ def select_rows(run: CommittedRun, count: int) -> pa.Table:
     """
     found = {name: _SCHEMA.empty_table() for name in _ORDERS}
     is_labeled = False
+    counter = run.create_counter()
     names = ["row", run.path_column, "topk_labels", "topk_scores"]
-    names += run.create_counter().select_columns(run.schema)
+    names += counter.select_columns(run.schema)
     if run.task == "multilabel":
         names.append("scores")
     batch_rows = limit_batch_rows(len(run.classes), _MAX_BATCH_ROWS)
     for table in iter_tables(run, list(dict.fromkeys(names)), batch_rows):
-        mistakes, has_labels = _find_mistakes(run, table)
+        best = _read_best(run, table)
+        mistakes, has_labels = _find_mistakes(run, counter, table, best)
         is_labeled = is_labeled or has_labels
-        for name, new in (("mistakes", mistakes), ("uncertain", _read_best(run, table))):
+        for name, new in (("mistakes", mistakes), ("uncertain", best)):
             order = [("score", _ORDERS[name]), ("row", "ascending")]
             found[name] = pa.concat_tables([found[name], new]).sort_by(order).slice(0, count)
     return found["mistakes" if is_labeled else "uncertain"].combine_chunks()
 
 
-def _find_mistakes(run: CommittedRun, table: pa.Table) -> tuple[pa.Table, bool]:
-    """The wrong rows of a batch, and whether any row has a label."""
-    counter = run.create_counter()
-    if run.task == "multilabel":
-        return _find_wrong_labels(run, table)
+def _find_mistakes(
+    run: CommittedRun, counter: TableCounter, table: pa.Table, best: pa.Table
+) -> tuple[pa.Table, bool]:
+    """The wrong rows of a batch, and whether any row has a label.
+
+    best: the rows with a prediction, as `_read_best` returns them
+    """
+    if counter.label_columns is not None:
+        return _find_wrong_labels(run, counter.label_columns, table)
     if counter.label_column is None:
         return _SCHEMA.empty_table(), False
     place = table.schema.get_field_index(counter.label_column)
@@ -140,14 +158,12 @@ def _find_mistakes(run: CommittedRun, table: pa.Table) -> tuple[pa.Table, bool]:
     table = table.set_column(place, counter.label_column, text)
     rows = read_ok_rows(table, label_column=counter.label_column, classes=run.classes)
     is_wrong = (rows.label >= 0) & (rows.label != rows.predicted)
-    best = _read_best(run, table)
     return best.filter(pa.array(is_wrong)), bool((rows.label >= 0).any())
 
 
-def _find_wrong_labels(run: CommittedRun, table: pa.Table) -> tuple[pa.Table, bool]:
-    columns = run.create_counter().label_columns
-    if columns is None:
-        return _SCHEMA.empty_table(), False
+def _find_wrong_labels(
+    run: CommittedRun, columns: LabelColumns, table: pa.Table
+) -> tuple[pa.Table, bool]:
     rows = read_multilabel_rows(table, classes=run.classes)
     targets = columns.encode(table, run.classes).targets[rows.position]
     wrong: Bools = rows.predicted & (targets == NEGATIVE)
@@ -179,8 +195,3 @@ def _name_file(run: CommittedRun, row: dict[str, object]) -> str:
     """Name of the picture of a row, by the bundle, the path and the class that it shows."""
     text = "\0".join((run.bundle_sha256, str(row["path"]), str(row["label"])))
     return f"{row['row']:09d}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jpg"
-
-
-def _read_table(url: str) -> pa.Table:
-    with filesystem.open_read(url) as stream:
-        return pq.read_table(stream)

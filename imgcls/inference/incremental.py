@@ -23,7 +23,7 @@ from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffi
 from imgcls.data.manifests.manifest import Manifest, resolve_paths
 from imgcls.data.storage import filesystem
 from imgcls.errors import ManifestError, OutputError
-from imgcls.formatting import format_count
+from imgcls.formatting import format_count, format_counts
 from imgcls.inference.config import SinceConfig
 from imgcls.inference.known_images import (
     DELETED,
@@ -192,10 +192,10 @@ class ManifestComparison:
 
     def log_summary(self) -> None:
         """Log the number of rows by reason."""
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(self.counts.items()))
-        line = f"{reasons or 'nothing new'}; {format_count(self._unchanged, 'row')} unchanged"
+        reasons = format_counts(dict(sorted(self.counts.items())), "nothing new")
+        line = f"{reasons}; {format_count(self._unchanged, 'row')} unchanged"
         if self.known_bad:
-            bad = ", ".join(f"{n:,} {status}" for status, n in sorted(self.known_bad.items()))
+            bad = format_counts(dict(sorted(self.known_bad.items())))
             line += f"; broken and unchanged, not tried again: {bad} (--retry-failed)"
         if self.deleted:
             line += f"; {self.deleted:,} deleted"

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from imgcls.data.manifests.manifest import Manifest, resolve_paths
+from imgcls.data.manifests.image_urls import normalize_urls, resolve_urls
+from imgcls.data.manifests.manifest import Manifest
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import bind_iterator
 from imgcls.errors import OK, StorageForbidden, StorageMissing, StorageThrottled, StorageUnavailable
@@ -96,7 +97,7 @@ class KnownImages:
                     # lower than the run itself, whose rows may have been labeled again since
                     night = pc.subtract(_find_ranks(table["run"], nights, newest), 1)
                     current = pc.equal(table["bundle_sha256"].cast(pa.string()), bundle_sha256)
-                place = resolve_paths(table[run.path_column], run.root)
+                place = resolve_urls(table[run.path_column], run.root)
                 yield from _iter_record_batches(
                     {
                         "place": place,
@@ -122,7 +123,7 @@ class KnownImages:
             return
         table = read_since_table(run.url, DELETED)
         night = pa.array(np.full(table.num_rows, nights[run.url]))
-        columns = {"place": table["path"], "night": night}
+        columns = {"place": normalize_urls(table["path"]), "night": night}
         self._insert(
             "gone",
             _iter_record_batches(columns, _build_schema(["place"], "night")),
@@ -137,7 +138,7 @@ class KnownImages:
         def rows() -> Iterator[pa.RecordBatch]:
             start = 0
             for table in read_planned_rows(run):
-                place = resolve_paths(table[path], root)
+                place = resolve_urls(table[path], root)
                 nth = np.arange(start, start + table.num_rows)
                 inside = _is_below(place, below)
                 columns = {
@@ -169,7 +170,7 @@ class KnownImages:
                         fine = pc.is_in(status, value_set=pa.array([OK, *TRANSIENT_STATUSES]))
                         bad = table.filter(pc.invert(fine))
                         columns = {
-                            "place": resolve_paths(bad[path], root),
+                            "place": resolve_urls(bad[path], root),
                             **self._build_versions(bad),
                         }
                         yield from _iter_record_batches(columns, self._build_input_schema())
@@ -184,7 +185,7 @@ class KnownImages:
             for batch in manifest.batches():
                 table = pa.Table.from_batches([batch])
                 columns = {
-                    "place": resolve_paths(table[manifest.path_column], manifest.root),
+                    "place": resolve_urls(table[manifest.path_column], manifest.root),
                     **self._build_versions(table),
                     "nth": pa.array(np.arange(start, start + table.num_rows)),
                 }

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from imgcls import log
 from imgcls.data.manifests.manifest import open_manifest
-from imgcls.formatting import format_count
+from imgcls.formatting import format_count, format_lines
 from imgcls.inference.config import RelabelConfig
 from imgcls.inference.neighbor_labels import KEYS, NeighborLabels, read_label_lists, read_labels
 from imgcls.inference.registered_runs import describe_registered
@@ -32,7 +32,7 @@ from imgcls.models.single_label import SINGLE_LABEL
 from imgcls.models.task import ScoreScaling, Task
 from imgcls.models.tasks import find_task
 from imgcls.runs.committed import CommittedRun, load_source_bundle
-from imgcls.runs.embeddings import gather_embeddings, normalize_urls
+from imgcls.runs.embeddings import gather_embeddings
 
 Floats = npt.NDArray[np.float32]
 TEMPERATURE = 0.07
@@ -71,7 +71,7 @@ class Labeler(ABC):
     def compute_scores(self, embeddings: Floats, urls: pa.ChunkedArray | None) -> Floats:
         """(N, C) scores of (N, E) embeddings.
 
-        urls: of the N images, if `needs_urls`
+        urls: of the N images, as of `resolve_urls`, if `needs_urls`
         """
 
 
@@ -135,7 +135,7 @@ class NeighborLabeler(Labeler):
         places, first = np.unique(index[found], return_index=True)
         self._labels = labels.select(found[first])
         self._vectors = torch.from_numpy(normalize_embeddings(vectors[places]))
-        self._urls = normalize_urls(urls).take(pa.array(found[first])).combine_chunks()
+        self._urls = urls.take(pa.array(found[first])).combine_chunks()
         self._k = min(config.k, len(places) - 1)
         self.model = manifest.source
         identity = [run.bundle_sha256, manifest.describe_identity(), config.k]
@@ -153,7 +153,7 @@ class NeighborLabeler(Labeler):
     @torch.inference_mode()
     def compute_scores(self, embeddings: Floats, urls: pa.ChunkedArray | None) -> Floats:
         assert urls is not None
-        own = pc.index_in(normalize_urls(urls), value_set=self._urls)
+        own = pc.index_in(urls, value_set=self._urls)
         own = own.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         scores = torch.zeros((len(embeddings), len(self.classes)))
         vectors = torch.from_numpy(normalize_embeddings(embeddings))
@@ -173,11 +173,9 @@ class NeighborLabeler(Labeler):
 def _log_left_out(
     place: str, run: CommittedRun, urls: pa.ChunkedArray, reasons: dict[int, str]
 ) -> None:
-    first = list(reasons.items())[:_MAX_LISTED]
-    listed = "".join(f"\n  {urls[row].as_py()}: {reason}" for row, reason in first)
-    more = "\n  ..." if len(reasons) > _MAX_LISTED else ""
+    listed = (f"{urls[row].as_py()}: {reason}" for row, reason in reasons.items())
     log.emit(
         "note",
         f"{place}: {format_count(len(reasons), 'image')} without an embedding in {run.url} left "
-        f"out:{listed}{more}",
+        f"out:{format_lines(listed, _MAX_LISTED)}",
     )

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from imgcls.data.manifests.image_urls import read_urls
 from imgcls.data.manifests.label_columns import POSITIVE, UNKNOWN, build_name_lists
-from imgcls.data.manifests.manifest import Manifest, normalize_labels, resolve_paths
+from imgcls.data.manifests.manifest import Manifest, normalize_labels
 from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import ManifestError, RequestError
-from imgcls.runs.embeddings import normalize_urls
 
 KEYS = KeyNames("labels")
 Ints = npt.NDArray[np.int64]
@@ -119,7 +119,7 @@ def _check_counts(place: str, run: str, classes: list[str], counts: Ints) -> Non
 
 
 def read_labels(manifest: Manifest, place: str) -> tuple[pa.ChunkedArray, SingleLabels]:
-    """URLs and labels of the labeled rows; raises ManifestError without any.
+    """URLs as of `read_urls` and labels of the labeled rows; raises ManifestError without any.
 
     place: the manifest, for messages
     """
@@ -133,7 +133,7 @@ def read_labels(manifest: Manifest, place: str) -> tuple[pa.ChunkedArray, Single
     for batch in manifest.batches():
         label = normalize_labels(batch.column(manifest.label_column), KEYS).cast(pa.string())
         has_label = label.is_valid()
-        urls += _resolve_urls(manifest, batch, has_label)
+        urls.append(read_urls(manifest, batch).filter(has_label))
         labels.append(label.filter(has_label))
     if not sum(map(len, labels)):
         raise ManifestError(f"{place}: has no row with a label")
@@ -145,9 +145,10 @@ def read_labels(manifest: Manifest, place: str) -> tuple[pa.ChunkedArray, Single
 
 
 def read_label_lists(manifest: Manifest, place: str) -> tuple[pa.ChunkedArray, LabelLists]:
-    """URLs and labels of the rows with a known label; raises ManifestError without any.
+    """URLs as of `read_urls` and labels of the rows with a known label.
 
     place: the manifest, for messages
+    Raises ManifestError if there is no such row.
     """
     columns = manifest.label_columns
     assert columns is not None
@@ -160,7 +161,7 @@ def read_label_lists(manifest: Manifest, place: str) -> tuple[pa.ChunkedArray, L
     for batch in manifest.batches():
         found = columns.encode(batch, classes, place).targets
         has_label = (found != UNKNOWN).any(1)
-        urls += _resolve_urls(manifest, batch, pa.array(has_label))
+        urls.append(read_urls(manifest, batch).filter(pa.array(has_label)))
         targets.append(found[has_label])
     if not classes or not sum(map(len, targets)):
         raise ManifestError(f"{place}: has no row with a label")
@@ -173,17 +174,11 @@ def _check_one_label_set(
     place: str, urls: pa.ChunkedArray, targets: npt.NDArray[np.int8], classes: list[str]
 ) -> None:
     """Raise ManifestError for an image in several rows with different labels."""
-    codes = normalize_urls(urls).combine_chunks().dictionary_encode().indices
+    codes = urls.combine_chunks().dictionary_encode().indices
     codes = codes.cast(pa.int64()).fill_null(-1).to_numpy()
     repeated = np.flatnonzero((codes >= 0) & (np.bincount(codes + 1)[codes + 1] > 1))
     names = _join_names(targets[repeated], classes)
     _check_one_label(place, urls.take(pa.array(repeated)), names)
-
-
-def _resolve_urls(manifest: Manifest, batch: pa.RecordBatch, rows: pa.Array) -> list[pa.Array]:
-    paths = pa.chunked_array([batch.column(manifest.path_column).filter(rows)])
-    chunks: list[pa.Array] = resolve_paths(paths, manifest.root).cast(pa.large_string()).chunks
-    return chunks
 
 
 def _join_names(targets: npt.NDArray[np.int8], classes: list[str]) -> pa.Array:
@@ -201,7 +196,7 @@ def _join_names(targets: npt.NDArray[np.int8], classes: list[str]) -> pa.Array:
 def _check_one_label(place: str, urls: pa.ChunkedArray, labels: pa.Array) -> None:
     """Raise ManifestError for an image with two labels, or lists of labels."""
     by_url: dict[str, set[str]] = defaultdict(set)
-    for url, label in zip(normalize_urls(urls).to_pylist(), labels.to_pylist(), strict=True):
+    for url, label in zip(urls.to_pylist(), labels.to_pylist(), strict=True):
         if url is None:
             continue
         by_url[url].add(label)

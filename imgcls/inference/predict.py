@@ -126,7 +126,7 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
         if config.explain:
             from imgcls.inference.explanations import explain_runs
 
-            explain_runs(bundle, outputs, config.explain, interruption)
+            explain_runs(bundle, outputs, config.explain, interruption, config.lease_seconds)
         return result
 
 

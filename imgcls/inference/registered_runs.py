@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from imgcls import log
 from imgcls.inference.config import PredictConfig, RelabelConfig
 from imgcls.inference.nights import OutputSeries
-from imgcls.models.bundle import REGISTRY_PREFIX, Bundle, is_registry_uri
+from imgcls.models.bundle import Bundle, is_registry_uri
+from imgcls.models.mlflow_registry import pin_uri
 from imgcls.runs import layout
 
 ConfigT = TypeVar("ConfigT", PredictConfig, RelabelConfig)
@@ -51,7 +52,7 @@ def pin_version(config: PredictConfig, bundle: Bundle) -> tuple[PredictConfig, B
     if bundle.registered is None:
         return config, bundle
     found = replace(bundle.registered, uri=config.model)
-    found.log_version(bundle.sha256)
+    found.log_version()
     pinned = config.model_copy(update={"model": found.pinned_uri})
     return pinned, replace(bundle, registered=found)
 
@@ -60,14 +61,14 @@ def describe_registered(bundle: Bundle) -> dict[str, Any]:
     """The entry of `_run.json` about a registered model; none for another bundle."""
     if bundle.registered is None:
         return {}
-    return {"registered_model": bundle.registered.build_record(bundle.sha256)}
+    return {"registered_model": bundle.registered.record}
 
 
 def _use_stored(config: ConfigT, uri: str, record: Mapping[str, Any]) -> ConfigT:
     stored = record.get("registered_model")
     if not isinstance(stored, Mapping) or stored.get("uri") != uri:
         return config
-    pinned = f"{REGISTRY_PREFIX}{stored['name']}/{stored['version']}"
+    pinned = pin_uri(stored)
     if pinned != uri:
         log.emit("model", f"{uri}: version {stored['version']}, with which this run was started")
     return config.model_copy(update={"model": pinned})

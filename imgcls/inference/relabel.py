@@ -22,7 +22,8 @@ import torch
 from imgcls import log
 from imgcls.cluster import interrupts
 from imgcls.config import requested
-from imgcls.data.manifests.manifest import normalize_labels, resolve_paths
+from imgcls.data.manifests.image_urls import resolve_urls
+from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.manifests.schemas import conform_table, widen_dictionaries
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import OK, RequestError
@@ -258,7 +259,7 @@ class _Relabeling:
         urls = None
         if self._labeler.needs_urls:
             paths = table[self._source.path_column].filter(pa.array(has_embedding))
-            urls = resolve_paths(paths, self._source.root)
+            urls = resolve_urls(paths, self._source.root)
         width = embedding.type.list_size
         vectors = vectors.reshape(-1, width)
         scores = self._labeler.compute_scores(vectors, urls)

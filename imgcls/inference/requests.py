@@ -21,6 +21,7 @@ from imgcls.data.containers import members
 from imgcls.data.manifests.label_columns import describe_no_labels
 from imgcls.data.manifests.manifest import Manifest, open_manifest
 from imgcls.data.storage import filesystem
+from imgcls.data.storage.credentials import hide_credentials
 from imgcls.data.storage.http import HttpStore
 from imgcls.data.storage.registry import find_store
 from imgcls.errors import (
@@ -89,7 +90,7 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
         manifest = _check_one_label(config, manifest, bundle)
     check_columns(manifest)
     check_publish_target(config, manifest, bundle)
-    check_timeouts(config.model_copy(update={"model": bundle.url}), output, manifest)
+    check_timeouts(config, output, bundle, manifest)
     check_first_image(manifest, config.max_bytes)
     return config, manifest, bundle
 
@@ -227,25 +228,27 @@ def check_publish_target(config: PredictConfig, manifest: Manifest, bundle: Bund
     check_target(config.publish, schema, f"manifest {manifest.source}")
 
 
-def check_timeouts(config: PredictConfig, output: str, manifest: Manifest) -> None:
+def check_timeouts(config: PredictConfig, output: str, bundle: Bundle, manifest: Manifest) -> None:
     """Raise RequestError when a worker that waits for a store would count as hung."""
     waits = MAX_STORAGE_WAITS * config.storage.retry_timeout_s
     if config.scale.worker_timeout_s > waits:
         return
-    places = (
-        output,
-        filesystem.absolute(config.model),
-        *map(members.find_file, itertools.islice(iter_image_urls(manifest), 1)),
-    )
-    remote = next((place for place in places if not filesystem.is_local(place)), None)
+    first_image = itertools.islice(iter_image_urls(manifest), 1)
+    places = (output, bundle.url, *map(members.find_file, first_image))
+    remote = next((place for place in places if _is_in_store(place)), None)
     if remote is not None:
         raise RequestError(
-            f"scale.worker_timeout_s {config.scale.worker_timeout_s:g}: for {remote} a worker may "
-            f"wait {MAX_STORAGE_WAITS} x {config.storage.retry_timeout_s:g} s "
-            "(storage.retry_timeout_s) before its first image is finished, and would be killed "
-            f"although it does not hang. Set more than {waits:g}, or a smaller "
-            "--storage.retry-timeout-s"
+            f"scale.worker_timeout_s {config.scale.worker_timeout_s:g}: for "
+            f"{hide_credentials(remote)} a worker may wait {MAX_STORAGE_WAITS} x "
+            f"{config.storage.retry_timeout_s:g} s (storage.retry_timeout_s) before its first "
+            "image is finished, and would be killed although it does not hang. Set "
+            f"--scale.worker-timeout-s above {waits:g}, or a smaller --storage.retry-timeout-s"
         )
+
+
+def _is_in_store(url: str) -> bool:
+    """Whether reading a file may take retries: not on a disk, and not from a data: URL."""
+    return not filesystem.is_local(url) and not url.startswith("data:")
 
 
 def iter_image_urls(manifest: Manifest) -> Iterator[str]:

@@ -98,7 +98,7 @@ def _label_images(config: TrainConfig, teacher: TeacherConfig) -> TrainConfig:
         max_bytes=config.data.max_bytes,
         storage=config.storage,
     )
-    log.show(f"teacher: labels the images of {request.manifest.path} into {run}")
+    log.show(f"teacher: predicting the images of {request.manifest.path} into {run}")
     try:
         predict(request)
     except OutputLocked:
@@ -116,7 +116,8 @@ def _check_request(config: TrainConfig, teacher: TeacherConfig, output: str, run
     check_teacher_settings(config)
     if teacher.mode == "hard" and teacher.manifest is None:
         raise ConfigError(
-            "teacher.mode hard: needs images without labels; set teacher.manifest to them"
+            "teacher.mode hard: needs images without labels; set teacher.manifest to a manifest "
+            "of them"
         )
     described = read_description(teacher.path).spec
     if filesystem.absolute(teacher.path) == output:

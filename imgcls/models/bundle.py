@@ -146,7 +146,7 @@ class BundleSpec(Section):
             else []
         )
         if doubled:
-            raise ValueError(f"class {doubled[0]!r} is listed twice; class names must be unique")
+            raise ValueError(f"class {doubled[0]!r} is listed twice; remove one of the two")
         return classes
 
     @model_validator(mode="after")
@@ -405,7 +405,7 @@ def read_description(url: str) -> Bundle:
 
         registered = mlflow_registry.resolve_registered(url)
         bundle = read_description(registered.url)
-        mlflow_registry.check_registered(registered, bundle.sha256)
+        registered = mlflow_registry.verify_registered(registered, bundle.sha256)
         return replace(bundle, registered=registered)
     place = f"bundle {url}"
     try:

@@ -68,11 +68,6 @@ class Explainer:
         except NotExplainable as error:
             raise NotExplainable(f"bundle {bundle.url}: {error}") from error
 
-    @property
-    def target_layer(self) -> TargetLayer:
-        """The layer whose output is explained."""
-        return self._target
-
     def compute_class_maps(
         self, batch: Pixels | torch.Tensor, classes: Sequence[int] | None = None
     ) -> ClassMaps:

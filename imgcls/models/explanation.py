@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import html
 import io
 import os
@@ -18,10 +17,12 @@ from imgcls.data.decoding.decode import Pixels, decode_image
 from imgcls.data.decoding.open_image import MAX_PIXELS
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.decoding.resize import compute_crop_window, compute_resized_size
+from imgcls.data.encode_image import encode_data_uri, encode_jpeg
 from imgcls.errors import ImgclsError, RequestError
+from imgcls.formatting import suggest_names
 from imgcls.models import sources
 from imgcls.models.explain import ClassMaps, Explainer
-from imgcls.models.notebook_repr import encode_data_uri, render_frame
+from imgcls.models.notebook_repr import render_frame
 from imgcls.models.sources import ImageSource
 
 MAX_SIDE = 512
@@ -85,9 +86,7 @@ class Explanation:
 
     def encode_jpeg(self) -> bytes:
         """The overlay as the bytes of a JPEG."""
-        sink = io.BytesIO()
-        self.overlay().save(sink, "JPEG", quality=_QUALITY)
-        return sink.getvalue()
+        return encode_jpeg(self.overlay(), _QUALITY)
 
     def _repr_png_(self) -> bytes:
         sink = io.BytesIO()
@@ -213,9 +212,7 @@ def find_class(classes: Sequence[str], name: str) -> int:
     """Index of a class; raises RequestError with the nearest names if it is unknown."""
     if name in classes:
         return classes.index(name)
-    near = difflib.get_close_matches(str(name), classes, n=3, cutoff=0.5)
-    nearest = " or ".join(map(repr, near))
-    hint = f"did you mean {nearest}?" if near else "see `Classifier.classes`"
+    hint = suggest_names(str(name), classes, "see `Classifier.classes`", form="{!r}")
     raise RequestError(f"class_name: {name!r} is not one of the {len(classes):,} classes; {hint}")
 
 

@@ -7,9 +7,10 @@ bundle as it is.
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import imgcls
 from imgcls.data.storage import filesystem
@@ -17,6 +18,7 @@ from imgcls.errors import RequestError
 from imgcls.models.bundle import Bundle
 from imgcls.models.classifier import Classifier
 from imgcls.models.mlflow_registry import LOADER_MODULE
+from imgcls.models.prediction import FailedPrediction, Prediction
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,30 +64,15 @@ class PyfuncClassifier:
         if len(given) != 1:
             found = ", ".join(map(str, getattr(model_input, "columns", ()))) or "no columns"
             raise RequestError(
-                f"model input: pass a table with one of the columns image (bytes) and path; found "
-                f"{found}"
+                f"model input: has {found}; pass a table with one of the columns image (bytes) "
+                "and path"
             )
         top_k = int((params or {}).get("top_k", DEFAULT_TOP_K))
         images = list(model_input[given[0]])
         made = self.classifier.predict(images, top_k=top_k, errors="return") if images else []
-        is_multilabel = self.classifier.bundle.spec.task == "multilabel"
-        rows = [
-            {
-                **(
-                    {"predicted_labels": each.labels}
-                    if is_multilabel
-                    else {"predicted_label": each.label}
-                ),
-                "confidence": each.confidence,
-                "accepted": each.accepted,
-                "topk_labels": each.topk_labels,
-                "topk_scores": each.topk_scores,
-                "status": each.status,
-                "error": each.error,
-            }
-            for each in made
-        ]
-        return pd.DataFrame(rows, columns=_list_output_names(is_multilabel=is_multilabel))
+        columns = _list_columns(self.classifier.bundle)
+        rows = [[column.read(each) for column in columns] for each in made]
+        return pd.DataFrame(rows, columns=[column.name for column in columns])
 
 
 def _load_pyfunc(path: str) -> PyfuncClassifier:
@@ -97,47 +84,69 @@ def save_mlflow_model(bundle: Bundle, folder: str) -> None:
     """Write a bundle as an MLflow model into a new local folder."""
     from mlflow import pyfunc
 
-    copied = os.path.join(f"{folder}-files", BUNDLE_FOLDER)
-    for name in filesystem.walk(bundle.url):
-        if not name.startswith(("_", _LEFT_OUT)):
-            data = filesystem.read(filesystem.join(bundle.url, name))
-            filesystem.write(os.path.join(copied, name), data)
-    with warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory(prefix="imgcls-mlflow-") as temporary,
+        warnings.catch_warnings(),
+    ):
+        copied = os.path.join(temporary, BUNDLE_FOLDER)
+        for name in filesystem.walk(bundle.url):
+            if not name.startswith(("_", _LEFT_OUT)):
+                data = filesystem.read(filesystem.join(bundle.url, name))
+                filesystem.write(os.path.join(copied, name), data)
         warnings.filterwarnings("ignore", ".*input example", UserWarning)
         pyfunc.save_model(
             folder,
             loader_module=LOADER_MODULE,
             data_path=copied,
-            signature=_build_signature(is_multilabel=bundle.spec.task == "multilabel"),
+            signature=_build_signature(bundle),
             pip_requirements=[f"imgcls=={imgcls.__version__}"],
             metadata={"bundle_sha256": bundle.sha256, "task": bundle.spec.task},
         )
 
 
-def _list_output_names(*, is_multilabel: bool) -> list[str]:
-    label = "predicted_labels" if is_multilabel else "predicted_label"
-    return [label, "confidence", "accepted", "topk_labels", "topk_scores", "status", "error"]
+class _Column(NamedTuple):
+    """A column of the output; kind: name of an MLflow data type."""
+
+    name: str
+    kind: str
+    is_list: bool = False
+    is_optional: bool = False
+
+    def read(self, prediction: Prediction | FailedPrediction) -> Any:
+        """The value of the column for an image."""
+        return getattr(prediction, self.name.removeprefix("predicted_"))
 
 
-def _build_signature(*, is_multilabel: bool) -> Any:
+_COLUMNS = (
+    _Column("confidence", "double", is_optional=True),
+    _Column("accepted", "boolean"),
+    _Column("topk_labels", "string", is_list=True),
+    _Column("topk_scores", "double", is_list=True),
+    _Column("status", "string"),
+    _Column("error", "string", is_optional=True),
+)
+
+
+def _list_columns(bundle: Bundle) -> tuple[_Column, ...]:
+    is_multilabel = bundle.spec.task == "multilabel"
+    name = "predicted_labels" if is_multilabel else "predicted_label"
+    return (_Column(name, "string", is_list=is_multilabel, is_optional=True), *_COLUMNS)
+
+
+def _build_signature(bundle: Bundle) -> Any:
     """Input: one of two columns. Output: as `PyfuncClassifier.predict` returns it."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import Array
 
-    texts, numbers = Array(DataType.string), Array(DataType.double)
-    kinds: dict[str, Any] = {
-        "predicted_labels": texts,
-        "predicted_label": DataType.string,
-        "confidence": DataType.double,
-        "accepted": DataType.boolean,
-        "topk_labels": texts,
-        "topk_scores": numbers,
-        "status": DataType.string,
-        "error": DataType.string,
-    }
-    optional = {"predicted_labels", "predicted_label", "confidence", "error"}
-    names = _list_output_names(is_multilabel=is_multilabel)
+    def build_column(column: _Column) -> Any:
+        kind = DataType[column.kind]
+        return ColSpec(
+            Array(kind) if column.is_list else kind,
+            column.name,
+            required=not column.is_optional,
+        )
+
     return ModelSignature(
         inputs=Schema(
             [
@@ -145,6 +154,6 @@ def _build_signature(*, is_multilabel: bool) -> Any:
                 ColSpec(DataType.binary, "image", required=False),
             ]
         ),
-        outputs=Schema([ColSpec(kinds[n], n, required=n not in optional) for n in names]),
+        outputs=Schema([build_column(column) for column in _list_columns(bundle)]),
         params=ParamSchema([ParamSpec("top_k", DataType.long, DEFAULT_TOP_K)]),
     )

@@ -14,8 +14,8 @@ import re
 import shutil
 import tempfile
 import urllib.parse
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -60,7 +60,7 @@ class RegisteredModel:
     uri:     as it was requested, with the version or an alias
     name, version: of the model in the registry
     url:     folder of the bundle
-    sha256:  hash of the bundle, as it was registered; None if another tool registered it
+    sha256:  hash of the bundle; None until it is read, if another tool registered it
     """
 
     uri: str
@@ -70,26 +70,30 @@ class RegisteredModel:
     sha256: str | None
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What outputs store of the version."""
+        return {"uri": self.uri, "name": self.name, "version": self.version, "sha256": self.sha256}
+
+    @property
     def pinned_uri(self) -> str:
         """The URI of this version, which no alias changes."""
-        return f"{REGISTRY_PREFIX}{self.name}/{self.version}"
+        return pin_uri(self.record)
 
-    def build_record(self, sha256: str) -> dict[str, Any]:
-        """What outputs store of the version.
-
-        sha256: hash of its bundle, as it was read
-        """
-        return {"uri": self.uri, "name": self.name, "version": self.version, "sha256": sha256}
-
-    def log_version(self, sha256: str) -> None:
+    def log_version(self) -> None:
         """Log the version and the folder that the URI means."""
+        digest = (self.sha256 or "")[:12]
         log.emit(
             "model",
-            f"{self.uri}: version {self.version}, bundle {sha256[:12]} in {self.url}",
+            f"{self.uri}: version {self.version}, bundle {digest} in {self.url}",
             name=self.name,
             version=self.version,
-            sha256=sha256,
+            sha256=self.sha256,
         )
+
+
+def pin_uri(record: Mapping[str, Any]) -> str:
+    """The URI of the version in a record of `RegisteredModel`, which no alias changes."""
+    return f"{REGISTRY_PREFIX}{record['name']}/{record['version']}"
 
 
 def resolve_registered(uri: str) -> RegisteredModel:
@@ -127,18 +131,22 @@ def parse_registry_uri(uri: str) -> tuple[str, str | None, str | None]:
     name, separator, last = rest.partition("@") if "@" in rest else rest.partition("/")
     is_version = separator == "/" and last.isdigit()
     if not name or "/" in name or not last or not (is_version or separator == "@"):
-        raise BundleError(f"model {uri}: is no version of a registered model; write {_FORM}")
+        raise BundleError(f"model {uri}: is not a version of a registered model; pass {_FORM}")
     return name, (last if is_version else None), (None if is_version else last)
 
 
-def check_registered(model: RegisteredModel, sha256: str) -> None:
-    """Raise BundleError if a bundle is not the one that was registered."""
+def verify_registered(model: RegisteredModel, sha256: str) -> RegisteredModel:
+    """The version with the hash of its bundle, as it was read.
+
+    Raises BundleError if it is not the bundle that was registered.
+    """
     if model.sha256 is not None and model.sha256 != sha256:
         raise BundleError(
             f"model {model.pinned_uri}: {model.url} has the bundle {sha256[:12]}, but "
             f"{model.sha256[:12]} was registered; restore the artifacts of this version, or "
             "register the bundle again"
         )
+    return replace(model, sha256=sha256)
 
 
 @contextlib.contextmanager
@@ -168,15 +176,14 @@ def _explain_failure(
             f"model {uri}: the registry {registry} does not answer correctly "
             f"({reason}); check MLFLOW_TRACKING_URI"
         )
-    reason, known = reason.removeprefix(f"{code}: ").rstrip("."), "it has no versions"
+    reason = reason.removeprefix(f"{code}: ").rstrip(".")
     with contextlib.suppress(Exception):
         versions = sorted(int(each.version) for each in _list_versions(client, name))
         aliases = sorted(client.get_registered_model(name).aliases)
         if versions:
             known = f"versions: {', '.join(map(str, versions[-_MAX_LISTED:]))}"
-        if aliases:
-            known += f"; aliases: {', '.join(aliases[:_MAX_LISTED])}"
-        return BundleError(f"model {uri}: {reason} in {registry} ({known})")
+            known += f"; aliases: {', '.join(aliases[:_MAX_LISTED])}" if aliases else ""
+            return BundleError(f"model {uri}: {reason} in {registry}; pass another ({known})")
     return BundleError(
         f"model {uri}: {reason} in {registry}; register one with `imgcls train "
         "--track.register-as NAME`"
@@ -219,7 +226,7 @@ def _find_bundle(place: str, model: str) -> str:
         if filesystem.is_local(model) and not filesystem.exists(model):
             raise BundleError(
                 f"model {place}: the folder {model} does not exist on this machine; restore the "
-                "artifacts of this version, or make their folder reachable from here"
+                "artifacts of this version, or mount their folder on this machine"
             )
     except StorageError as error:
         raise request_error(
@@ -227,11 +234,9 @@ def _find_bundle(place: str, model: str) -> str:
         ) from error
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         loader = f"an {_MODEL_FILE} that cannot be read ({one_line(error)})"
-    what = (
-        f"it is loaded by {loader}" if loader else f"it has no {BUNDLE_FILE} and no {_MODEL_FILE}"
-    )
+    what = f"its loader is {loader}" if loader else f"it has no {BUNDLE_FILE} and no {_MODEL_FILE}"
     raise BundleError(
-        f"model {place} in {model} is no bundle of imgcls: {what}{_describe_endpoint(model)}. "
+        f"model {place} in {model} is not a bundle of imgcls: {what}{_describe_endpoint(model)}. "
         "Register a bundle with `imgcls train --track.register-as NAME`"
     )
 
@@ -242,7 +247,7 @@ def _describe_endpoint(model: str) -> str:
     if not model.startswith("s3://") or not endpoint:
         return ""
     return (
-        f" (MLFLOW_S3_ENDPOINT_URL {hide_credentials(endpoint)} is of MLflow alone: pass it as "
+        f" (imgcls does not use MLFLOW_S3_ENDPOINT_URL {hide_credentials(endpoint)}; pass it as "
         "--storage.endpoint-url too)"
     )
 
@@ -270,7 +275,8 @@ def _download(package: ModuleType, place: str, version: Any, source: str) -> str
         except Exception as error:
             raise StorageUnavailable(
                 hide_credentials(
-                    f"model {place} cannot be downloaded from {source} ({one_line(error)})"
+                    f"model {place} cannot be downloaded from {source} ({one_line(error)}); check "
+                    "that the MLflow server can read its artifacts, and rerun the same command"
                 )
             ) from error
         _move_download(files, folder)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import os
 from collections.abc import Sequence
 
-from PIL import Image
-
+from imgcls.data.encode_image import encode_data_uri
 from imgcls.models.sources import ImageSource, load_preview
 
 REPR_SIDE = 128
@@ -66,10 +63,3 @@ def _encode_thumbnail(source: ImageSource | None) -> str | None:
     except Exception:  # noqa: BLE001  show the prediction without a thumbnail
         return None
     return encode_data_uri(small)
-
-
-def encode_data_uri(image: Image.Image, quality: int = 80) -> str:
-    """An image as a data URI of a JPEG."""
-    sink = io.BytesIO()
-    image.save(sink, "JPEG", quality=quality)
-    return "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from imgcls.errors import BundleError
+from imgcls.formatting import format_list
 from imgcls.models.bundle import is_lfs_pointer
 
 _WRAPPER_KEYS = (
@@ -91,7 +92,7 @@ def _read_pickle(place: str, data: bytes) -> Any:
         found = []
     unknown = sorted(each for each in found if not _IGNORED_GLOBALS.fullmatch(each))
     if unknown:
-        shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        shown = format_list(unknown, 3)
         raise BundleError(
             f"{place}: not a plain state dict (it has objects of {shown}, which could run code "
             "when loaded); save it with torch.save(model.state_dict(), path)"
@@ -148,13 +149,12 @@ class MatchedWeights:
         """Messages about tensors that are not used, or not as they are in the file."""
         notes = [self._describe_unused()] if self.unused_keys else []
         if self.interpolated_keys:
-            names = ", ".join(self.interpolated_keys[:3])
-            more = ", ..." if len(self.interpolated_keys) > 3 else ""
-            notes.append(f"interpolated to the input size of the network: {names}{more}")
+            names = format_list(self.interpolated_keys, 3)
+            notes.append(f"interpolated to the input size of the network: {names}")
         return notes
 
     def _describe_unused(self) -> str:
-        shown = ", ".join(self.unused_keys[:3]) + (", ..." if len(self.unused_keys) > 3 else "")
+        shown = format_list(self.unused_keys, 3)
         below = f"using the weights below {self.prefix!r}; " if self.prefix else ""
         return f"{below}{len(self.unused_keys):,} other tensors are ignored ({shown})"
 

@@ -18,9 +18,10 @@ from torch import nn
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.storage import filesystem
 from imgcls.errors import BundleError, StorageError, request_error
+from imgcls.formatting import suggest_names
 from imgcls.models.bundle import Architecture
 from imgcls.models.finite import check_finite_tensors
-from imgcls.models.libraries.base import PRETRAINED, suggest_names
+from imgcls.models.libraries.base import PRETRAINED
 from imgcls.models.libraries.registry import LIBRARIES, find_library
 from imgcls.models.snapshots import (
     check_weights,

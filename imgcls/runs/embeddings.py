@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from imgcls.data.manifests.manifest import resolve_paths
+from imgcls.data.manifests.image_urls import normalize_urls, resolve_urls
 from imgcls.data.storage import filesystem
 from imgcls.errors import OK
 from imgcls.models.embeddings import normalize_embeddings
@@ -70,7 +69,7 @@ def _find_paths(run: CommittedRun, urls: pa.Array) -> tuple[Indices, list[str | 
     places = [np.empty(0, np.int64)]
     statuses = np.full(len(urls), None, object)
     for table in iter_tables(run, [run.path_column, "status"], _PATH_ROWS):
-        paths = normalize_urls(resolve_paths(table[run.path_column], run.root))
+        paths = resolve_urls(table[run.path_column], run.root)
         found = pc.index_in(paths, value_set=urls).combine_chunks().cast(pa.int64()).fill_null(-1)
         place = found.to_numpy(zero_copy_only=False)
         status = table["status"].cast(pa.string()).to_numpy(zero_copy_only=False)
@@ -137,21 +136,3 @@ def sample_embeddings(files: Sequence[str], max_rows: int) -> Floats:
         parts.append(vectors[-seen % every :: every].astype(np.float32))
         seen += len(vectors)
     return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
-
-
-def normalize_urls(urls: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Paths on a disk without `.`, `..` and `//`, so that each image has one path."""
-    text = urls.cast(pa.large_string())
-    if not pc.any(pc.match_substring_regex(text, r"^/(.*/)?\.{0,2}(/|$)")).as_py():
-        return text
-    paths = [
-        os.path.normpath("/" + path.lstrip("/")) if path and path.startswith("/") else path
-        for path in text.to_pylist()
-    ]
-    return pa.chunked_array([pa.array(paths, text.type)])
-
-
-def resolve_urls(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
-    """Absolute paths and URLs of a column, each image by one text: `file:` URLs become paths."""
-    resolved = resolve_paths(paths, root)
-    return normalize_urls(pc.replace_substring_regex(resolved, r"^file:(//)?(/)", r"\2"))

@@ -20,7 +20,6 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from imgcls import config as configuration
-from imgcls import log
 from imgcls.cluster import autoscaler, session
 from imgcls.cluster.session import DeviceType
 from imgcls.data.storage import filesystem, storage_settings
@@ -314,11 +313,7 @@ def locate_model(config: ServeConfig) -> ServeConfig:
         return config
     bundle = read_description(config.model)
     assert bundle.registered is not None
-    log.emit(
-        "model",
-        f"{config.model}: version {bundle.registered.version}, bundle {bundle.sha256[:12]} in "
-        f"{bundle.url}",
-    )
+    bundle.registered.log_version()
     return config.model_copy(update={"model": bundle.url})
 
 

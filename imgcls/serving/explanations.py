@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from imgcls.data.encode_image import encode_data_uri
 from imgcls.errors import BundleError, NotExplainable, StorageError
 from imgcls.models.classifier import Classifier
 from imgcls.models.explain import Explainer
 from imgcls.models.explanation import explain_file
-from imgcls.models.notebook_repr import encode_data_uri
 from imgcls.serving.config import MAX_WAITING_EXPLANATIONS
 from imgcls.serving.problems import Problem, build_busy_problem, build_out_of_memory_problem
 from imgcls.serving.uploads import Upload

@@ -130,26 +130,26 @@ class TeacherConfig(Section):
     shorthand: ClassVar[str | None] = "path"
 
     path: str
-    """Committed run of `imgcls predict --scores`, whose images are added to the training images; or
-    a bundle, which labels the images of teacher.manifest first."""
+    """Committed run of `imgcls predict --scores`, whose images are added to the training images. Or
+    a bundle; the images of teacher.manifest are predicted with it first."""
     manifest: ManifestConfig | None = None
-    """Images for the bundle to label, without labels or with. Default: those of data.train."""
+    """Images to predict with the bundle, with or without labels. Default: those of data.train."""
     mode: TeacherMode = "soft"
     """soft: the teacher's scores are the targets (distillation, Hinton et al. 2015). hard: the
     predicted label of an accepted row is its label (self-training)."""
     temperature: PositiveFloat | None = None
-    """Temperature that softens the scores of teacher and student. Default: 2; for soft targets of
-    one label per image."""
+    """Temperature that softens the scores of teacher and student (default: 2). Only for soft
+    targets with one label per image."""
     weight: UnitFloat | None = None
-    """Share of the teacher in the loss of an image that has a label too. Default: 0.9; for soft
-    targets."""
+    """Weight of the teacher's scores in the loss of an image that also has a label (default: 0.9).
+    Only for soft targets."""
     min_confidence: UnitFloat = 0.0
-    """Minimum confidence of a row of the teacher; for one label per image."""
+    """Minimum confidence of a row of the teacher. Only for one label per image."""
     exclude: ManifestConfig | None = None
-    """Test images, which the student must not see: also compared with the teacher's images."""
+    """Manifest of test images, which the student is not trained on; see leaks."""
     leaks: Literal["refuse", "drop"] = "refuse"
-    """Images of the teacher with the content of one in data.val or teacher.exclude: refuse the
-    training, or drop these rows."""
+    """Images of the teacher that are also in data.val or teacher.exclude, by path or content:
+    refuse the training, or drop these rows."""
 
 
 OptimizerName = Literal["adamw", "sgd"]
@@ -264,20 +264,20 @@ class TrackConfig(Section):
     @classmethod
     def _check_register(cls, name: str | None) -> str | None:
         if name is not None and (not name.strip() or set(name) & set("/:@")):
-            raise ValueError(f"{name!r} is no name of a model; it may not contain / : or @")
+            raise ValueError(f"{name!r} is not a model name; pass one without the characters / : @")
         return name
 
     @model_validator(mode="after")
     def _check_registry(self) -> TrackConfig:
         if self.register_as is not None and self.mlflow is None:
-            raise ValueError("register_as: needs the URI of the registry; set track.mlflow too")
+            raise ValueError("register_as: requires a registry; set track.mlflow to its URI")
         return self
 
     @field_validator("wandb")
     @classmethod
     def _check_wandb(cls, project: str | None) -> str | None:
         if project is not None and (project.count("/") > 1 or not all(project.split("/"))):
-            raise ValueError(f"{project!r} is neither PROJECT nor ENTITY/PROJECT")
+            raise ValueError(f"{project!r} is not a project; pass PROJECT or ENTITY/PROJECT")
         return project
 
     def resolve_run_name(self, output: str) -> str:
@@ -319,7 +319,7 @@ class DataConfig(Section):
             classes = [unicodedata.normalize("NFC", name) for name in classes]
         if classes is not None and len(set(classes)) < len(classes):
             duplicate = next(name for name in classes if classes.count(name) > 1)
-            raise ValueError(f"class {duplicate!r} is listed twice; class names must be unique")
+            raise ValueError(f"class {duplicate!r} is listed twice; remove one of the two")
         return classes
 
 

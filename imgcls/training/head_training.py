@@ -18,6 +18,7 @@ from imgcls import log
 from imgcls.cluster.interrupts import Interruption
 from imgcls.data.storage import filesystem
 from imgcls.errors import OutputError, RequestError, RunFailed, TooManyErrors
+from imgcls.formatting import format_lines
 from imgcls.models import zoo
 from imgcls.models.bundle import Bundle, load_bundle_weights
 from imgcls.models.linear_head import load_linear_head
@@ -194,7 +195,7 @@ def _check_failures(
     failures: tuple[DecodeFailure, ...],
 ) -> None:
     """Log the images that are left out; raise TooManyErrors when they are too many."""
-    listed = "".join(f"\n  {each.url}: {each.error}" for each in failures[:3])
+    listed = format_lines((f"{each.url}: {each.error}" for each in failures), 3)
     rows, allowed = examples.rows.num_rows, config.data.max_error_rate
     if len(failures) > allowed * rows:
         raise TooManyErrors(
@@ -203,7 +204,7 @@ def _check_failures(
             "--embeddings float16`, or raise data.max_error_rate."
         )
     if failures:
-        log.emit("note", f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""))
+        log.emit("note", f"left out:{listed}")
     check_enough_left(examples, failures, 1)
 
 

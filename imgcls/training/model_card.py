@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from imgcls.formatting import format_count
+from imgcls.formatting import format_count, format_counts
 from imgcls.metrics.intervals import wilson_interval
 from imgcls.models.bundle import BundleSpec
 from imgcls.models.bundle_card import (
@@ -197,13 +197,12 @@ def _format_data(spec: BundleSpec, class_rows: Mapping[str, tuple[int, int]] | N
 def _format_teacher(spec: BundleSpec) -> str:
     made = spec.provenance["teacher"]
     targets = TeacherRecord(**made).describe_targets()
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in made["left_out"].items())
-    lost = ", ".join(f"{count:,} {kind}" for kind, count in made.get("not_compared", {}).items())
+    lost = format_counts(made.get("not_compared", {}), "")
     compared = f" Not compared by content with the others, as unreadable: {lost}." if lost else ""
     return (
         f"{format_count(made['images'], 'training image')} of a teacher, bundle "
         f"{_format_code(made['bundle_sha256'][:12])}: {targets}. {made['labeled']:,} of them have "
-        f"a label too. Left out: {left_out or 'none'}.{compared}"
+        f"a label too. Left out: {format_counts(made['left_out'])}.{compared}"
     )
 
 

@@ -154,11 +154,7 @@ def _build_spec(
                 "val_failed": failed[1],
             },
         }
-        | (
-            {}
-            if setup.registered_model is None
-            else {"registered_model": dict(setup.registered_model)}
-        )
+        | {key: value for key, value in setup.identity.items() if key == "registered_model"}
         | ({} if examples.teacher is None else {"teacher": asdict(examples.teacher)}),
         # JSON has no NaN: the mAP if no class has both positives and negatives
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},

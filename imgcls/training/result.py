@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 
+from imgcls.data.encode_image import build_data_uri
 from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.optim.lr_finder import find_steepest_lr
 
@@ -83,7 +83,7 @@ class TrainResult:
         picture = self._draw()
         drawn = ""
         if picture is not None:
-            source = "data:image/png;base64," + base64.b64encode(picture).decode()
+            source = build_data_uri(picture, "image/png")
             drawn = f'<img src="{source}" alt="training curves" style="max-width:100%">'
         return f"<table>{cells}</table>{drawn}"
 

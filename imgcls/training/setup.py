@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from imgcls.cluster.ray_data import DataExecution
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.storage import filesystem
 from imgcls.errors import ConfigError, RequestError, TooManyErrors
+from imgcls.formatting import format_lines
 from imgcls.models.bundle import Architecture
 from imgcls.training import network as networks
 from imgcls.training.augment.augment import Augment
@@ -60,8 +61,8 @@ class TrainSetup:
     network:           on the CPU, with its initial weights
     class_weights:     per class, for the loss; None for equal weights
     head_coefficients: see `network.compute_head_coefficients`; empty without a probe
-    identity:          settings, data and initial weights; equal for two runs of one training
-    registered_model:  version of the registered model that it starts from; None for another
+    identity:          settings, data and initial weights; equal for two runs of one training.
+                       With `registered_model`, the version of a registered model to start from
     """
 
     config: TrainConfig
@@ -73,7 +74,6 @@ class TrainSetup:
     class_weights: list[float] | None
     head_coefficients: tuple[float, ...]
     identity: dict[str, Any]
-    registered_model: ModelRecord | None = None
 
 
 def resolve_setup(config: TrainConfig, registered_model: ModelRecord | None = None) -> TrainSetup:
@@ -129,7 +129,6 @@ def resolve_setup(config: TrainConfig, registered_model: ModelRecord | None = No
         class_weights=class_weights,
         head_coefficients=coefficients,
         identity=_compute_identity(config, examples, network, registered_model),
-        registered_model=registered_model,
     )
 
 
@@ -283,13 +282,13 @@ def decode_dataset(
         f"{time.perf_counter() - start:.1f} s",
     )
     allowed = setup.config.data.max_error_rate
-    listed = "".join(f"\n  {failure.url}: {failure.error}" for failure in failures[:3])
+    listed = format_lines((f"{failure.url}: {failure.error}" for failure in failures), 3)
     if len(failures) > allowed * rows:
         raise build_too_many_errors(len(failures), rows, allowed, listed)
     if failures:
-        log.emit("note", f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""))
+        log.emit("note", f"left out:{listed}")
     check_enough_left(setup.examples, failures, setup.config.scale.max_workers)
-    return replace(decoded, examples=setup.examples.compute_fingerprint())
+    return decoded
 
 
 def check_same_examples(examples: Examples, images: CachedImages) -> None:

@@ -7,13 +7,14 @@ resumed uses this version, also if the alias has another one by then.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from imgcls import log
 from imgcls.data.storage import filesystem
 from imgcls.errors import BundleError, RequestError, StorageError, StorageUnavailable
-from imgcls.models.bundle import REGISTRY_PREFIX, is_registry_uri, read_description
+from imgcls.models.bundle import is_registry_uri, read_description
+from imgcls.models.mlflow_registry import RegisteredModel, pin_uri
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
 from imgcls.training.search_space import SEARCH_FILE, TuneConfig, parse_search_model
@@ -22,24 +23,7 @@ ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 ModelRecord = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class StartingModel:
-    """A version of a registered model.
-
-    url:    folder of its bundle
-    record: URI as it was requested, name, version and hash of the bundle
-    """
-
-    url: str
-    record: ModelRecord
-
-    @property
-    def pinned_uri(self) -> str:
-        """The URI of the version, which no alias changes."""
-        return f"{REGISTRY_PREFIX}{self.record['name']}/{self.record['version']}"
-
-
-def find_starting_model(config: TrainConfig) -> StartingModel | None:
+def find_starting_model(config: TrainConfig) -> RegisteredModel | None:
     """The version that `model.name` means, or that the stored training began with.
 
     None for a model that is not in the registry. Raises RequestError for weights that are named by
@@ -61,7 +45,7 @@ def find_starting_model(config: TrainConfig) -> StartingModel | None:
         )
     stored = None if config.overwrite else _load_stored(config)
     if stored is not None and stored.get("uri") == uri:
-        bundle = read_description(StartingModel("", stored).pinned_uri)
+        bundle = read_description(pin_uri(stored))
         if bundle.sha256 != stored.get("sha256"):
             raise BundleError(
                 f"model.name {uri}: version {stored['version']} has the bundle "
@@ -72,8 +56,8 @@ def find_starting_model(config: TrainConfig) -> StartingModel | None:
         bundle = read_description(uri)
     assert bundle.registered is not None
     found = replace(bundle.registered, uri=uri)
-    found.log_version(bundle.sha256)
-    return StartingModel(bundle.url, found.build_record(bundle.sha256))
+    found.log_version()
+    return found
 
 
 def use_model(config: ConfigT, name: str) -> ConfigT:

@@ -17,7 +17,7 @@ import queue
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -191,9 +191,10 @@ def _run_search(config: TuneConfig, task: TrainSetup, interruption: Interruption
     if cached:
         execution = DataExecution()
         decoding = run_in_thread(lambda: decode_dataset(task, settings, cpus, execution))
-        images = wait_interruptibly(decoding, interruption, execution.stop)
+        decoded = wait_interruptibly(decoding, interruption, execution.stop)
+        images = replace(decoded, examples=task.examples.compute_fingerprint())
     with _silence_tune():
-        tuner = _build_tuner(config, images, concurrent, task.registered_model)
+        tuner = _build_tuner(config, images, concurrent, task.identity.get("registered_model"))
         grid = wait_interruptibly(run_in_thread(tuner.fit), interruption)
     return _write_results(config, grid)
 

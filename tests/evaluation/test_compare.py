@@ -167,6 +167,16 @@ def test_a_history_is_not_compared_by_the_place_of_its_rows(tmp_path: Path) -> N
         compare(CompareConfig(run_a=history, run_b=str(night)))
 
 
+def test_runs_are_joined_by_the_files_that_paths_name(tmp_path: Path) -> None:
+    runs = []
+    for name, form in (("a", "/images/{}.jpg"), ("b", "file:///images/{}.jpg")):
+        table = drawn(40, scores=False)
+        paths = pa.array([form.format(row) for row in range(40)])
+        table = table.set_column(table.schema.get_field_index("path"), "path", paths)
+        runs.append(str(commit(tmp_path / name, table, fingerprint=name)))
+    assert compare(CompareConfig(run_a=runs[0], run_b=runs[1], on="path")).paired.rows == 40
+
+
 def test_joined_labels_apply_to_both(tmp_path: Path) -> None:
     run_a, run_b, a, _ = runs(tmp_path)
     rows = list(zip(a["path"].to_pylist()[:500], a["label"].to_pylist()[:500], strict=True))

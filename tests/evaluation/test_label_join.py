@@ -17,7 +17,7 @@ from imgcls.evaluation.compute import compute_evaluation
 from imgcls.evaluation.config import CompareConfig, EvaluationOptions, LabelTableConfig
 from imgcls.evaluation.label_join import JOINED_COLUMN, JoinedLabels
 from imgcls.metrics.confusion import ClassCounts
-from imgcls.runs.committed import open_run
+from imgcls.runs.committed import iter_tables, open_run
 from tests.conftest import write_manifest
 from tests.evaluation.runs import CLASSES, commit, drawn
 
@@ -64,6 +64,20 @@ def test_a_join_that_matches_nothing_or_twice_is_rejected(
             EvaluationOptions(labels=LabelTableConfig(path=str(labels_file))),
             need_labels=True,
         )
+
+
+def test_paths_are_joined_by_the_file_that_they_name(tmp_path: Path) -> None:
+    table = drawn(40, scores=False)
+    place = table.schema.get_field_index("path")
+    paths = [f"/images/{row}.jpg" for row in range(40)]
+    run = commit(tmp_path / "run", table.set_column(place, "path", pa.array(paths)))
+    rows = [(f"file://{path}", "eel") for path in paths[:20]]
+    rows += [(f"/images/./{row}.jpg", "ant") for row in range(20, 40)]
+    labels_file = write_manifest(tmp_path / "late.csv", rows, ("path", "label"))
+    opened = open_run(str(run))
+    joined = JoinedLabels(LabelTableConfig(path=str(labels_file)), opened, "path")
+    tables = [joined.join(each) for each in iter_tables(opened, opened.schema.names)]
+    assert pa.concat_tables(tables)["label"].to_pylist() == ["eel"] * 20 + ["ant"] * 20
 
 
 KEYS = {

@@ -18,6 +18,7 @@ from imgcls.inference.explanations import explain_runs, select_rows
 from imgcls.metrics.columns import limit_batch_rows
 from imgcls.models.bundle import Bundle, load_bundle
 from imgcls.runs.committed import open_run
+from imgcls.runs.lease import Lease
 from tests.conftest import COLORS
 from tests.evaluation.multilabel_runs import (
     build_run_table,
@@ -138,6 +139,46 @@ def test_another_number_of_rows_replaces_the_pictures(run: Path, bundle: Bundle)
     explain_runs(bundle, [str(run)], 2, Interruption())
     assert len(list((run / EXPLANATIONS_FOLDER).glob("*.jpg"))) == 2
     assert pq.read_table(run / EXPLANATIONS_FOLDER / "explanations.parquet").num_rows == 2
+
+
+@pytest.mark.parametrize("damaged", [b"", b"PAR1 no table"])
+def test_a_damaged_table_is_written_again(run: Path, bundle: Bundle, damaged: bytes) -> None:
+    explain_runs(bundle, [str(run)], 2, Interruption())
+    whole = read_files(run)
+    (run / EXPLANATIONS_FOLDER / "explanations.parquet").write_bytes(damaged)
+    explain_runs(bundle, [str(run)], 2, Interruption())
+    assert read_files(run) == whole
+
+
+def test_two_drivers_do_not_explain_one_run_at_once(run: Path, bundle: Bundle) -> None:
+    before = read_files(run)
+    other = Lease.acquire(str(run))
+    try:
+        with pytest.raises(RunFailed, match=r"is committed, but .* is locked by .*; rerun"):
+            explain_runs(bundle, [str(run)], 2, Interruption())
+    finally:
+        other.release()
+    assert read_files(run) == before
+    explain_runs(bundle, [str(run)], 2, Interruption())
+    assert len(list((run / EXPLANATIONS_FOLDER).glob("*.jpg"))) == 2
+
+
+def test_a_driver_that_lost_its_lease_writes_no_picture(
+    run: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = explanations.explain_rows
+
+    def take_over_after_one(*arguments: object) -> object:
+        for number, picture in enumerate(draw(*arguments)):  # type: ignore[arg-type]
+            if number == 1:
+                (run / "_lease" / "000009.json").write_text("{}")
+            yield picture
+
+    monkeypatch.setattr(explanations, "_MAX_LEASE_CHECK_AGE_S", 0.0)
+    monkeypatch.setattr(explanations, "explain_rows", take_over_after_one)
+    with pytest.raises(RunFailed, match="another driver has taken over"):
+        explain_runs(bundle, [str(run)], 3, Interruption())
+    assert len(list((run / EXPLANATIONS_FOLDER).iterdir())) == 1
 
 
 def test_files_of_others_next_to_the_pictures_are_kept(run: Path, bundle: Bundle) -> None:

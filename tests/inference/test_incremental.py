@@ -107,6 +107,18 @@ def test_paths_meet_wherever_the_manifests_lie(tmp_path: Path) -> None:
     assert asked(manifest, folder) == ["a.jpg"]
 
 
+def test_an_image_is_known_by_its_file_whatever_its_name(tmp_path: Path) -> None:
+    labels = tmp_path / "labels"
+    night(labels / "1", ["/a", "file:///b", "/x/../c", "file:/d"])
+    aliases = ["file:///a", "/b", "/./c", "//d"]
+    assert asked(manifest_of(tmp_path, [*aliases, "file:///e"]), labels) == ["file:///e"]
+    run = committed_at(night(labels / "2", aliases), "2026-01-02T00:00:00+00:00")
+    output = compact(CompactConfig(source=str(labels), output=str(tmp_path / "latest")))
+    rows = pq.read_table(f"{output}/predictions")
+    assert rows["path"].to_pylist() == aliases
+    assert set(rows["run"].to_pylist()) == {str(run)}
+
+
 def test_another_bundle_relabels_only_when_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,12 @@ from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.errors import RequestError
 from imgcls.execution.plan import RunIdentity
 from imgcls.inference.predict import PredictConfig, predict
-from imgcls.inference.requests import check_columns, limit_chunk_rows, resolve_settings
+from imgcls.inference.requests import (
+    check_columns,
+    check_timeouts,
+    limit_chunk_rows,
+    resolve_settings,
+)
 from imgcls.models import openvino_package
 from imgcls.models.bundle import load_bundle
 from tests.conftest import write_manifest
@@ -137,7 +142,24 @@ def test_who_waits_for_a_store_is_not_to_be_taken_to_hang(
     assert message.startswith(
         "scale.worker_timeout_s 180: for s3://b/a.jpg a worker may wait 3 x 60 s"
     )
-    assert "Set more than 180, or a smaller --storage.retry-timeout-s" in message
+    remedy = "Set --scale.worker-timeout-s above 180, or a smaller --storage.retry-timeout-s"
+    assert remedy in message
+    signed = "https://me:secret@h/a.jpg?sig=secret"
+    message = refused(tmp_path, color_bundle, signed, **{"scale.worker_timeout_s": 180})
+    assert "for https://h/a.jpg?... a worker" in message
+
+
+@pytest.mark.parametrize("image", ["data:image/png;base64,AAAA", "a.jpg", "file:///a.jpg"])
+def test_an_image_that_is_in_no_store_needs_no_long_timeout(
+    tmp_path: Path, color_bundle: Path, image: str
+) -> None:
+    file = write_manifest(tmp_path / "manifest.csv", [(image,)], ("path",))
+    asked = {"manifest": str(file), "model": str(color_bundle), "output": str(tmp_path / "out")}
+    config = build(PredictConfig, {**asked, "scale.worker_timeout_s": 1})
+    bundle, manifest = load_bundle(str(color_bundle)), open_manifest(config.manifest)
+    check_timeouts(config, config.output, bundle, manifest)
+    with pytest.raises(RequestError, match=r"for s3://b/out a worker may wait"):
+        check_timeouts(config, "s3://b/out", bundle, manifest)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_a_search_takes_a_run_and_refuses_a_bundle(
     request_of: Callable[..., dict[str, Any]],
 ) -> None:
     config = TrainConfig.model_validate(request_of(teacher={"manifest": None}))
-    with pytest.raises(RequestError, match=r"is a bundle, .* then pass --teacher RUN"):
+    with pytest.raises(RequestError, match=r"is a bundle\. .* then pass --teacher RUN"):
         train(config)
 
 

@@ -15,7 +15,7 @@ from tests.runs.embedded import CLASSES, commit_run, save_with_head
 def test_paths_are_found_by_the_file_that_they_name(tmp_path: Path) -> None:
     bundle = save_with_head(tmp_path / "bundle", CLASSES, head_seed=1)
     vectors = commit_run(tmp_path / "run", bundle, 20, lost=(6,))
-    urls = ["/no/../1.jpg", "/x/.././/2.jpg", "/3.jpg", "//4.jpg", "/2.jpg"]
+    urls = ["/no/../1.jpg", "file:///x/../2.jpg", "/3.jpg", "//4.jpg", "file:/2.jpg"]
     lacking = ["/5.jpg", "/6.jpg", "/elsewhere.jpg", None]
     found, index, reasons = gather_embeddings(
         open_run(str(tmp_path / "run")), pa.chunked_array([urls, lacking])

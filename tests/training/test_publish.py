@@ -18,7 +18,6 @@ def test_a_metric_that_is_nan_is_not_in_the_description(mean: float) -> None:
     """The mAP is NaN if no class has both positives and negatives; JSON has no NaN."""
     architecture = zoo.resolve_architecture("small_cnn", {"width": 8})
     setup: Any = SimpleNamespace(
-        registered_model=None,
         config=SimpleNamespace(dump_settings=dict, seed=0),
         examples=SimpleNamespace(
             targets=SimpleNamespace(task="multilabel"),

@@ -66,9 +66,9 @@ def test_a_registry_that_does_not_answer_keeps_the_bundle_and_names_the_fix(
 
 @pytest.mark.parametrize("name", ["a/b", "a:b", "a@b", " "])
 def test_names_that_a_uri_cannot_have_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="is no name of a model"):
+    with pytest.raises(ValueError, match="is not a model name; pass one without"):
         TrackConfig(mlflow="sqlite:///x.db", register_as=name)
-    with pytest.raises(ValueError, match=r"set track\.mlflow too"):
+    with pytest.raises(ValueError, match=r"set track\.mlflow to its URI"):
         TrackConfig(register_as="colors")
 
 

@@ -60,7 +60,7 @@ def test_a_training_records_its_version_and_keeps_it_when_it_is_resumed(
         "version": start,
         "sha256": load_bundle(str(color_bundle)).sha256,
     }
-    assert first.registered_model == record
+    assert first.identity["registered_model"] == record
     spec = _build_spec(first, TrainLoopResult((EPOCH,), "fp32"), "1", EPOCH, (0, 0))
     assert spec.provenance["registered_model"] == record
     Checkpoints(str(tmp_path / "out")).start_run(first.identity)
@@ -70,8 +70,7 @@ def test_a_training_records_its_version_and_keeps_it_when_it_is_resumed(
     save_bundle(str(tmp_path / "out"), spec, load_bundle_weights(load_bundle(str(color_bundle))))
     assert resolve_setup(request).identity == first.identity
     fresh = resolve_setup(request.model_copy(update={"overwrite": True}))
-    assert fresh.registered_model is not None
-    assert fresh.registered_model["version"] == str(int(start) + 1)
+    assert fresh.identity["registered_model"]["version"] == str(int(start) + 1)
 
 
 def test_a_search_resolves_an_alias_once_for_all_trials_and_when_it_is_resumed(
@@ -96,7 +95,7 @@ def test_a_search_resolves_an_alias_once_for_all_trials_and_when_it_is_resumed(
         _claim_output(use_model(config, newer.pinned_uri), newer.record)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # as in the actor of a trial
     trial = build(TrainConfig, use_model(config, found.url).model_dump(exclude={"tune"}))
-    assert resolve_setup(trial, found.record).registered_model == found.record
+    assert resolve_setup(trial, found.record).identity["registered_model"] == found.record
 
 
 def test_a_search_over_registered_models_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from imgcls.data.storage import filesystem
 from imgcls.errors import ManifestError
+from imgcls.formatting import format_list
 
 _SHARD = re.compile(r"(.+?)-\d+-of-\d+[^/]*\.parquet", re.IGNORECASE)
 
@@ -45,9 +46,8 @@ def find_repository_tables(url: str, paths: Iterable[str]) -> list[str]:
         shard = _SHARD.fullmatch(path)
         splits.setdefault(f"{shard[1]}-*.parquet" if shard else path, []).append(path)
     if len(splits) > 1:
-        shown = ", ".join(filesystem.join(url, each) for each in list(splits)[:6])
+        shown = format_list((filesystem.join(url, each) for each in splits), 6)
         raise ManifestError(
             f"manifest {url}: contains {len(splits)} splits or tables; pass one of them: {shown}"
-            + (", ..." if len(splits) > 6 else "")
         )
     return [filesystem.join(url, path) for each in splits.values() for path in each]

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from imgcls.data.manifests.image_columns import is_text
 from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import ManifestError
+from imgcls.formatting import format_list
 
 if TYPE_CHECKING:
     from imgcls.data.manifests.manifest import ManifestConfig
@@ -74,8 +75,7 @@ class LabelColumns:
         """The columns in words, for messages."""
         if self.lists is not None:
             return f"column {self.lists!r}"
-        shown = ", ".join(map(repr, self.per_class[:3]))
-        return f"columns {shown}" + (", ..." if len(self.per_class) > 3 else "")
+        return f"columns {format_list(map(repr, self.per_class), 3)}"
 
     def to_json(self) -> dict[str, Any]:
         """The fields for `_run.json`; `from_json` restores them."""

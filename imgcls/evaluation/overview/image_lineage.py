@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
+from imgcls.data.manifests.image_urls import normalize_url
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError, StorageUnavailable
 from imgcls.evaluation.overview.entry import RunEntry
@@ -27,7 +27,6 @@ from imgcls.formatting import format_count
 from imgcls.inference.nights import compute_run_order
 from imgcls.metrics.formatting import format_percent
 from imgcls.runs.committed import CommittedRun, iter_tables, open_run
-from imgcls.runs.embeddings import normalize_urls
 
 _MAX_PROBLEMS = 10
 """Runs that could not be read and are named."""
@@ -45,7 +44,7 @@ def build_image_lineage(runs: RunList, image: str) -> LineageNode:
     histories, the newest run that they merged. Runs that cannot be read are facts of the tree.
     Raises RequestError if no run has it.
     """
-    url = normalize_urls(pa.chunked_array([[filesystem.absolute(image)]]))[0].as_py()
+    url = normalize_url(filesystem.absolute(image))
     builder = LineageBuilder(runs, url)
     problems = [
         f"{each.path}: {each.problem}"

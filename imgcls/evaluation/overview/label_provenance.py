@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
+from imgcls.data.manifests.image_urls import resolve_urls
 from imgcls.data.manifests.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import ImgclsError, one_line
 from imgcls.evaluation.overview.links import is_relative
 from imgcls.evaluation.overview.records import get_text
 from imgcls.formatting import format_count
-from imgcls.runs.embeddings import resolve_urls
 
 ANNOTATOR_COLUMNS = ("labeled_by", "annotator")
 TIME_COLUMNS = ("labeled_at",)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -118,9 +117,3 @@ def import_library(package: str, prefix: str, extra: str) -> ModuleType:
         raise BundleError(
             f"model {prefix}...: requires {package}; run: pip install 'imgcls[{extra}]'"
         ) from error
-
-
-def suggest_names(name: str, known: Sequence[str], otherwise: str, *, prefix: str = "") -> str:
-    """The names of `known` that are most like an unknown one, for a message; else `otherwise`."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(prefix + each for each in near)}?" if near else otherwise

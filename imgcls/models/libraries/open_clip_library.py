@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from imgcls.data.decoding.preprocess import Interpolation, Preprocess, ResizeMode
 from imgcls.errors import BundleError, one_line
+from imgcls.formatting import suggest_names
 from imgcls.models.bundle import Architecture
-from imgcls.models.libraries.base import NetworkLibrary, import_library, suggest_names
+from imgcls.models.libraries.base import NetworkLibrary, import_library
 
 OPEN_CLIP_PREFIX = "open_clip:"
 _SIZE_OPTION = "image_size"
@@ -41,7 +42,7 @@ class OpenClipLibrary(NetworkLibrary):
         known = _import_open_clip().list_models()
         if name in known:
             return
-        hint = suggest_names(name, known, "see open_clip.list_models()", prefix=self.prefix)
+        hint = suggest_names(name, known, "see open_clip.list_models()", form=f"{self.prefix}{{}}")
         raise BundleError(f"model {self.prefix}{name}: open_clip has no such model; {hint}")
 
     def build(self, name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:

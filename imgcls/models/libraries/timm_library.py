@@ -16,13 +16,13 @@ from torch import nn
 
 from imgcls.data.decoding.preprocess import Interpolation, Preprocess, ResizeMode
 from imgcls.errors import BundleError, first_line
+from imgcls.formatting import suggest_names
 from imgcls.models.bundle import Architecture
 from imgcls.models.libraries.base import (
     PRETRAINED,
     NetworkLibrary,
     Snapshot,
     import_library,
-    suggest_names,
 )
 
 TIMM_PREFIX = "timm:"
@@ -49,7 +49,7 @@ class TimmLibrary(NetworkLibrary):
                     "these"
                 )
             return
-        hint = suggest_names(base, known, "see timm.list_models()", prefix=TIMM_PREFIX)
+        hint = suggest_names(base, known, "see timm.list_models()", form=f"{TIMM_PREFIX}{{}}")
         raise BundleError(
             f"model {TIMM_PREFIX}{name}: timm {timm.__version__} has no such network; {hint}"
         )

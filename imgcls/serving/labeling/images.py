@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import io
 
 from imgcls.data import image_files
 from imgcls.data.decoding import open_image
+from imgcls.data.encode_image import encode_jpeg
 from imgcls.data.formats import identify_format
 from imgcls.data.storage.storage_settings import create_thread_pool
 from imgcls.errors import ImageError, StorageError
@@ -81,6 +81,4 @@ def convert_for_browser(data: bytes, limits: LimitsConfig) -> tuple[bytes, str]:
         preview = open_image.decode_preview(data, CONVERTED_SIDE, max_pixels=limits.pixels)
     except ImageError as error:
         raise build_image_problem(error.status, str(error)) from error
-    sink = io.BytesIO()
-    preview.image.save(sink, "JPEG", quality=_QUALITY)
-    return sink.getvalue(), "image/jpeg"
+    return encode_jpeg(preview.image, _QUALITY), "image/jpeg"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-import pyarrow as pa
-
 from imgcls import log
-from imgcls.data.manifests.manifest import ManifestConfig, open_manifest, resolve_paths
+from imgcls.data.manifests.image_urls import read_urls
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.data.manifests.options import KeyNames
 from imgcls.data.storage.credentials import hide_credentials
 from imgcls.errors import RequestError
@@ -74,10 +73,9 @@ def read_queue(config: ManifestConfig) -> LabelingQueue:
     paths: dict[str, str] = {}
     rows = 0
     for batch in manifest.batches():
-        column = pa.chunked_array([batch.column(manifest.path_column)])
-        rows += len(column)
-        absolute = resolve_paths(column, manifest.root).to_pylist()
-        for path, name in zip(absolute, column.to_pylist(), strict=True):
+        rows += batch.num_rows
+        names = batch.column(manifest.path_column).to_pylist()
+        for path, name in zip(read_urls(manifest, batch).to_pylist(), names, strict=True):
             if name:
                 paths.setdefault(path, name)
         if len(paths) > MAX_IMAGES:

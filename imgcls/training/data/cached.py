@@ -43,7 +43,7 @@ class CachedImages:
 
     blocks:   references to Arrow tables as `decode_block` returns them, in any order
     failures: the images that could not be decoded, in row order
-    examples: fingerprint of the examples that these images belong to
+    examples: fingerprint of the examples that these images belong to, for the trials of a search
     """
 
     blocks: tuple[Any, ...]

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls import log
+from imgcls.data.manifests.image_urls import resolve_urls
 from imgcls.data.manifests.label_columns import NEGATIVE, POSITIVE, UNKNOWN, build_name_lists
 from imgcls.data.manifests.manifest import (
     Manifest,
@@ -28,7 +29,7 @@ from imgcls.data.manifests.manifest import (
 )
 from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import ManifestError
-from imgcls.formatting import format_count
+from imgcls.formatting import format_count, format_list
 from imgcls.models.bundle import TaskName
 from imgcls.training.config import DataConfig, TeacherMode
 from imgcls.training.data.targets import NO_LABEL, Int8Matrix, TargetTable
@@ -210,7 +211,7 @@ def _read_single_label(config: DataConfig, manifest: Manifest) -> Examples:
             "with a label column, or a folder with one subfolder per class"
         )
     if config.val is None:
-        held = _choose_held_out(train, config.val_fraction)
+        held = _choose_held_out(_unify_paths(train, manifest.root), config.val_fraction)
         rows = _encode_labels(train, manifest.root, classes, held, "data.train", source)
     else:
         val = _open_manifest(config.val, "data.val")
@@ -267,7 +268,8 @@ def _read_multilabel(config: DataConfig, manifest: Manifest) -> Examples:
     train, targets, source = _read_multilabel_rows(manifest, classes, "data.train")
     sources = {"data.train": source}
     if config.val is None:
-        held = _choose_held_out_rows(train.column("path").to_pylist(), targets, config.val_fraction)
+        paths = _unify_paths(train, manifest.root).column("path").to_pylist()
+        held = _choose_held_out_rows(paths, targets, config.val_fraction)
     else:
         other, other_targets, sources["data.val"] = _read_multilabel_rows(
             _open_manifest(config.val, "data.val"), classes, "data.val"
@@ -382,12 +384,11 @@ def _encode_labels(
     if codes.null_count:
         unknown = codes.is_null().index(True).as_py()
         found = table.slice(unknown, 1).to_pylist()[0]
-        listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         origin = "data.classes" if key == "data.train" else "the training classes"
         raise ManifestError(
             f"{key} {source.manifest}: row {found['row']} ({found['path']!r}) has label "
-            f"{found['label']!r}, which is not among {origin} ({listed}); correct the label "
-            "or add the class"
+            f"{found['label']!r}, which is not among {origin} ({format_list(classes, 10)}); "
+            "correct the label or add the class"
         )
     urls = [resolve_path(path, root) for path in table.column("path").to_pylist()]
     return pa.table(
@@ -415,6 +416,17 @@ def _choose_held_out(table: pa.Table, fraction: float) -> list[bool]:
         count = min(round(fraction * len(members)), len(members) - 1)
         held.update(sorted(members, key=_hash_path)[:count])
     return [path in held for path in paths]
+
+
+def _unify_paths(table: pa.Table, root: str) -> pa.Table:
+    """Rows in which an image has one path: the smallest of those that name it."""
+    stored = table.column("path")
+    urls, paths = resolve_urls(stored, root).to_pylist(), stored.to_pylist()
+    smallest: dict[str | None, str] = {}
+    for url, path in zip(urls, paths, strict=True):
+        smallest[url] = min(path or "", smallest.get(url, path or ""))
+    found = pa.array([smallest[url] for url in urls], pa.string())
+    return table.set_column(table.schema.get_field_index("path"), "path", found)
 
 
 def _hash_path(path: str) -> bytes:

@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls import log
-from imgcls.data.manifests.manifest import open_manifest, resolve_paths
+from imgcls.data.manifests.image_urls import normalize_urls, read_urls
+from imgcls.data.manifests.manifest import open_manifest
 from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import ConfigError, RequestError
-from imgcls.formatting import format_count
+from imgcls.formatting import format_count, format_counts, format_lines
 from imgcls.models.bundle import TaskName
 from imgcls.runs.committed import CommittedRun
-from imgcls.runs.embeddings import normalize_urls
 from imgcls.training.config import Strategy, TeacherConfig, TrainConfig
 from imgcls.training.data.examples import DataSource, Examples, TeacherRecord, index_label_sets
 from imgcls.training.data.leaks import ContentMatches, find_same_content
@@ -33,7 +33,6 @@ from imgcls.training.data.teacher_run import (
     LABELED_ALREADY,
     TeacherRows,
     describe_no_rows,
-    format_left_out,
     open_teacher_run,
     read_teacher_rows,
 )
@@ -124,7 +123,7 @@ def describe_teacher(examples: Examples) -> str:
     return (
         f"teacher: {format_count(record.images, 'image')} of {record.run} (bundle "
         f"{record.bundle_sha256[:12]}){labeled}; {record.describe_targets()}; left out: "
-        f"{format_left_out(record.left_out)}\n"
+        f"{format_counts(record.left_out)}\n"
     )
 
 
@@ -171,14 +170,12 @@ def _drop_leaks(
 
 
 def _describe_leaks(rows: TeacherRows, found: Mapping[int, str], run: CommittedRun) -> str:
-    listed = "".join(
-        f"\n  {rows.urls[at].as_py()} is {url}" for at, url in list(found.items())[:_SHOWN_PATHS]
-    )
-    more = "\n  ..." if len(found) > _SHOWN_PATHS else ""
+    pairs = (f"{rows.urls[at].as_py()} is {url}" for at, url in found.items())
+    listed = format_lines(pairs, _SHOWN_PATHS)
     return (
-        f"teacher.path {run.url}: {format_count(len(found), 'image')} would be trained on that "
-        f"data.val or teacher.exclude has too, by path or content:{listed}{more}\nRemove them "
-        "from the teacher's images, or pass --teacher.leaks drop to leave them out"
+        f"teacher.path {run.url}: has {format_count(len(found), 'image')} that data.val or "
+        f"teacher.exclude also has (same path or content):{listed}\nRemove them from the "
+        "teacher's images, or pass --teacher.leaks drop to leave them out"
     )
 
 
@@ -192,11 +189,8 @@ def _read_excluded(teacher: TeacherConfig) -> list[str]:
     if teacher.exclude is None:
         return []
     manifest = open_manifest(teacher.exclude, keys=KeyNames("teacher.exclude"))
-    chunks = []
-    for batch in manifest.batches():
-        paths = pa.chunked_array([batch.column(manifest.path_column)])
-        chunks += resolve_paths(paths, manifest.root).cast(pa.string()).chunks
-    return _list_urls(pa.chunked_array(chunks, pa.string()))
+    parts = (read_urls(manifest, batch) for batch in manifest.batches())
+    return _list_urls(pa.chunked_array(parts, pa.large_string()))
 
 
 def _check_excluded(excluded: Sequence[str], tests: ContentMatches, teacher: TeacherConfig) -> None:
@@ -204,11 +198,10 @@ def _check_excluded(excluded: Sequence[str], tests: ContentMatches, teacher: Tea
     lost = [url for url in excluded if url in tests.unreadable_protected]
     if lost:
         assert teacher.exclude is not None
-        listed = "".join(f"\n  {url}" for url in lost[:_SHOWN_PATHS])
-        more = "\n  ..." if len(lost) > _SHOWN_PATHS else ""
         raise RequestError(
             f"teacher.exclude {teacher.exclude.path}: {len(lost):,} of {len(excluded):,} images "
-            f"cannot be read, and so not be compared with those of the teacher:{listed}{more}\n"
+            f"cannot be read, so they cannot be compared with those of the teacher:"
+            f"{format_lines(lost, _SHOWN_PATHS)}\n"
             "Correct the paths or teacher.exclude.root, or remove the rows"
         )
 
@@ -223,7 +216,7 @@ def _count_unreadable(tests: ContentMatches, validation: ContentMatches) -> dict
     if counts:
         log.emit(
             "note",
-            f"teacher: {format_left_out(counts)} cannot be read, and were not compared by content",
+            f"teacher: {format_counts(counts)} cannot be read, and were not compared by content",
         )
     return counts
 

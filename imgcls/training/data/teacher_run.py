@@ -11,12 +11,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imgcls.data.manifests.manifest import resolve_paths
+from imgcls.data.manifests.image_urls import resolve_urls
 from imgcls.data.storage import filesystem
 from imgcls.errors import OK, RequestError
+from imgcls.formatting import format_counts
 from imgcls.models.bundle import BUNDLE_FILE
 from imgcls.runs.committed import CommittedRun, iter_tables, open_run
-from imgcls.runs.embeddings import normalize_urls
 from imgcls.training.config import TeacherConfig
 from imgcls.training.data.targets import NO_LABEL, Float16Matrix, compute_log_scores
 from imgcls.training.sampler import Int64Array
@@ -59,14 +59,14 @@ def open_teacher_run(teacher: TeacherConfig) -> CommittedRun:
     """The run of the teacher; raises RequestError where it has not what the mode needs."""
     if is_teacher_bundle(teacher):
         raise RequestError(
-            f"teacher.path {teacher.path}: is a bundle, which has to label its images first: "
+            f"teacher.path {teacher.path}: is a bundle. Predict the images with it first: "
             f"`imgcls predict IMAGES --model {teacher.path} --output RUN --scores`; then pass "
             "--teacher RUN"
         )
     if teacher.manifest is not None:
         raise RequestError(
-            f"teacher.manifest: is for a bundle; {teacher.path} is a run, whose images are trained "
-            "on. Remove it"
+            f"teacher.manifest: has no effect with {teacher.path}, which is a run with its own "
+            "images; remove it"
         )
     run = open_run(teacher.path)
     run.check_predictions()
@@ -141,7 +141,7 @@ def _iter_rows(
             scores = _read_labels(column, classes)
         is_finite = np.isfinite(scores).all(1)
         left_out["without scores"] += int((~is_finite).sum())
-        urls = normalize_urls(resolve_paths(kept[run.path_column], run.root)).combine_chunks()
+        urls = resolve_urls(kept[run.path_column], run.root).combine_chunks()
         yield urls.filter(pa.array(is_finite)), scores[is_finite]
 
 
@@ -169,17 +169,11 @@ def _read_labels(values: pa.Array, classes: Sequence[str]) -> Float16Matrix:
     return found
 
 
-def format_left_out(left_out: Mapping[str, int]) -> str:
-    """The numbers of rows that are left out; "none" for none."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count) or "none"
-
-
 def describe_no_rows(run: CommittedRun, left_out: Mapping[str, int]) -> str:
     """The message of a run whose rows are all left out."""
     remedy = "Lower teacher.min_confidence, or label other images"
     if left_out.get(LABELED_ALREADY) == max(left_out.values(), default=0) > 0:
         remedy = "Hard labels are for images without labels: pass a run of other images"
     return (
-        f"teacher.path {run.url}: no row can be used; left out: {format_left_out(left_out)}. "
-        f"{remedy}"
+        f"teacher.path {run.url}: no row can be used; left out: {format_counts(left_out)}. {remedy}"
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from imgcls.errors import ConfigError
+from imgcls.formatting import format_list
 from imgcls.models.single_label import SINGLE_LABEL
 from imgcls.models.task import Task
 from imgcls.training.config import LossConfig
@@ -141,8 +142,10 @@ def compute_class_weights(
         return [sum(counts) / (len(counts) * max(1, count)) for count in counts]
     unknown = [name for name in config.class_weights if name not in classes]
     if unknown:
-        listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-        raise ConfigError(f"loss.class_weights: no class {unknown[0]!r}; the classes are {listed}")
+        raise ConfigError(
+            f"loss.class_weights: no class {unknown[0]!r}; the classes are "
+            f"{format_list(classes, 10)}"
+        )
     weights = [float(config.class_weights.get(name, 1.0)) for name in classes]
     if negatives is not None:
         return weights

@@ -271,7 +271,8 @@ def read_csv_queue(folder: Path, paths: list[str], **more: object) -> queue.Labe
 
 
 def test_the_queue_has_each_image_once_in_order(tmp_path: Path) -> None:
-    table = pa.table({"path": ["b.jpg", None, "a.jpg", "b.jpg", "/c.jpg", "", f"{tmp_path}/a.jpg"]})
+    table = pa.table({"path": ["b.jpg", None, "a.jpg", "b.jpg", "/c.jpg", "", f"{tmp_path}/a.jpg",
+                             "./b.jpg", f"file://{tmp_path}/a.jpg", "file:///c.jpg"]})  # fmt: skip
     pq.write_table(table, tmp_path / "m.parquet")
     config = LabelingConfig.model_validate({"manifest": str(tmp_path / "m.parquet"), "output": "x"})
     assert config.manifest is not None

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgcls.config import load
+from imgcls.data.manifests.image_urls import normalize_url
 from imgcls.errors import ConfigError, ManifestError
 from imgcls.training.config import DataConfig
 from imgcls.training.data.examples import Examples, _choose_held_out, read_examples
@@ -62,6 +63,18 @@ def test_rows_of_one_path_are_never_in_both_splits(rows: list[tuple[str, str]]) 
     for (path, _), side in zip(rows, held, strict=True):
         sides.setdefault(path, set()).add(side)
     assert all(len(side) == 1 for side in sides.values())
+
+
+def test_names_of_one_image_are_never_in_both_splits(tmp_path: Path) -> None:
+    names = ["{}", "./{}", f"{tmp_path}/x/../{{}}", f"file://{tmp_path}/{{}}"]
+    images = [path for path, _ in rows_of("cat", "dog", each=20)]
+    rows = [(name.format(path), path.split("/")[0]) for path in images for name in names]
+    examples = read(tmp_path, rows, val_fraction=0.25)
+    assert (examples.count(held=False), examples.count(held=True)) == (120, 40)
+    held = {normalize_url(path) for path in paths(examples, held=True)}
+    assert held.isdisjoint(normalize_url(path) for path in paths(examples, held=False))
+    alone = read(tmp_path, [(path, path.split("/")[0]) for path in images], val_fraction=0.25)
+    assert len(held) == alone.count(held=True) == 10
 
 
 def test_relative_paths_start_at_the_manifest(tmp_path: Path) -> None:

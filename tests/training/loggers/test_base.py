@@ -216,8 +216,8 @@ def test_every_key_is_an_option() -> None:
     ("wrong", "message"),
     [
         ({"mlflow": "http://me:secret@m:5000"}, "MLFLOW_TRACKING_PASSWORD"),
-        ({"wandb": "a/b/c"}, "neither PROJECT nor ENTITY/PROJECT"),
-        ({"wandb": ""}, "neither PROJECT nor ENTITY/PROJECT"),
+        ({"wandb": "a/b/c"}, "is not a project; pass PROJECT or ENTITY/PROJECT"),
+        ({"wandb": ""}, "is not a project; pass PROJECT or ENTITY/PROJECT"),
     ],
 )
 def test_an_invalid_uri_or_project_is_refused(wrong: dict[str, str], message: str) -> None:
