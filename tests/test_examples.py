@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,7 +199,29 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(
     assert not [output for output in shown if output.output_type == "error"]
 
 
-# ------------------------------------------------------------------ Docker, GitHub
+# ------------------------------------------------------------------ installation, Docker, GitHub
+
+
+def test_the_table_of_extras_is_that_of_the_package() -> None:
+    page = (REPOSITORY / "docs" / "installation.md").read_text()
+    table = page.partition("| extra | for |")[2].partition("\n\n")[0]
+    listed = re.findall(r"^\| `([\w-]+)` \| \S", table, re.MULTILINE)
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert sorted(listed) == sorted(project["optional-dependencies"])
+
+
+def test_extras_that_the_documentation_names_exist() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = set(project["optional-dependencies"])
+    for page in (REPOSITORY / "docs").glob("*.md"):
+        for names in re.findall(r"'(?:imgcls|\.)\[([\w,-]+)\]'", page.read_text()):
+            assert set(names.split(",")) <= extras, (page.name, names)
+
+
+def test_versions_in_the_installation_are_those_of_the_package() -> None:
+    page = (REPOSITORY / "docs" / "installation.md").read_text()
+    named = re.findall(r"imgcls[:-](\d+\.\d+\.\d+)", page)
+    assert set(named) == {imgcls.__version__}
 
 
 def instructions(file: Path) -> list[tuple[str, str]]:

@@ -54,7 +54,7 @@ class CheckedNode:
 
 @dataclass(frozen=True)
 class DoctorResult:
-    """A line of the checklist; `fix` says what to do about a warning or a failure."""
+    """A line of the checklist; `fix`: how to correct a warning or a failure."""
 
     check: str
     status: DoctorStatus
@@ -101,12 +101,17 @@ def _describe_versions(
         for name in different
     ]
     is_fatal = any(name in _MUST_MATCH for name in different)
-    pins = [f"{name}=={wanted[name]}" for name in different if name != "python" and wanted[name]]
-    fix = f"Install the same versions on it: pip install {' '.join(pins)}" if pins else ""
-    if "python" in different:
-        fix = f"Use Python {wanted['python']} on it"
-    elif different == ["imgcls"]:
-        fix = "Install the same imgcls on it, or run this command as a job that brings it"
+    pins = [
+        f"{name}=={wanted[name]}"
+        for name in different
+        if name not in ("python", "imgcls") and wanted[name]
+    ]
+    fixes = [f"use Python {wanted['python']} on it"] if "python" in different else []
+    fixes += [f"run there: pip install {' '.join(pins)}"] if pins else []
+    if "imgcls" in different:
+        fixes.append("install the same imgcls on it, or run this command as a job that brings it")
+    fix = "; ".join(fixes)
+    fix = fix[:1].upper() + fix[1:]
     return DoctorResult(
         "versions", "failed" if is_fatal else "warning", f"{node.name}: {', '.join(pairs)}", fix
     )
@@ -194,6 +199,9 @@ def _check_node_gpus(node: CheckedNode, report: NodeReport) -> DoctorResult | No
             "gpus", "failed", f"{node.name}: {gpus['error']}", "Repair torch or the driver on it"
         )
     names = gpus["names"]
+    if not names and not node.gpus:
+        text = f"{node.name}: has an NVIDIA driver, but torch finds no GPU"
+        return DoctorResult("gpus", "warning", text, "Install torch with CUDA to use its GPUs")
     if len(names) < node.gpus:
         build = f"CUDA {gpus['cuda']}" if gpus["cuda"] else "CPUs only"
         return DoctorResult(

@@ -132,6 +132,9 @@ def test_what_kubernetes_is_given_is_a_cluster_as_rays_autoscaler_reads_it(name:
 def test_a_job_without_an_image_installs_what_the_package_depends_on() -> None:
     job = yaml.safe_load((REPOSITORY / "kuberay" / "rayjob-pip.yaml").read_text())["spec"]
     settings = yaml.safe_load(job["runtimeEnvYAML"])
+    page = (REPOSITORY / "docs" / "existing_clusters.md").read_text()
+    [shown] = re.findall(r"```yaml\n(working_dir.*?)```", page, re.DOTALL)
+    assert yaml.safe_load(shown) == settings | {"working_dir": "."}
     environment = RuntimeEnv(**{**settings, "pip": list(settings["pip"])})
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     named = [re.split(r"[\[<>=]", each)[0] for each in project["dependencies"]]

@@ -90,6 +90,7 @@ def test_space_that_runs_out_is_named_with_the_node(
         (1, {"cuda": None, "names": [], "fault": None}, "failed", "torch is built for CPUs only"),
         (2, {"cuda": "13.0", "names": ["NVIDIA L4"], "fault": None}, "failed", "torch finds 1"),
         (0, {"cuda": "13.0", "names": ["NVIDIA L4"], "fault": None}, "warning", "--num-gpus=1"),
+        (0, {"cuda": None, "names": [], "fault": None}, "warning", "torch finds no GPU"),
         (1, {"cuda": "13.0", "names": ["NVIDIA L4"], "fault": None}, "ok", "without a JPEG"),
         (1, {"cuda": "13.0", "names": ["NVIDIA A100-SXM4-80GB"], "fault": None}, "ok", ", with a"),
         (1, {"cuda": "13.0", "names": ["RTX A3000"], "fault": None}, "ok", "without a JPEG"),
@@ -105,6 +106,14 @@ def test_gpus_as_ray_counts_them_are_compared_with_those_of_torch(
     assert message in f"{result.message}. {result.fix}"
 
 
+def test_a_gpu_that_torch_does_not_find_is_named() -> None:
+    found = node_report._read_gpus()  # in a process of its own
+    assert set(found) == {"cuda", "names", "fault"}, found
+    more = len(found["names"]) + 1
+    [result] = check_gpus({node(gpus=more): report(gpus=found)})
+    assert (result.status, f"torch finds {more - 1} " in result.message) == ("failed", True)
+
+
 def test_versions_that_change_results_fail_and_others_warn() -> None:
     here = node_report.find_versions()
     reports = {
@@ -117,7 +126,10 @@ def test_versions_that_change_results_fail_and_others_warn() -> None:
     assert [result.status for result in results] == ["failed", "warning", "failed", "ok"]
     assert f"torch 2.11.0 (here {here['torch']})" in results[0].message
     assert "imgcls is missing" in results[0].message
-    assert f"torch=={here['torch']}" in results[0].fix
+    assert results[0].fix == (
+        f"Run there: pip install torch=={here['torch']}; install the same imgcls on it, or run "
+        "this command as a job that brings it"
+    )
     assert results[2].fix == "Use Python 3.11.2 on it"
     assert results[3].message.startswith("1 node: Python 3.11.2, imgcls ")
 
