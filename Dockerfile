@@ -9,7 +9,7 @@ ARG PYTHON=3.11
 FROM python:${PYTHON}-slim-bookworm
 
 ARG TORCH_INDEX=
-# Extras of pyproject.toml, such as demo,gcs,azure
+# Extras of pyproject.toml, at least one, such as demo,gcs,azure
 ARG EXTRAS=demo
 
 # wget: KubeRay's probes. procps: `ray stop`.
@@ -25,10 +25,12 @@ WORKDIR /home/ray/imgcls
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir imgcls && touch imgcls/__init__.py \
     && pip install --no-cache-dir -c constraints.txt \
-        ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ".[${EXTRAS}]"
+        ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ".[${EXTRAS}]" \
+    && rm -rf build imgcls imgcls.egg-info
 
 COPY . .
-RUN pip install --no-cache-dir --no-deps . && rm -rf build imgcls imgcls.egg-info
+RUN pip install --no-cache-dir --no-deps --force-reinstall . \
+    && rm -rf build imgcls imgcls.egg-info
 
 USER ray
 ENV PYTHONUNBUFFERED=1
