@@ -13,8 +13,8 @@ import datetime
 import shlex
 import subprocess
 
-from airflow.exceptions import AirflowException, AirflowFailException
 from airflow.sdk import dag, task
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 CONFIG = "/srv/labels/nightly.yaml"
 BUILD = (
@@ -50,7 +50,7 @@ def nightly_labels() -> None:
         run(BUILD)
 
     @task
-    def predict(ds: str = "") -> None:
+    def predict(ds: str | None = None) -> None:  # Airflow passes the date of the run
         run(PREDICT.format(date=ds))
 
     @task

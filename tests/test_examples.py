@@ -86,7 +86,7 @@ def airflow(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         made["tasks"].append(function.__name__)
         return lambda: Node(function.__name__)
 
-    exceptions, sdk = types.ModuleType("airflow.exceptions"), types.ModuleType("airflow.sdk")
+    exceptions, sdk = types.ModuleType("airflow.sdk.exceptions"), types.ModuleType("airflow.sdk")
     exceptions.AirflowException = type("AirflowException", (Exception,), {})  # type: ignore[attr-defined]
     exceptions.AirflowFailException = type("AirflowFailException", (Exception,), {})  # type: ignore[attr-defined]
     sdk.task = task  # type: ignore[attr-defined]

@@ -136,7 +136,8 @@ def _read_nodes(
             for node in nodes
         }
     ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=timeout_s)
-    reports, unread = {}, []
+    reports: dict[CheckedNode, NodeReport] = {}
+    unread: list[DoctorResult] = []
     for reference in ready:
         node = pending[reference]
         try:

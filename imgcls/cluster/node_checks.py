@@ -184,7 +184,7 @@ def check_gpus(reports: Reports) -> Iterator[DoctorResult]:
     found = [_check_node_gpus(node, report) for node, report in reports.items()]
     results = [result for result in found if result is not None]
     yield from results
-    if not results:
+    if reports and not results:
         yield DoctorResult("gpus", "ok", "none; networks run on CPUs")
 
 

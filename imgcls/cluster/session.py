@@ -92,7 +92,7 @@ def join(address: str | None = None, *, start: bool = False) -> bool:
     with _Session.lock:
         if ray.is_initialized():
             return True
-        if address not in (None, "local"):
+        if address is not None and address != "local":
             check_reachable(address, "--address")
         found = address or _find_address()
         if found == "local" and not start:
