@@ -255,13 +255,13 @@ def test_nodes_are_compared_with_the_driver_also_without_imgcls_on_them(
 ) -> None:
     with machine(cluster, 0, env=other_versions):
         done = run_here("doctor", "--storage", tmp_path / "out", "--json-lines")
-        text = run_here("doctor", "--storage", tmp_path / "out").stdout
     assert done.returncode == 2, done.stderr
     found = json.loads(done.stdout)
     by_check: dict[str, list[dict[str, str]]] = {}
     for check in found["checks"]:
         by_check.setdefault(check["check"], []).append(check)
-    assert by_check["ray"][0]["message"].startswith(f"{ray.__version__} at {cluster.address}, 2 ")
+    address = ray.get_runtime_context().gcs_address
+    assert by_check["ray"][0]["message"] == f"{ray.__version__} at {address}, 2 nodes"
     bad, good = by_check["versions"]
     assert (bad["status"], good["status"]) == ("failed", "ok")
     assert "torchvision 0.1 (here " in bad["message"]
@@ -273,4 +273,3 @@ def test_nodes_are_compared_with_the_driver_also_without_imgcls_on_them(
     assert by_check["clocks"][0]["message"].startswith("2 nodes and the storage: within 5 s")
     assert len(found["nodes"]) == 2
     assert not (tmp_path / "out").exists()
-    assert len(lines(text, "versions")) == 2
