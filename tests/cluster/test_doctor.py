@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import pytest
 import ray
+from ray import cloudpickle
 
 import imgcls
-from imgcls.cluster import node_report
+from imgcls.cluster import doctor, node_report
 from imgcls.cluster.node_checks import (
     CheckedNode,
     DoctorResult,
@@ -250,26 +254,72 @@ def other_versions(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
-def test_nodes_are_compared_with_the_driver_also_without_imgcls_on_them(
+READ = """
+import json, pickle, sys
+from pathlib import Path
+read, storage = pickle.loads(Path(sys.argv[1]).read_bytes())
+print(json.dumps(read("/tmp", False, storage, "a")))
+"""
+
+
+def test_a_process_without_imgcls_reads_its_report(
+    other_versions: dict[str, str], tmp_path: Path
+) -> None:
+    task = {"folder": "/x", "settings": {}, "name": "driver", "content": b""}
+    with doctor._send_by_value():
+        (tmp_path / "task").write_bytes(cloudpickle.dumps((node_report.read_node, task)))
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(tmp_path / "task")],
+        env={**os.environ, **other_versions},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["versions"] == node_report.find_versions() | {"imgcls": None, "torchvision": "0.1"}
+    assert "imgcls cannot be imported there (no imgcls)" in found["storage"]
+    assert found["memory"]["total"] > found["memory"]["free"] > 0
+
+
+def read_checks(done: subprocess.CompletedProcess[str]) -> dict[str, list[tuple[str, str]]]:
+    """Status and message of each line, by check."""
+    by_check: dict[str, list[tuple[str, str]]] = {}
+    for check in json.loads(done.stdout)["checks"]:
+        by_check.setdefault(check["check"], []).append((check["status"], check["message"]))
+    return by_check
+
+
+def test_every_node_of_a_cluster_is_checked(joined: None, tmp_path: Path) -> None:
+    done = run_here("doctor", "--storage", tmp_path / "out", "--json-lines")
+    found = read_checks(done)
+    address = ray.get_runtime_context().gcs_address
+    assert found["ray"] == [("ok", f"{ray.__version__} at {address}, 1 node")]
+    [(status, message)] = found["versions"]
+    assert (status, message.partition(",")[0]) == ("ok", f"1 node: Python {python_version()}")
+    assert [status for status, _ in found["storage"]] == ["ok", "ok"]
+    assert found["storage"][1][1] == "1 node: read and create files"
+    assert found["clocks"][0][1].startswith("1 node and the storage: within 5 s")
+    [node] = json.loads(done.stdout)["nodes"]
+    assert node["id"] == ray.get_runtime_context().get_node_id()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_nodes_with_other_versions_are_named(
     cluster: RayCluster, joined: None, other_versions: dict[str, str], tmp_path: Path
 ) -> None:
     with machine(cluster, 0, env=other_versions):
         done = run_here("doctor", "--storage", tmp_path / "out", "--json-lines")
     assert done.returncode == 2, done.stderr
-    found = json.loads(done.stdout)
-    by_check: dict[str, list[dict[str, str]]] = {}
-    for check in found["checks"]:
-        by_check.setdefault(check["check"], []).append(check)
-    address = ray.get_runtime_context().gcs_address
-    assert by_check["ray"][0]["message"] == f"{ray.__version__} at {address}, 2 nodes"
-    bad, good = by_check["versions"]
-    assert (bad["status"], good["status"]) == ("failed", "ok")
-    assert "torchvision 0.1 (here " in bad["message"]
-    assert "imgcls is missing" in bad["message"]
-    statuses = [(line["status"], line["message"]) for line in by_check["storage"]]
-    assert [status for status, _ in statuses] == ["ok", "failed", "ok"]
-    assert "imgcls cannot be imported there" in statuses[1][1]
-    assert statuses[2][1] == "1 node: read and create files"
-    assert by_check["clocks"][0]["message"].startswith("2 nodes and the storage: within 5 s")
-    assert len(found["nodes"]) == 2
+    found = read_checks(done)
+    assert found["ray"][0][1].endswith(", 2 nodes")
+    bad, good = found["versions"]
+    assert (bad[0], good[0]) == ("failed", "ok")
+    assert "torchvision 0.1 (here " in bad[1]
+    assert "imgcls is missing" in bad[1]
+    assert [status for status, _ in found["storage"]] == ["ok", "failed", "ok"]
+    assert "imgcls cannot be imported there" in found["storage"][1][1]
+    assert found["clocks"][0][1].startswith("2 nodes and the storage: within 5 s")
     assert not (tmp_path / "out").exists()
