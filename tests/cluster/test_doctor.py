@@ -317,9 +317,10 @@ def test_nodes_with_other_versions_are_named(
     assert found["ray"][0][1].endswith(", 2 nodes")
     bad, good = found["versions"]
     assert (bad[0], good[0]) == ("failed", "ok")
+    # Ray puts the driver's working directory, with imgcls in it, before the node's own path
     assert "torchvision 0.1 (here " in bad[1]
-    assert "imgcls is missing" in bad[1]
-    assert [status for status, _ in found["storage"]] == ["ok", "failed", "ok"]
-    assert "imgcls cannot be imported there" in found["storage"][1][1]
+    assert good[1].startswith("1 node: Python ")
+    assert [status for status, _ in found["storage"]] == ["ok", "ok"]
+    assert found["storage"][1][1] == "2 nodes: read and create files"
     assert found["clocks"][0][1].startswith("2 nodes and the storage: within 5 s")
     assert not (tmp_path / "out").exists()
