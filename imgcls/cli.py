@@ -202,6 +202,12 @@ COMMANDS = {
         "imgcls.models.export.export_bundle",
         "imgcls export --model demo/bundle --output demo/exported",
     ),
+    "doctor": Command(
+        "check a machine or a Ray cluster, and the storage for outputs",
+        "imgcls.cluster.config.DoctorConfig",
+        "imgcls.cluster.doctor.doctor",
+        "imgcls doctor --storage demo",
+    ),
     "demo": Command(
         "train on handwritten digits and label the test set",
         "imgcls.demo.DemoConfig",

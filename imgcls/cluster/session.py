@@ -43,6 +43,9 @@ _MALLOC_SETTINGS = {
 """Environment of glibc's allocator: the number of arenas, and two thresholds in bytes."""
 
 
+JPEG_ENGINE_GPUS = ("A100", "A30", "H100", "H200", "B200", "GB200")
+"""Accelerators with a JPEG decode engine, by Ray's names."""
+
 DeviceType = Literal["cpu", "cuda"]
 """Device that a worker or replica is planned to run its network on."""
 
@@ -75,14 +78,34 @@ def connect() -> None:
     """
     with _Session.lock:  # of two jobs in two threads, the second one finds the session of the first
         if not ray.is_initialized():
-            _start_or_join()
+            _start_or_join(_find_address())
 
 
-def _start_or_join() -> None:
+def join(address: str | None = None, *, start: bool = False) -> bool:
+    """Join a running cluster; returns False when there is none.
+
+    address: of the cluster, as RAY_ADDRESS may name it; None: the one that `connect` joins
+    start:   start a private session where `connect` would
+
+    Raises as `connect` does.
+    """
+    with _Session.lock:
+        if ray.is_initialized():
+            return True
+        if address is not None and address != "local":
+            check_reachable(address, "--address")
+        found = address or _find_address()
+        if found == "local" and not start:
+            return False
+        _start_or_join(found)
+        return True
+
+
+def _start_or_join(address: str | None) -> None:
+    """Join a cluster or start a session; address: as for `ray.init`."""
     # Ray's core logs a false alarm for every actor pool; real errors arrive as exceptions
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    address = _find_address()
     private = address == "local"
     # Ray Data imports pandas next; Ray's own processes take two seconds to start in the meantime
     threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
@@ -177,18 +200,19 @@ def _find_address() -> str | None:
         return "local"
 
 
-def check_reachable(address: str) -> None:
-    """Check that a cluster answers at RAY_ADDRESS; `ray.init` would retry for minutes.
+def check_reachable(address: str, setting: str = "RAY_ADDRESS") -> None:
+    """Check that a cluster answers at an address; `ray.init` would retry for minutes.
 
     address: `auto`, host:port or ray://host:port; other schemes are left to Ray
+    setting: the variable or the option that names it
     Raises RunFailed when nothing answers (the cluster may be back later), RequestError when the
     address is invalid.
     """
-    place = f"RAY_ADDRESS={address}"
+    place = f"{setting}={address}"
     if address.startswith(("http://", "https://")):
         raise RequestError(
-            f"{place}: is the address of a dashboard, which `ray job submit` takes. Set "
-            "RAY_ADDRESS to the head node's host:port (6379 by default), or unset it"
+            f"{place}: is the address of a dashboard, which `ray job submit` takes. Set {setting} "
+            "to the head node's host:port (6379 by default), or unset it"
         )
     found = address.removeprefix("ray://")
     if "://" in found:
@@ -199,14 +223,14 @@ def check_reachable(address: str) -> None:
         except ConnectionError as error:
             raise RunFailed(
                 f"{place}: no Ray cluster runs on this machine. Start one with `ray start --head`, "
-                "set RAY_ADDRESS to the host:port of another, or unset it"
+                f"set {setting} to the host:port of another, or unset it"
             ) from error
     host, port = _split_address(found, 10001 if address.startswith("ray://") else None, place)
     why = _probe_server(host, port)
     if why is not None:
         raise RunFailed(
             f"{place}: no Ray cluster answers at {host}:{port} ({why}). Start the cluster, correct "
-            "RAY_ADDRESS, or unset it to run on this machine"
+            f"{setting}, or unset it to run on this machine"
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from imgcls.cluster.session import DeviceType, Node, build_malloc_env
+from imgcls.cluster.session import JPEG_ENGINE_GPUS, DeviceType, Node, build_malloc_env
 from imgcls.errors import ResourcesError
 from imgcls.execution.config import ScaleConfig
 from imgcls.execution.worker import Job, run_first_stage
@@ -45,8 +45,6 @@ GPU_TIME_SAVED = 0.5
 MAX_STORAGE_WAITS = 3
 """Waits for storage before a worker's first row: whether the chunk exists, its manifest rows, the
 first file."""
-JPEG_ENGINE_GPUS = ("A100", "A30", "H100", "H200", "B200", "GB200")
-"""Accelerators with a JPEG decode engine, by Ray's names."""
 
 
 @dataclass(frozen=True)

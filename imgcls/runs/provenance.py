@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 import imgcls
-
-PACKAGES = ("imgcls", "ray", "torch", "torchvision", "pyarrow", "pillow")
-_IMPORT_NAMES = {"pillow": "PIL"}
-"""Packages whose import name is not their distribution name."""
+from imgcls.cluster.node_report import find_versions
 
 
 def build_provenance(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +21,7 @@ def build_provenance(config: Mapping[str, Any]) -> dict[str, Any]:
         "git_commit": _find_git_commit(),
         "host": platform.node(),
         "python": platform.python_version(),
-        "versions": {name: _find_version(name) for name in PACKAGES},
+        "versions": find_versions(),
     }
 
 
@@ -42,22 +37,6 @@ def list_differences(
         elif old != new:
             lines.append(f"{prefix}{key}: {old!r} then, {new!r} now")
     return lines
-
-
-def _find_version(package: str) -> str:
-    """The version of the imported code.
-
-    A checkout that is not pip-installed (as `ray job submit --working-dir` leaves it) has no
-    package metadata, and one that precedes an installed imgcls on the path would get the metadata
-    of the other. Builds under another distribution name (pillow-simd) have no metadata either.
-    """
-    if package == "imgcls":
-        return imgcls.__version__
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        module = importlib.import_module(_IMPORT_NAMES.get(package, package))
-        return str(module.__version__)
 
 
 def _find_git_commit() -> str | None:

@@ -15,11 +15,16 @@ import yaml
 from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.kuberay import autoscaling_config as kuberay
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.runtime_env import RuntimeEnv
 
 from imgcls.cluster.autoscaler import parse_launcher_nodes
 from imgcls.cluster.session import Node
+from imgcls.config import build, load
+from imgcls.inference.config import PredictConfig
+from imgcls.serving.config import ServeConfig
 from tests.conftest import REPOSITORY
 
+KUBERAY = ["raycluster", "rayjob", "rayjob-pip", "rayservice"]
 PAGE = (REPOSITORY / "docs" / "cluster.md").read_text()
 
 
@@ -96,11 +101,17 @@ def test_the_file_for_ones_own_machines_is_what_ray_takes() -> None:
     assert config["max_workers"] == len(config["provider"]["worker_ips"])
 
 
-@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_every_file_for_kubernetes_is_checked() -> None:
+    assert sorted(file.stem for file in (REPOSITORY / "kuberay").iterdir()) == KUBERAY
+
+
+@pytest.mark.parametrize("name", KUBERAY)
 def test_what_kubernetes_is_given_is_a_cluster_as_rays_autoscaler_reads_it(name: str) -> None:
     manifest = yaml.safe_load((REPOSITORY / "kuberay" / f"{name}.yaml").read_text())
     assert manifest["apiVersion"] == "ray.io/v1"
-    spec = manifest["spec"] if name == "raycluster" else manifest["spec"]["rayClusterSpec"]
+    inner = {"RayCluster": None, "RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
+    key = inner[manifest["kind"]]
+    spec = manifest["spec"] if key is None else manifest["spec"][key]
     assert spec["rayVersion"] == ray.__version__
     cluster = {"metadata": {"name": "x", "namespace": "y"}, "spec": spec}
     config = kuberay._derive_autoscaling_config_from_ray_cr(cluster)
@@ -116,6 +127,55 @@ def test_what_kubernetes_is_given_is_a_cluster_as_rays_autoscaler_reads_it(name:
         # a token in the containers alone would be unknown to the autoscaler and the submitter
         assert "env" not in container
     assert spec["authOptions"] == {"mode": "token"}
+
+
+def test_a_job_without_an_image_installs_what_the_package_depends_on() -> None:
+    job = yaml.safe_load((REPOSITORY / "kuberay" / "rayjob-pip.yaml").read_text())["spec"]
+    settings = yaml.safe_load(job["runtimeEnvYAML"])
+    page = (REPOSITORY / "docs" / "existing_clusters.md").read_text()
+    [shown] = re.findall(r"```yaml\n(working_dir.*?)```", page, re.DOTALL)
+    assert yaml.safe_load(shown) == settings | {"working_dir": "."}
+    environment = RuntimeEnv(**{**settings, "pip": list(settings["pip"])})
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    named = [re.split(r"[\[<>=]", each)[0] for each in project["dependencies"]]
+    pins = dict(
+        line.lower().split("==")
+        for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    )
+    expected = [f"{name}=={pins[name.lower()]}" for name in named if name != "ray"]
+    assert environment.pip_config()["packages"] == expected
+    assert environment.working_dir_uri().endswith(".zip")
+    words = shlex.split(job["entrypoint"])
+    assert words[:2] == ["python", "jobs/predict.py"]
+    load(PredictConfig, words[2:])
+    [image] = {
+        container["image"]
+        for group in (
+            job["rayClusterSpec"]["headGroupSpec"],
+            *job["rayClusterSpec"]["workerGroupSpecs"],
+        )
+        for container in group["template"]["spec"]["containers"]
+    }
+    assert image.startswith(f"rayproject/ray:{ray.__version__}-")
+
+
+def test_the_service_on_kubernetes_has_the_settings_of_the_shipped_serve_file() -> None:
+    service = yaml.safe_load((REPOSITORY / "kuberay" / "rayservice.yaml").read_text())["spec"]
+    settings = yaml.safe_load(service["serveConfigV2"])
+    # which a test deploys
+    shipped = yaml.safe_load((REPOSITORY / "serve.yaml").read_text())
+    [application], [other] = settings.pop("applications"), shipped.pop("applications")
+    taken = build(ServeConfig, application.pop("args"))
+    del other["args"]
+    assert application == other
+    shipped["http_options"]["host"] = "0.0.0.0"
+    assert settings == shipped
+    assert taken.keys.is_configured()
+    pod = service["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    [mount] = pod["containers"][0]["volumeMounts"]
+    assert taken.keys.file == f"{mount['mountPath']}/keys.yaml"
+    assert [volume["name"] for volume in pod["volumes"]] == [mount["name"]]
 
 
 def test_the_dashboard_draws_metrics_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

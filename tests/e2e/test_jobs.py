@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -113,9 +114,14 @@ def ray_job(
     return subprocess.CompletedProcess(process.args, process.returncode, out + err, "")
 
 
-def status(cluster: RayCluster, submission: str) -> str:
+def job_info(cluster: RayCluster, submission: str) -> dict[str, Any]:
     with urllib.request.urlopen(f"{cluster.dashboard}/api/jobs/{submission}") as response:
-        return str(json.load(response)["status"])
+        found: dict[str, Any] = json.load(response)
+        return found
+
+
+def status(cluster: RayCluster, submission: str) -> str:
+    return str(job_info(cluster, submission)["status"])
 
 
 def submit(
@@ -196,6 +202,7 @@ def test_a_wrong_request_fails_the_job_with_the_reason(
     )
     assert f"imgcls comes from {head.folder}/" in done.stdout
     assert status(head, "wrong") == "FAILED"
+    assert job_info(head, "wrong")["driver_exit_code"] == 2
     assert not output.exists()
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import imgcls
-from imgcls.runs.provenance import PACKAGES, build_provenance, list_differences
+from imgcls.cluster.node_report import PACKAGES
+from imgcls.runs.provenance import build_provenance, list_differences
 from tests.conftest import REPOSITORY
 
 

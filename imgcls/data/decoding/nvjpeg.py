@@ -10,13 +10,16 @@ torchvision deprecates them since 0.29 in favor of torchcodec, whose `decoders.d
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 
 from imgcls.data.cuda import DecodeStage
 from imgcls.data.decoding.lazy_torchvision import torchvision
+from imgcls.errors import one_line
 
 _DECODER_ERROR = "Error while decoding JPEG images"
 """How torchvision begins the message of any error within nvJPEG, whatever its kind."""
@@ -70,3 +73,15 @@ def _raise_device_failure(error: RuntimeError, device: torch.device) -> None:
         raise error
     # nvJPEG may still write to the outputs, which are freed; also raises a device's failure
     torch.cuda.synchronize(device)
+
+
+def find_fault(device: torch.device) -> str | None:
+    """Why a device cannot decode a JPEG; None when it can."""
+    sink = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(sink, "JPEG")
+    try:
+        with DecodeStage(device) as stage:
+            [pixels] = decode_jpegs([sink.getvalue()], stage)
+    except RuntimeError as error:
+        return one_line(error)
+    return "it rejects a JPEG that Pillow has written" if pixels is None else None

@@ -84,6 +84,16 @@ def test_a_cpu_has_no_failures_of_a_device_and_rejects_damaged_files_alone() -> 
     assert torch.equal(found[0].permute(1, 2, 0).flatten(), expected)
 
 
+def test_a_device_that_cannot_decode_is_reported_with_the_reason(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert nvjpeg.find_fault(torch.device("cpu")) is None
+    fail_with(monkeypatch, RuntimeError("torchvision was not built with nvJPEG"))
+    assert nvjpeg.find_fault(GPU) == "torchvision was not built with nvJPEG"
+    fail_with(monkeypatch, RuntimeError(PREFIX + "Failed to parse jpeg stream: 3"))
+    assert nvjpeg.find_fault(GPU) == "it rejects a JPEG that Pillow has written"
+
+
 def test_no_other_module_uses_the_image_decoders_of_torchvision() -> None:
     package = Path(imgcls.__file__).parent
     using = {path.name for path in package.rglob("*.py") if "torchvision.io" in path.read_text()}
