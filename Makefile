@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 TEST_PROCESSES ?= 3
 AZURITE_VERSION := 3.37.0
 AZURITE := .venv/azurite/node_modules/.bin/azurite-blob
-AXE_VERSION := 4.11.0
+AXE_VERSION := 4.14.1
 AXE := .venv/axe/node_modules/axe-core/axe.min.js
 
 .DEFAULT_GOAL := help

@@ -19,6 +19,7 @@ from imgcls.evaluation.report_parts import (
     build_frame,
     build_images,
     build_map,
+    build_samples,
     build_title,
     format_optional_percent,
     list_cluster_images,
@@ -38,6 +39,7 @@ def render_run(evaluation: MultiLabelEvaluation) -> str:
         "mistakes": evaluation.mistakes,
         "issues": evaluation.issue_rows,
         "strangest": evaluation.strangest,
+        "samples": evaluation.samples,
     }
     galleries = _build_galleries(evaluation, lists | list_cluster_images(evaluation))
     values = build_title(evaluation) | build_frame(evaluation) | build_map(evaluation, galleries)
@@ -50,6 +52,7 @@ def render_run(evaluation: MultiLabelEvaluation) -> str:
         "issues": galleries["issues"],
         "issue_count": evaluation.label_issues.num_rows,
         "strangest": galleries["strangest"],
+        "samples": build_samples(evaluation, evaluation.samples, galleries["samples"]),
         "filters": {name: list_filters(galleries[name]) for name in ("issues", "strangest")},
     }
     values["sections"] = _list_sections(values)
@@ -139,7 +142,7 @@ def _build_galleries(
     )
     return {
         name: [
-            _build_item(row, image)
+            _build_item(row, image, has_labels=evaluation.has_labels)
             | {
                 "overlays": list_overlays(evaluation.overlays, row) if name == "mistakes" else [],
                 "cell": _build_cell(row, with_given=name == "issues"),
@@ -150,7 +153,7 @@ def _build_galleries(
     }
 
 
-def _build_item(row: Mapping[str, Any], image: str | None) -> dict[str, Any]:
+def _build_item(row: Mapping[str, Any], image: str | None, *, has_labels: bool) -> dict[str, Any]:
     """The item of one image; those of clusters have their best class alone."""
     is_cluster = "predicted_labels" not in row
     predicted = [row["predicted_label"]] if is_cluster else row["predicted_labels"]
@@ -170,7 +173,7 @@ def _build_item(row: Mapping[str, Any], image: str | None) -> dict[str, Any]:
             }
             for name in predicted
         ],
-        "has_label": not is_cluster,
+        "has_label": has_labels and not is_cluster,
         "label_name": "labels",
         "without_label": "not labeled",
         "labels": None
@@ -233,6 +236,8 @@ def _list_sections(values: Mapping[str, Any]) -> list[dict[str, str]]:
     return list_sections(
         {
             "mistakes": ("Mistakes", values["groups"]),
+            "samples": ("Samples", values["samples"]),
+            "metrics": ("Other metrics", True),
             "classes": ("Classes", True),
             "curves": ("Precision and recall", values["curves"]),
             "cooccurrence": ("Co-occurrence", values["small"]),

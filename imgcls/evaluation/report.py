@@ -190,6 +190,7 @@ def _list_sections(values: Mapping[str, Any]) -> list[dict[str, str]]:
         {
             "mistakes": ("Worst mistakes", values["mistakes"]),
             "samples": ("Samples", values["samples"]),
+            "metrics": ("Other metrics", True),
             "confusion": ("Confusion matrix", values["has_labels"]),
             "classes": ("Classes", True),
             "calibration": ("Calibration" if values["has_labels"] else "Confidence", True),

@@ -149,10 +149,13 @@ function listScores(item) {
   const list = document.createElement("ol");
   list.className = "scores";
   for (const [name, score] of JSON.parse(item.dataset.scores)) {
-    const line = document.createElement("li"), text = document.createElement("span"), bar = document.createElement("i");
-    text.append(name, " ", (100 * score).toFixed(1) + "%");
+    const line = document.createElement("li");
+    for (const text of [name, (100 * score).toFixed(1) + "%"]) {
+      line.append(Object.assign(document.createElement("span"), { textContent: text }), " ");
+    }
+    const bar = document.createElement("i");
     bar.style.width = 100 * Math.min(1, score) + "%";
-    line.append(text, bar);
+    line.append(bar);
     list.append(line);
   }
   return [list];

@@ -59,9 +59,9 @@ def test_every_section_is_linked_and_shown(run: Path, browser: Any) -> None:
     with opened((run / "report.html").as_uri(), browser=browser) as seen:
         links = seen.page.locator("nav a")
         assert links.all_inner_texts() == [
-            *("Mistakes", "Classes", "Precision and recall", "Co-occurrence", "Calibration"),
-            *("Slices", "Possible label errors", "Unlike the training data", "Similar images"),
-            *("Errors", "All metrics", "How it was made"),
+            *("Mistakes", "Other metrics", "Classes", "Precision and recall", "Co-occurrence"),
+            *("Calibration", "Slices", "Possible label errors", "Unlike the training data"),
+            *("Similar images", "Errors", "All metrics", "How it was made"),
         ]
         for link in links.all():
             assert seen.page.locator(str(link.get_attribute("href"))).count() == 1
@@ -81,6 +81,11 @@ def test_every_section_is_linked_and_shown(run: Path, browser: Any) -> None:
         names = seen.page.locator("#gallery-without-1 li").first.inner_text()
         assert "labels" in names
         assert "predicted" in names
+
+
+def test_it_is_accessible(run: Path, browser: Any) -> None:
+    with opened((run / "report.html").as_uri(), browser=browser) as seen:
+        seen.check_accessible()
 
 
 def test_many_classes_have_pictures_of_their_pairs(tmp_path: Path) -> None:
@@ -103,8 +108,11 @@ def test_a_run_without_labels_shows_predictions(tmp_path: Path) -> None:
     text = Path(write_report(ReportConfig(source=str(run)))).read_text()
     assert "Left out: All metrics that need labels" in text
     assert "Co-occurrence" not in text
-    assert text.count("not labeled") == 24
+    assert "not labeled" not in text
+    strangest = text.partition('id="gallery-strangest"')[2].partition("</ul>")[0]
+    assert strangest.count("<li") == strangest.count("<dt>predicted</dt>") == 24
     assert "no image" in text
+    assert 'id="gallery-samples-1"' in text
 
 
 def test_the_notebook_shows_curves_and_mistakes(run: Path) -> None:
