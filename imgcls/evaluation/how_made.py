@@ -66,16 +66,16 @@ def _describe_labels(evaluation: RunEvaluation) -> str:
 
 
 def describe_software(provenance: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    """Versions, code and machine of a run or a training."""
-    parts = [", ".join(f"{name} {version}" for name, version in versions.items())]
+    """Versions, code and machine of a run or a training; earlier versions recorded fewer."""
+    software = [f"{name} {version}" for name, version in versions.items()]
     if provenance.get("python"):
-        parts.append(f"Python {provenance['python']}")
-    text = ", ".join(part for part in parts if part)
+        software.append(f"Python {provenance['python']}")
+    parts = [", ".join(software) or "versions unknown"]
     if provenance.get("git_commit"):
-        text += f"; commit {provenance['git_commit']}"
+        parts.append(f"commit {provenance['git_commit']}")
     if provenance.get("host"):
-        text += f"; started on {provenance['host']}"
-    return text + "."
+        parts.append(f"started on {provenance['host']}")
+    return "; ".join(parts) + "."
 
 
 def list_settings(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -158,19 +158,13 @@ def _build_item(row: Mapping[str, Any], image: str | None, *, has_labels: bool) 
     is_cluster = "predicted_labels" not in row
     predicted = [row["predicted_label"]] if is_cluster else row["predicted_labels"]
     labels, unknown = row.get("labels"), row.get("unknown_labels") or []
-    scores = list_scores(row)
-    of_class = dict(scores)
     return {
         "image": image,
         "alt": f"{row['path']}, predicted {', '.join(predicted) or 'no label'}",
         "path": row["path"],
         "predicted_name": "best class" if is_cluster else "predicted",
         "predicted": [
-            {
-                "name": name,
-                "kind": _find_kind(name, labels, unknown),
-                "score": format_optional_percent(of_class.get(name)),
-            }
+            {"name": name, "kind": _find_kind(name, labels, unknown), "score": ""}
             for name in predicted
         ],
         "has_label": has_labels and not is_cluster,
@@ -185,7 +179,7 @@ def _build_item(row: Mapping[str, Any], image: str | None, *, has_labels: bool) 
         "label": row.get("label"),
         "given": row.get("given"),
         "confidence": row.get("score"),
-        "scores": scores,
+        "scores": list_scores(row),
         "facets": {
             "class": list(dict.fromkeys([*predicted, *(labels or ())])),
             "status": [_find_outcome(row)],
