@@ -51,14 +51,15 @@ def build_title(evaluation: RunEvaluation) -> dict[str, Any]:
     data = name_data(config["manifest"]["path"])
     date = spell_date(run.success_record["committed"])
     classes = format_count(len(run.classes), "class", "classes")
-    headline, *cards = [*_build_cards(evaluation), None]
+    cards = list(_build_cards(evaluation))  # none of a run without rows
     return {
         "title": f"{model} on {data}, {date}",
         "subtitle": f"Predictions of {format_count(counts.rows, 'image')}, {classes}, bundle "
         f"{config['model']}. Run {base_name(run.url)}.",
         "has_labels": evaluation.has_labels,
-        "headline": headline,
-        "cards": cards[:-1],
+        "headline": cards[0] if cards else None,
+        "cards": cards[1:],
+        "all_cards": cards,
     }
 
 
