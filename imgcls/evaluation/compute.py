@@ -156,7 +156,8 @@ def _compute_single_label(
             "labels with --labels TABLE"
         )
     samples = found.samples.select(list_frequent_classes(counts.predicted_counts))
-    lists = [found.mistakes, found.uncertain, found.issues, found.strangest, samples]
+    lists: list[row_lookup.RowPlaces] = [found.mistakes, found.uncertain, found.issues]
+    lists += [found.strangest, samples]
     mistakes, uncertain, issues, strangest, sampled = row_lookup.lookup_rows(
         run, lists, label_column, joined, config.slice_by
     )

@@ -17,6 +17,7 @@ CONFIDENCE_STEPS = (0.5, 0.8, 0.9, 0.95, 0.99)
 SIDES = ((320, 90), (224, 190))
 """Largest width and height of the images of a page, and up to how many images."""
 SLICE_PREFIX = "slice:"
+MIN_FILTERED = 4
 
 Item = dict[str, Any]
 
@@ -95,15 +96,21 @@ def list_slices(row: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def list_filters(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """The filters of a gallery: each with a key, a name and the values that some items have."""
+    """The filters of a gallery: each with a key, a name and the values that not all items have.
+
+    None for fewer than `MIN_FILTERED` items.
+    """
+    if len(items) < MIN_FILTERED:
+        return []
     found = []
     for key in dict.fromkeys(key for item in items for key in item["facets"]):
         number = Counter(value for item in items for value in item["facets"].get(key, ()))
-        if len(number) > 1:
-            options = [
-                {"value": value, "text": f"{value} ({count})"}
-                for value, count in sorted(number.items())
-            ]
+        options = [
+            {"value": value, "text": f"{value} ({count})"}
+            for value, count in sorted(number.items())
+            if count < len(items)
+        ]
+        if options:
             found.append({"key": key, "name": key.removeprefix(SLICE_PREFIX), "options": options})
     steps = [
         {"value": step, "text": f"at least {format_percent(step, 0)} ({count})"}
@@ -112,14 +119,16 @@ def list_filters(items: Sequence[Item]) -> list[dict[str, Any]]:
         if 0 < count < len(items)
     ]
     if steps:
-        found.insert(1, {"key": "confidence", "name": "confidence", "options": steps})
+        # after the class, if there is a choice of classes
+        place = 1 if found and found[0]["key"] == "class" else 0
+        found.insert(place, {"key": "confidence", "name": "confidence", "options": steps})
     return found
 
 
 def describe_shown(shown: int, all_rows: int, what: str, order: str) -> str:
     """Which images a gallery shows: "24 of 1,234 misclassified images, the most ... first."."""
     if shown >= all_rows:
-        return f"{format_count(all_rows, what)}, {order} first."
+        return format_count(all_rows, what) + (f", {order} first." if shown > 1 else ".")
     return f"{shown:,} of {format_count(all_rows, what)}, {order} first."
 
 

@@ -33,8 +33,9 @@ def _list_topics(evaluation: RunEvaluation) -> Iterator[tuple[str, str]]:
     yield (
         "Data",
         f"{format_count(counts.rows, 'row')} of the manifest {config['manifest']['path']} "
-        f"(fingerprint {run.manifest_fingerprint}), of which {counts.ok:,} have a prediction"
-        f"{f' and {failed:,} do not' if failed else ''}.",
+        f"(fingerprint {run.manifest_fingerprint}), "
+        f"{f'{counts.ok:,}' if failed else 'all'} with a prediction"
+        f"{f' and {failed:,} without' if failed else ''}.",
     )
     yield "Labels", _describe_labels(evaluation)
     how = ", ".join([*success["precision"], *success.get("engine", ())])  # 0.1 had no engine

@@ -55,7 +55,7 @@ def build_title(evaluation: RunEvaluation) -> dict[str, Any]:
     return {
         "title": f"{model} on {data}, {date}",
         "subtitle": f"Predictions of {format_count(counts.rows, 'image')}, {classes}, bundle "
-        f"{config['model']}. Run {base_name(run.url)}.",
+        f"{config['model']}. Run {'/'.join(run.url.rstrip('/').split('/')[-2:])}.",
         "has_labels": evaluation.has_labels,
         "headline": cards[0] if cards else None,
         "cards": cards[1:],
