@@ -152,9 +152,7 @@ def _list_thresholds(evaluation: Evaluation) -> Iterator[dict[str, str]]:
     for threshold in _SHOWN_THRESHOLDS:
         # a threshold that accepts the same predictions as the one before it has no row
         found = [row for row in rows if row["threshold"] <= threshold + 1e-9]
-        later = [row for row in rows if row["threshold"] > threshold + 1e-9]
-        row = found[-1] if found else later[0]
-        if found and row["accuracy"] is not None:
+        if found and (row := found[-1])["accuracy"] is not None:
             yield {
                 "threshold": "none" if threshold == 0 else format_percent(threshold, 0),
                 "coverage": format_percent(row["coverage"], 1),

@@ -26,6 +26,8 @@ MAX_CLASSES_SHOWN = 1_000
 MAX_SLICES_SHOWN = 300
 MAX_NOTEBOOK_IMAGES = 8
 TEMPLATES = "imgcls.evaluation"
+_GENERAL_NAMES = ("manifest", "images", "data", "labels", "index")
+"""Names of files and folders that do not name a data set."""
 STATUS_MEANINGS = {
     "missing": "there is no such file or object",
     "forbidden": "the store does not permit to read it",
@@ -227,8 +229,12 @@ def base_name(url: str) -> str:
 
 
 def name_data(path: str) -> str:
-    """Name of a data set: the last part of its path without wildcards, without the extension."""
-    parts = [part for part in path.rstrip("/").split("/") if part and "*" not in part]
-    name = parts[-1] if parts else path
-    stem, dot, extension = name.rpartition(".")
-    return stem if dot and stem and extension.isalnum() and len(extension) <= 7 else name
+    """Name of a data set: the last part of its path that is no wildcard or general name."""
+    parts = [_remove_extension(part) for part in path.split("/") if part and "*" not in part]
+    named = [part for part in parts if part not in _GENERAL_NAMES]
+    return (named or parts or [path])[-1]
+
+
+def _remove_extension(name: str) -> str:
+    stem, _, extension = name.rpartition(".")
+    return stem if stem and extension.isalnum() and len(extension) <= 7 else name

@@ -179,6 +179,8 @@ def _format_cell(name: str, value: Any) -> str:
         if value != value:
             return ""
         is_share = "accuracy" in name or "precision" in name
+        if name.endswith("seconds"):
+            return f"{value:.1f}"
         return format_optional_percent(value) if is_share else f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
