@@ -7,9 +7,11 @@ STAMP := .venv/.installed
 TEST_PROCESSES ?= 3
 AZURITE_VERSION := 3.37.0
 AZURITE := .venv/azurite/node_modules/.bin/azurite-blob
+AXE_VERSION := 4.14.1
+AXE := .venv/axe/node_modules/axe-core/axe.min.js
 
 .DEFAULT_GOAL := help
-.PHONY: help venv azurite demo test test-slow test-s3 test-cluster test-chaos test-gpu bench bench-more lint format clean
+.PHONY: help venv azurite axe demo test test-slow test-s3 test-cluster test-chaos test-gpu bench bench-more lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +33,12 @@ azurite: $(AZURITE)  ## install Azurite by npm: the server that the tests of Azu
 $(AZURITE):
 	npm install --prefix .venv/azurite --ignore-scripts --no-audit --no-fund --loglevel error \
 		azurite@$(AZURITE_VERSION)
+
+axe: $(AXE)  ## install axe-core by npm: it checks the accessibility of pages in the tests
+
+$(AXE):
+	npm install --prefix .venv/axe --ignore-scripts --no-audit --no-fund --loglevel error \
+		axe-core@$(AXE_VERSION)
 
 demo: venv  ## train, label and measure on a small data set, on this machine
 	$(BIN)/imgcls demo

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+REPOSITORY = Path(__file__).parent.parent
+AXE = Path(os.environ.get("AXE") or REPOSITORY / ".venv/axe/node_modules/axe-core/axe.min.js")
+"""axe-core, a checker of accessibility, which `make axe` installs."""
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -30,6 +33,18 @@ class Watched:
         assert self.errors == []
         overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         assert self.page.evaluate(overflow) == 0
+
+    def check_accessible(self) -> None:
+        """Assert that axe-core finds nothing wrong; skips the test if it is not installed."""
+        if not AXE.exists():
+            pytest.skip("no axe-core: make axe, or name axe.min.js in AXE")
+        self.page.add_script_tag(content=AXE.read_text())
+        found = self.page.evaluate("axe.run().then(result => result.violations)")
+        assert [
+            f"{each['id']}: {node['html'][:200]} {node['failureSummary'][:300]}"
+            for each in found
+            for node in each["nodes"][:3]
+        ] == []
 
     def screenshot(self, name: str) -> None:
         """Save a screenshot to the folder IMGCLS_SCREENSHOTS, if it is set."""

@@ -16,22 +16,27 @@ THUMBNAIL_SIDE = 132
 _QUALITY = 72
 
 
-def build_thumbnails(paths: Sequence[str | None], root: str) -> list[str | None]:
-    """A JPEG data URI of about 5 KB for each path; None if the image cannot be read."""
+def build_thumbnails(
+    paths: Sequence[str | None], root: str, side: int = THUMBNAIL_SIDE
+) -> list[str | None]:
+    """A JPEG data URI for each path; None if the image cannot be read.
+
+    side: largest width and height; about 5 KB at 132, 20 KB at 320
+    """
     urls: Iterable[str | None] = (resolve_path(path, root) for path in paths)
-    return [_build_thumbnail(blob) for blob in image_files.read_ahead(urls)]
+    return [_build_thumbnail(blob, side) for blob in image_files.read_ahead(urls)]
 
 
-def _build_thumbnail(blob: bytes | StorageError | ImageError) -> str | None:
+def _build_thumbnail(blob: bytes | StorageError | ImageError, side: int) -> str | None:
     if not isinstance(blob, bytes):
         return None
     try:
-        upright = open_image.decode_preview(blob, 2 * THUMBNAIL_SIDE).image
+        upright = open_image.decode_preview(blob, 2 * side).image
     except ImageError:
         return None
-    if max(upright.size) < THUMBNAIL_SIDE // 2:
-        factor = THUMBNAIL_SIDE // max(upright.size)
+    if max(upright.size) < side // 2:
+        factor = side // max(upright.size)
         size = (upright.width * factor, upright.height * factor)
         upright = upright.resize(size, Image.Resampling.NEAREST)
-    upright.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    upright.thumbnail((side, side))
     return encode_data_uri(upright, _QUALITY)

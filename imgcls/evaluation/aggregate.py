@@ -25,6 +25,7 @@ from imgcls.cluster import session
 from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import RequestError
+from imgcls.evaluation.class_samples import SAMPLES_PER_CLASS, ClassSamples
 from imgcls.evaluation.label_join import KeyedLabels, select_run_columns
 from imgcls.metrics import PredictionCounts
 from imgcls.metrics.columns import (
@@ -175,6 +176,7 @@ class RunAggregate:
     uncertain: rows with the lowest confidence
     issues: wrong rows by confidence minus the score of their label
     strangest: rows with the highest OOD score
+    samples: rows of each predicted class, of an unlabeled run
     """
 
     def __init__(self, spec: AggregateSpec) -> None:
@@ -189,6 +191,7 @@ class RunAggregate:
         self.mistakes, self.uncertain = TopRows(spec.gallery), TopRows(spec.gallery)
         self.issues = TopRows(spec.issues)
         self.strangest = TopRows(spec.gallery if spec.ood else 0)
+        self.samples = ClassSamples(size, SAMPLES_PER_CLASS)
 
     @property
     def rows(self) -> int:
@@ -238,10 +241,13 @@ class RunAggregate:
             (self.strangest, other.strangest),
         ):
             mine.add(theirs.value, theirs.file, theirs.position)
+        self.samples.merge(other.samples)
 
     def _keep_top_rows(self, rows: OkRows, file: int, start: int) -> None:
         position = start + rows.position
         files = np.full(len(position), file, np.int64)
+        if self.spec.label_column is None:
+            self.samples.add(rows.predicted, files, position)
         wrong = (rows.label >= 0) & (rows.label != rows.predicted)
         self.mistakes.add(rows.confidence[wrong], files[wrong], position[wrong])
         self.uncertain.add(-rows.confidence, files, position)

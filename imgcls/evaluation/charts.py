@@ -6,6 +6,7 @@ drawing works on a light page, a dark page and paper.
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections import Counter
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from imgcls.metrics.calibration import bin_edges
@@ -92,7 +93,7 @@ def plot_reliability(
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel=x, ylabel=y)
         _format_percent_axes(axis.xaxis, axis.yaxis)
         axis.legend(loc="upper left")
-        return _render_svg(figure)
+        return _render_svg(figure, f"Reliability diagram: {y} by {x}")
 
 
 def plot_precision_recall(recall: Sequence[float], precision: Sequence[float]) -> str:
@@ -107,7 +108,7 @@ def plot_precision_recall(recall: Sequence[float], precision: Sequence[float]) -
         ticks = (0, 0.5, 1)
         axis.set(xlim=(0, 1.02), ylim=(0, 1.04), xticks=ticks, yticks=ticks)
         _format_percent_axes(axis.xaxis, axis.yaxis)
-        return _render_svg(figure)
+        return _render_svg(figure, "Precision by recall")
 
 
 def plot_coverage(curve: pa.Table) -> str:
@@ -138,7 +139,7 @@ def plot_coverage(curve: pa.Table) -> str:
         )
         _format_percent_axes(axis.xaxis, axis.yaxis)
         axis.legend(loc="lower left")
-        return _render_svg(figure)
+        return _render_svg(figure, "Accuracy of the accepted predictions by coverage")
 
 
 def plot_confidence_histogram(counts: PredictionCounts) -> str:
@@ -170,7 +171,7 @@ def plot_confidence_histogram(counts: PredictionCounts) -> str:
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         if below.any():
             axis.legend(loc="upper left")
-        return _render_svg(figure)
+        return _render_svg(figure, "Histogram of confidence")
 
 
 def plot_embedding_map(points: NDArray[np.float32], groups: Sequence[str]) -> str:
@@ -195,7 +196,7 @@ def plot_embedding_map(points: NDArray[np.float32], groups: Sequence[str]) -> st
         handles, labels = list(shown.values()), list(shown)
         place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "markerscale": 2}
         axis.legend(handles, labels, **place)
-        return _render_svg(figure)
+        return _render_svg(figure, "Embeddings in two principal components")
 
 
 def _shorten(name: str) -> str:
@@ -208,14 +209,20 @@ def plot_training_curves(history: Any, best: int) -> str:
         figure = Figure(figsize=(8.4, 3.4), layout=ConstrainedLayoutEngine(w_pad=0.1))
         for axis, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
             for split, color in (("train", _OTHER), ("val", _BAD)):
+                word = {"train": "training", "val": "validation"}[split]
                 name = f"{split}_{what}"
                 if name in history and history[name].notna().any():
                     style = {"marker": "o", "markersize": 3} if len(history) <= 30 else {}
-                    axis.plot(history["epoch"], history[name], color=color, label=split, **style)
+                    axis.plot(history["epoch"], history[name], color=color, label=word, **style)
             axis.axvline(best, color=_INK, linewidth=1, linestyle=":")
             axis.set(xlabel="epoch", ylabel=what)
+            few = len(history) <= 10
+            ticks = FixedLocator(history["epoch"]) if few else MaxNLocator(nbins=8, integer=True)
+            axis.xaxis.set_major_locator(ticks)
             axis.legend(loc="best")
-        return _render_svg(figure)
+            if what == "accuracy":
+                _format_percent_axes(axis.yaxis)
+        return _render_svg(figure, "Loss and accuracy by epoch")
 
 
 def _new_figure() -> tuple[Figure, Any]:
@@ -228,8 +235,8 @@ def _format_percent_axes(*axes: Any) -> None:
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol="%"))
 
 
-def _render_svg(figure: Figure) -> str:
-    """The figure as an inline SVG element without a fixed size."""
+def _render_svg(figure: Figure, label: str) -> str:
+    """The figure as an inline SVG element without a fixed size; label: its text alternative."""
     sink = io.StringIO()
     figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = sink.getvalue()
@@ -239,5 +246,10 @@ def _render_svg(figure: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, variable)
+    # several charts are in one page: ids that nothing refers to would occur twice
+    used = set(re.findall(r"#([\w-]+)", text))
+    text = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in used else "", text)
     # text without a color is black by default in SVG
-    return text.replace("<svg ", '<svg fill="var(--ink)" role="img" ', 1)
+    return text.replace(
+        "<svg ", f'<svg fill="var(--ink)" role="img" aria-label="{html.escape(label)}" ', 1
+    )

@@ -13,6 +13,7 @@ import pyarrow as pa
 from imgcls.errors import RequestError
 from imgcls.evaluation import row_lookup
 from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate, aggregate_run
+from imgcls.evaluation.class_samples import list_frequent_classes
 from imgcls.evaluation.config import EvaluationOptions
 from imgcls.evaluation.embedding_map import compute_map
 from imgcls.evaluation.explained import explain_mistakes, open_explainer, select_most_confident
@@ -57,6 +58,8 @@ class Evaluation(RunEvaluation):
         highest out-of-distribution score, and rows whose label the model contradicts.
     embedding_map : EmbeddingMap or None
         Sample of the embeddings; None for a run without any.
+    samples : pyarrow.Table
+        Rows of the most frequent predicted classes, drawn at random; none of a labeled run.
     storage : StorageConfig
         Storage settings that the evaluation was made with; images are read with them.
     """
@@ -64,6 +67,7 @@ class Evaluation(RunEvaluation):
     aggregate: RunAggregate
     coverage_curve: pa.Table
     uncertain: pa.Table
+    samples: pa.Table
 
     @property
     def counts(self) -> PredictionCounts:
@@ -151,9 +155,11 @@ def _compute_single_label(
             f"model ({counts.unlabeled:,} have none, {counts.unknown_label:,} another); join "
             "labels with --labels TABLE"
         )
-    lists = [found.mistakes, found.uncertain, found.issues, found.strangest]
-    mistakes, uncertain, issues, strangest = row_lookup.lookup_rows(
-        run, lists, label_column, joined
+    samples = found.samples.select(list_frequent_classes(counts.predicted_counts))
+    lists: list[row_lookup.RowPlaces] = [found.mistakes, found.uncertain, found.issues]
+    lists += [found.strangest, samples]
+    mistakes, uncertain, issues, strangest, sampled = row_lookup.lookup_rows(
+        run, lists, label_column, joined, config.slice_by
     )
     return Evaluation(
         run=run,
@@ -173,6 +179,7 @@ def _compute_single_label(
         slices=_build_slices(found, run.top_k, config.small_slice),
         mistakes=mistakes,
         uncertain=uncertain.slice(0, config.gallery),
+        samples=sampled.append_column("sampled_class", sampled["predicted_label"]),
         strangest=strangest.slice(0, config.gallery),
         label_issues=row_lookup.rank_label_issues(found, issues),
         embedding_map=compute_map(run, label_column, joined),

@@ -1,7 +1,7 @@
 """Readable confusion matrix: a table for few classes, an image for many.
 
-Classes that are confused are placed next to each other, so that confusion shows as blocks along the
-diagonal.
+Few classes are in the order of the bundle. Of many, those that are confused are placed next to each
+other, so that confusion shows as blocks along the diagonal.
 """
 
 from __future__ import annotations
@@ -17,46 +17,115 @@ from PIL import Image
 from imgcls.data.encode_image import build_data_uri
 from imgcls.metrics.columns import Bools, Floats, Ints
 from imgcls.metrics.counts import PredictionCounts
+from imgcls.metrics.formatting import format_percent
 
-MAX_TABLE_CLASSES = 24
+MAX_TABLE_CLASSES = 30
 MAX_PLOT_CLASSES = 1_000
+_OTHER_CLASSES = "other classes"
 
 
 @dataclass(frozen=True, eq=False)
 class ConfusionMatrix:
-    """Confusion matrix of some classes, ordered so that confused classes are adjacent.
+    """Confusion matrix of some classes.
 
     counts: (n, n) int64, rows by label, columns by prediction
+    row_totals, column_totals: (n,) int64, rows with each label and prediction, those with an
+        omitted class included
+    total: number of rows of all classes
     omitted_classes: number of classes that are not shown, the least confused ones
     """
 
     classes: list[str]
     counts: Ints
+    row_totals: Ints
+    column_totals: Ints
+    total: int
     omitted_classes: int
 
     @property
     def shares(self) -> Floats:
-        """(n, n) share of each label's rows, among the shown predictions."""
-        shares: Floats = self.counts / np.maximum(self.counts.sum(1, keepdims=True), 1)
+        """(n, n) share of each label's rows."""
+        shares: Floats = self.counts / np.maximum(self.row_totals, 1)[:, None]
         return shares
 
 
 def build_matrix(counts: PredictionCounts, max_classes: int) -> ConfusionMatrix:
-    """Build the matrix of the classes with the most frequent mistakes, at most `max_classes`."""
+    """Build the matrix of the classes with the most frequent mistakes, at most `max_classes`.
+
+    Up to `MAX_TABLE_CLASSES` classes in all are in the order of the bundle.
+    """
     size = len(counts.classes)
     label, predicted = counts.confusion_label, counts.confusion_predicted
     number = counts.confusion_count
-    seen = np.bincount(label, number, size) + np.bincount(predicted, number, size)
-    occurring = np.flatnonzero(seen)
+    support, frequency = (np.bincount(codes, number, size) for codes in (label, predicted))
+    occurring = np.flatnonzero(support + frequency)
     chosen = np.sort(_select_most_confused(counts, occurring, max_classes))
     row = np.full(size, -1)
     row[chosen] = np.arange(len(chosen))
     inside = (row[label] >= 0) & (row[predicted] >= 0)
     dense = np.zeros((len(chosen), len(chosen)), np.int64)
     np.add.at(dense, (row[label[inside]], row[predicted[inside]]), number[inside])
-    order = order_by_confusion(dense)
-    names = [counts.classes[chosen[i]] for i in order]
-    return ConfusionMatrix(names, dense[np.ix_(order, order)], len(occurring) - len(chosen))
+    if len(occurring) > MAX_TABLE_CLASSES:
+        order = order_by_confusion(dense)
+        chosen, dense = chosen[order], dense[np.ix_(order, order)]
+    return ConfusionMatrix(
+        [counts.classes[code] for code in chosen],
+        dense,
+        support[chosen].astype(np.int64),
+        frequency[chosen].astype(np.int64),
+        int(number.sum()),
+        len(occurring) - len(chosen),
+    )
+
+
+def build_matrix_table(matrix: ConfusionMatrix) -> dict[str, Any]:
+    """Cells of a small matrix, with the totals, for the macro `matrix_table`.
+
+    Omitted classes share a row and a column, so that the totals are sums.
+    """
+    counts, names = matrix.counts, list(matrix.classes)
+    rows, columns = matrix.row_totals, matrix.column_totals
+    if matrix.omitted_classes:
+        right, below = rows - counts.sum(1), columns - counts.sum(0)
+        corner = matrix.total - counts.sum() - right.sum() - below.sum()
+        counts = np.block([[counts, right[:, None]], [below, corner]])
+        rows, columns = (np.append(each, matrix.total - each.sum()) for each in (rows, columns))
+        names.append(_OTHER_CLASSES)
+    shown = len(matrix.classes)
+    return {
+        "classes": matrix.classes,
+        "omitted_classes": matrix.omitted_classes,
+        "columns": names,
+        "rows": [
+            {
+                "name": name,
+                "total": int(rows[row]),
+                "cells": [
+                    _build_cell(int(number), int(rows[row]), name, names[column])
+                    | {"is_correct": row == column}
+                    | ({"strength": 0} if shown in (row, column) else {})
+                    for column, number in enumerate(counts[row])
+                ],
+            }
+            for row, name in enumerate(names)
+        ],
+        "column_totals": columns.tolist(),
+        "total": matrix.total,
+    }
+
+
+def _build_cell(count: int, total: int, label: str, predicted: str) -> dict[str, Any]:
+    share = count / max(total, 1)
+    # a few percent of mistakes already matter; text is readable on a color of at most 0.55
+    visible = share if label == predicted else 2.5 * share
+    percent = format_percent(share, 1)
+    return {
+        "count": count,
+        "percent": percent,
+        "strength": f"{0.55 * min(1.0, visible) ** 0.5:.2f}",
+        "title": f"{count:,} of {total:,} images labeled {label} ({percent}): predicted "
+        f"{predicted}",
+    }
 
 
 def find_worst_pairs(counts: PredictionCounts, max_pairs: int) -> list[dict[str, Any]]:

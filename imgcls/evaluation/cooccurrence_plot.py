@@ -89,7 +89,8 @@ def _build_rows(
                 {
                     "text": _format_share(shares[row, column]),
                     "is_correct": bool(is_good[row, column]),
-                    "strength": f"{min(0.85, float(strength[row, column]) ** 0.5 * 0.8):.2f}",
+                    # text is readable on a color of at most 0.55
+                    "strength": f"{0.55 * float(strength[row, column]) ** 0.5:.2f}",
                 }
                 for column in range(len(matrix.classes))
             ],

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from imgcls.errors import RequestError
 from imgcls.evaluation.aggregate import aggregate_run
+from imgcls.evaluation.class_samples import list_frequent_classes
 from imgcls.evaluation.config import EvaluationOptions
 from imgcls.evaluation.embedding_map import compute_map
 from imgcls.evaluation.label_list_join import resolve_label_lists
@@ -77,6 +78,8 @@ class MultiLabelEvaluation(RunEvaluation):
         them with the columns of `mistakes`.
     strangest : pyarrow.Table
         Rows with the highest out-of-distribution score.
+    samples : pyarrow.Table
+        Rows of the most frequent predicted classes, drawn at random; none of a labeled run.
     embedding_map : EmbeddingMap or None
         Sample of the embeddings; None for a run without any.
     storage : StorageConfig
@@ -88,6 +91,7 @@ class MultiLabelEvaluation(RunEvaluation):
     cooccurrence: pa.Table
     calibration: pa.Table
     issue_rows: pa.Table
+    samples: pa.Table
 
     @property
     def counts(self) -> MultiLabelCounts:
@@ -134,12 +138,15 @@ def compute_multilabel(
         )
     issues = rank_issues(found)
     reader = CellReader(run, None if labels is None else labels.columns, joined)
-    mistakes, issue_rows, strangest = reader.read(
+    samples = found.samples.select(list_frequent_classes(counts.predicted_counts))
+    mistakes, issue_rows, strangest, sampled = reader.read(
         [
             select_mistakes(found, config.gallery, config.explain),
             issues.take(slice(0, config.gallery)),
             Cells.from_rows(found.strangest),
-        ]
+            Cells.from_samples(samples),
+        ],
+        config.slice_by,
     )
     return MultiLabelEvaluation(
         run=run,
@@ -156,6 +163,9 @@ def compute_multilabel(
         mistakes=mistakes,
         issue_rows=issue_rows,
         strangest=strangest.drop_columns(["label", "given", "score"]),
+        samples=sampled.append_column("sampled_class", sampled["label"]).drop_columns(
+            ["label", "given", "score"]
+        ),
         label_issues=reader.read_issues(issues, ranking),
         embedding_map=compute_map(run, None, None),
     )

@@ -22,6 +22,7 @@ from imgcls.evaluation.aggregate import (
     group_rows,
     keep_strangest,
 )
+from imgcls.evaluation.class_samples import SAMPLES_PER_CLASS, ClassSamples
 from imgcls.evaluation.label_join import KeyedLabels
 from imgcls.evaluation.label_list_join import LabelReader
 from imgcls.metrics.columns import OOD_COLUMN, Bools, Ints, limit_batch_rows, take_scores
@@ -138,6 +139,7 @@ class MultiLabelAggregate:
     negatives: cells without the label that have the highest scores; values are bits of float16
     positives: cells with the label that have the lowest scores; values are ONE - bits
     strangest: rows with the highest OOD score
+    samples: rows of each predicted class, of an unlabeled run
     """
 
     def __init__(self, settings: MultiLabelSettings) -> None:
@@ -151,6 +153,7 @@ class MultiLabelAggregate:
         self.negatives = TopCells(len(classes), settings.cells)
         self.positives = TopCells(len(classes), settings.cells)
         self.strangest = TopRows(settings.gallery if settings.ood else 0)
+        self.samples = ClassSamples(len(classes), SAMPLES_PER_CLASS)
 
     @property
     def rows(self) -> int:
@@ -173,6 +176,10 @@ class MultiLabelAggregate:
                 self._count_labels(table, rows, targets, file, start)
         except ValueError as error:
             raise RequestError(f"the predictions cannot be evaluated: {error}") from error
+        if targets is None:
+            row, label = np.nonzero(rows.predicted)
+            position = start + rows.position[row]
+            self.samples.add(label, np.full(len(row), file, np.int64), position)
         if settings.ood:
             keep_strangest(self.strangest, table["ood_score"], rows.position, file, start)
         for column in settings.slice_by:
@@ -190,6 +197,7 @@ class MultiLabelAggregate:
                 add_slice(self.slices, column, value, counts)
         self.negatives.merge(other.negatives)
         self.positives.merge(other.positives)
+        self.samples.merge(other.samples)
         theirs = other.strangest
         self.strangest.add(theirs.value, theirs.file, theirs.position)
 

@@ -13,9 +13,10 @@ import pyarrow as pa
 
 from imgcls.data.manifests.label_columns import UNKNOWN, LabelColumns
 from imgcls.evaluation.aggregate import TopRows
+from imgcls.evaluation.class_samples import ClassSamples
 from imgcls.evaluation.label_list_join import JoinedLabelLists
 from imgcls.evaluation.multilabel_aggregate import MultiLabelAggregate
-from imgcls.evaluation.row_lookup import read_rows
+from imgcls.evaluation.row_lookup import read_rows, read_slices
 from imgcls.metrics.columns import Bools, Floats, Ints
 from imgcls.metrics.multilabel import RankingCounts
 from imgcls.metrics.score_bins import ONE, bin_values
@@ -63,6 +64,12 @@ class Cells:
         """Rows without a class in question."""
         label, unknown = np.zeros(len(top.file), np.int64), np.zeros(len(top.file), bool)
         return cls(label, unknown, unknown, top.value, top.file, top.position)
+
+    @classmethod
+    def from_samples(cls, samples: ClassSamples) -> Cells:
+        """Sampled rows of predicted classes, without their scores."""
+        unknown, score = np.zeros(len(samples.label), bool), np.zeros(len(samples.label))
+        return cls(samples.label, unknown, ~unknown, score, samples.file, samples.position)
 
     def take(self, chosen: Ints | Bools | slice) -> Cells:
         """Some of the cells."""
@@ -140,15 +147,16 @@ class CellReader:
         """columns: of the labels in the run; None if they are joined or there are none."""
         self._run, self._columns, self._joined = run, columns, joined
 
-    def read(self, lists: Sequence[Cells]) -> list[pa.Table]:
+    def read(self, lists: Sequence[Cells], slice_by: Sequence[str] = ()) -> list[pa.Table]:
         """Cells with the columns of their rows, each list in its order.
 
         Columns: row, path, label (the class), given, score, predicted_labels, topk_labels,
-        topk_scores, width, height, labels (null for an unlabeled row), and unknown_labels, the
-        predicted labels of which it is unknown whether they are correct.
+        topk_scores, width, height, labels (null for an unlabeled row), unknown_labels, the
+        predicted labels of which it is unknown whether they are correct, and `slices`, the values
+        in `slice_by`.
         """
         run, columns, joined = self._run, self._columns, self._joined
-        names = ["row", run.path_column, *_SHOWN_COLUMNS]
+        names = ["row", run.path_column, *_SHOWN_COLUMNS, *slice_by]
         names += [] if columns is None else columns.names
         names += [] if joined is None else joined.required_columns
         files, positions = (
@@ -157,6 +165,7 @@ class CellReader:
         )
         table = read_rows(run, files, positions, names)
         shown = {name: table[name] for name in _SHOWN_COLUMNS} | self._read_labels(table)
+        shown["slices"] = read_slices(table, slice_by)
         found, start = [], 0
         for cells in lists:
             part = slice(start, start + len(cells.file))

@@ -11,6 +11,7 @@ import pyarrow as pa
 from imgcls.errors import StorageError
 from imgcls.evaluation import charts, confusion_plot, cooccurrence_plot
 from imgcls.evaluation.explained import list_overlays
+from imgcls.evaluation.gallery import list_filters, list_scores, list_slices
 from imgcls.evaluation.multilabel import MultiLabelEvaluation
 from imgcls.evaluation.report_parts import (
     MAX_NOTEBOOK_IMAGES,
@@ -18,6 +19,7 @@ from imgcls.evaluation.report_parts import (
     build_frame,
     build_images,
     build_map,
+    build_samples,
     build_title,
     format_optional_percent,
     list_cluster_images,
@@ -37,6 +39,7 @@ def render_run(evaluation: MultiLabelEvaluation) -> str:
         "mistakes": evaluation.mistakes,
         "issues": evaluation.issue_rows,
         "strangest": evaluation.strangest,
+        "samples": evaluation.samples,
     }
     galleries = _build_galleries(evaluation, lists | list_cluster_images(evaluation))
     values = build_title(evaluation) | build_frame(evaluation) | build_map(evaluation, galleries)
@@ -49,6 +52,8 @@ def render_run(evaluation: MultiLabelEvaluation) -> str:
         "issues": galleries["issues"],
         "issue_count": evaluation.label_issues.num_rows,
         "strangest": galleries["strangest"],
+        "samples": build_samples(evaluation, evaluation.samples, galleries["samples"]),
+        "filters": {name: list_filters(galleries[name]) for name in ("issues", "strangest")},
     }
     values["sections"] = _list_sections(values)
     return render_page(TEMPLATES, "multilabel_run.html.j2", values)
@@ -131,40 +136,71 @@ def _build_pairs(evaluation: MultiLabelEvaluation) -> dict[str, Any]:
 def _build_galleries(
     evaluation: MultiLabelEvaluation, lists: Mapping[str, pa.Table]
 ) -> dict[str, Any]:
-    """Images of each list of rows, with their labels and predictions."""
-    thumbnails = build_images(
+    """Items of each list of rows."""
+    images = build_images(
         evaluation, {name: table["path"].to_pylist() for name, table in lists.items()}
     )
     return {
         name: [
-            _build_item(row, thumbnail)
-            | {"overlays": list_overlays(evaluation.overlays, row) if name == "mistakes" else []}
-            for row, thumbnail in zip(table.to_pylist(), thumbnails[name], strict=True)
+            _build_item(row, image, has_labels=evaluation.has_labels)
+            | {
+                "overlays": list_overlays(evaluation.overlays, row) if name == "mistakes" else [],
+                "cell": _build_cell(row, with_given=name == "issues"),
+            }
+            for row, image in zip(table.to_pylist(), images[name], strict=True)
         ]
         for name, table in lists.items()
     }
 
 
-def _build_item(row: Mapping[str, Any], thumbnail: str | None) -> dict[str, Any]:
-    """One image; those of clusters have their best class alone."""
+def _build_item(row: Mapping[str, Any], image: str | None, *, has_labels: bool) -> dict[str, Any]:
+    """The item of one image; those of clusters have their best class alone."""
     is_cluster = "predicted_labels" not in row
     predicted = [row["predicted_label"]] if is_cluster else row["predicted_labels"]
     labels, unknown = row.get("labels"), row.get("unknown_labels") or []
     return {
-        "image": thumbnail,
+        "image": image,
         "alt": f"{row['path']}, predicted {', '.join(predicted) or 'no label'}",
         "path": row["path"],
+        "predicted_name": "best class" if is_cluster else "predicted",
         "predicted": [
-            {"name": name, "kind": _find_kind(name, labels, unknown)} for name in predicted
+            {"name": name, "kind": _find_kind(name, labels, unknown), "score": ""}
+            for name in predicted
         ],
+        "has_label": has_labels and not is_cluster,
+        "label_name": "labels",
+        "without_label": "not labeled",
         "labels": None
         if labels is None
-        else [{"name": name, "kind": "truth" if name in predicted else "bad"} for name in labels],
-        "is_cluster": is_cluster,
+        else [
+            {"name": name, "kind": "truth" if name in predicted else "bad", "score": ""}
+            for name in labels
+        ],
         "label": row.get("label"),
         "given": row.get("given"),
-        "score": format_optional_percent(row.get("score")),
+        "confidence": row.get("score"),
+        "scores": list_scores(row),
+        "facets": {
+            "class": list(dict.fromkeys([*predicted, *(labels or ())])),
+            "status": [_find_outcome(row)],
+            **list_slices(row),
+        },
     }
+
+
+def _build_cell(row: Mapping[str, Any], *, with_given: bool) -> dict[str, Any] | None:
+    """The class of an item that is shown for one class, with its score."""
+    if row.get("label") is None:
+        return None
+    cell = {"label": row["label"], "score": format_optional_percent(row.get("score"))}
+    return cell | {"given": row["given"]} if with_given else cell
+
+
+def _find_outcome(row: Mapping[str, Any]) -> str:
+    """Whether the class of an item is a false positive or a false negative."""
+    if row.get("given") is None:
+        return "no label" if row.get("labels") is None else "labeled"
+    return "not predicted" if row["given"] else "not labeled"
 
 
 def _find_kind(name: str, labels: list[str] | None, unknown: list[str]) -> str:
@@ -193,17 +229,19 @@ def _group_mistakes(
 def _list_sections(values: Mapping[str, Any]) -> list[dict[str, str]]:
     return list_sections(
         {
+            "mistakes": ("Mistakes", values["groups"]),
+            "samples": ("Samples", values["samples"]),
+            "metrics": ("Other metrics", True),
             "classes": ("Classes", True),
             "curves": ("Precision and recall", values["curves"]),
             "cooccurrence": ("Co-occurrence", values["small"]),
             "calibration": ("Calibration", values["reliability"]),
             "slices": ("Slices", values["slices"]),
-            "mistakes": ("Mistakes", values["groups"]),
             "issues": ("Possible label errors", values["issues"]),
             "strangest": ("Unlike the training data", values["strangest"]),
             "map": ("Similar images", values["map"]),
             "errors": ("Errors", True),
             "numbers": ("All metrics", True),
-            "made": ("Provenance", True),
+            "made": ("How it was made", True),
         }
     )

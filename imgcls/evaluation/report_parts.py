@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
+import pyarrow as pa
 
-from imgcls.data.thumbnails import build_thumbnails
+from imgcls.data.thumbnails import THUMBNAIL_SIDE, build_thumbnails
 from imgcls.evaluation import charts
+from imgcls.evaluation.gallery import Item, choose_side
+from imgcls.evaluation.how_made import describe_making, list_settings, spell_date
 from imgcls.evaluation.result import RunEvaluation
+from imgcls.formatting import format_count
 from imgcls.metrics import tables
 from imgcls.metrics.formatting import (
     format_interval,
@@ -17,20 +20,48 @@ from imgcls.metrics.formatting import (
     format_value,
     list_headlines,
 )
-from imgcls.metrics.registry import find_headline
+from imgcls.metrics.registry import find_headline, find_unit
 
 MAX_CLASSES_SHOWN = 1_000
 MAX_SLICES_SHOWN = 300
 MAX_NOTEBOOK_IMAGES = 8
 TEMPLATES = "imgcls.evaluation"
+_GENERAL_NAMES = ("manifest", "images", "data", "labels", "index")
+"""Names of files and folders that do not name a data set."""
+STATUS_MEANINGS = {
+    "missing": "there is no such file or object",
+    "forbidden": "the store does not permit to read it",
+    "opted_out": "the server refuses automated access",
+    "throttled": "the server refused too many requests",
+    "unavailable": "the store or server did not respond",
+    "empty": "the file has no bytes",
+    "truncated": "the end of the image is missing",
+    "not_an_image": "the content is not an image",
+    "unsupported": "an image of a type that is not decoded",
+    "too_large": "more bytes or pixels than the limit",
+    "unreadable": "the image is damaged",
+    "crashed": "each worker that processed it crashed or hung",
+    "not_finite": "the scores of the network are NaN or infinite",
+}
 
 
 def build_title(evaluation: RunEvaluation) -> dict[str, Any]:
-    """Common part of a report and a notebook: the title and the cards."""
+    """Common part of a report and a notebook: the title, the headline number and the cards."""
+    run, counts = evaluation.run, evaluation.counts
+    config = run.provenance["config"]
+    model = run.run_record.get("architecture") or base_name(config["model"])
+    data = name_data(config["manifest"]["path"])
+    date = spell_date(run.success_record["committed"])
+    classes = format_count(len(run.classes), "class", "classes")
+    cards = list(_build_cards(evaluation))  # none of a run without rows
     return {
-        "title": f"{base_name(evaluation.run.url)}: {evaluation.counts.rows:,} rows",
+        "title": f"{model} on {data}, {date}",
+        "subtitle": f"Predictions of {format_count(counts.rows, 'image')}, {classes}, bundle "
+        f"{config['model']}. Run {'/'.join(run.url.rstrip('/').split('/')[-2:])}.",
         "has_labels": evaluation.has_labels,
-        "cards": list(_build_cards(evaluation)),
+        "headline": cards[0] if cards else None,
+        "cards": cards[1:],
+        "all_cards": cards,
     }
 
 
@@ -38,12 +69,16 @@ def build_frame(evaluation: RunEvaluation) -> dict[str, Any]:
     """Values of the sections that do not depend on the task."""
     counts, run = evaluation.counts, evaluation.run
     return {
-        "subtitle": f"{len(run.classes):,} classes, committed {run.success_record['committed']}",
         "omitted": evaluation.omitted,
         "slices": evaluation.slices.to_pylist()[:MAX_SLICES_SHOWN],
         "small_slice": evaluation.config.small_slice,
         "errors": [
-            {"status": status, "rows": rows, "share": rows / counts.rows}
+            {
+                "status": status,
+                "meaning": STATUS_MEANINGS.get(status, ""),
+                "rows": rows,
+                "share": rows / counts.rows,
+            }
             for status, rows in sorted(counts.status.items(), key=lambda item: -item[1])
             if status != "ok"
         ],
@@ -56,8 +91,8 @@ def build_frame(evaluation: RunEvaluation) -> dict[str, Any]:
             }
             for metric in evaluation.metrics
         ],
-        "provenance": list(_list_provenance(evaluation)),
-        "config": yaml.safe_dump(run.provenance["config"], sort_keys=False),
+        "made": describe_making(evaluation),
+        "settings": list_settings(run.provenance["config"]),
         "percent": format_optional_percent,
         **_build_class_rows(evaluation),
     }
@@ -67,15 +102,12 @@ def build_images(
     evaluation: RunEvaluation, lists: Mapping[str, list[str]]
 ) -> dict[str, list[str | None]]:
     """Thumbnails of lists of paths, read in one go; None for an image that is not shown."""
-    paths = [path for each in lists.values() for path in each]
-    thumbnails: list[str | None] = [None] * len(paths)
-    if evaluation.config.thumbnails:
-        thumbnails = build_thumbnails(paths, evaluation.run.root)
-    found, start = {}, 0
-    for name, each in lists.items():
-        found[name] = thumbnails[start : start + len(each)]
-        start += len(each)
-    return found
+    if not evaluation.config.thumbnails:
+        return {name: [None] * len(paths) for name, paths in lists.items()}
+    unique = list(dict.fromkeys(path for paths in lists.values() for path in paths))
+    side = choose_side(sum(len(paths) for paths in lists.values()), THUMBNAIL_SIDE)
+    images = dict(zip(unique, build_thumbnails(unique, evaluation.run.root, side), strict=True))
+    return {name: [images[path] for path in paths] for name, paths in lists.items()}
 
 
 def build_map(evaluation: RunEvaluation, galleries: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +137,30 @@ def build_map(evaluation: RunEvaluation, galleries: Mapping[str, Any]) -> dict[s
     }
 
 
+def build_samples(
+    evaluation: RunEvaluation, samples: pa.Table, items: Sequence[Item]
+) -> dict[str, Any] | None:
+    """Sampled images by the class that is predicted; None without any.
+
+    samples: with the column `sampled_class`; items: of its rows
+    """
+    if not items:
+        return None
+    numbers = {row["label"]: row for row in evaluation.per_class.to_pylist()}
+    names = samples["sampled_class"].to_pylist()
+    predicted = sum(1 for row in numbers.values() if row["predicted"])
+    classes = [
+        {
+            "label": label,
+            "rows": numbers[label]["predicted"],
+            "confidence": format_optional_percent(numbers[label].get("mean_confidence")),
+            "items": [item for name, item in zip(names, items, strict=True) if name == label],
+        }
+        for label in dict.fromkeys(names)
+    ]
+    return {"classes": classes, "omitted_classes": predicted - len(classes)}
+
+
 def list_cluster_images(evaluation: RunEvaluation) -> dict[str, Any]:
     """Rows of each cluster of the embedding map, by `name_cluster`."""
     found = evaluation.embedding_map
@@ -122,35 +178,44 @@ def list_sections(sections: Mapping[str, tuple[str, Any]]) -> list[dict[str, str
     return [{"id": key, "name": name} for key, (name, is_shown) in sections.items() if is_shown]
 
 
-def _build_cards(evaluation: RunEvaluation) -> Iterator[dict[str, str]]:
+def _build_cards(evaluation: RunEvaluation) -> Iterator[dict[str, Any]]:
     metrics: dict[str, tables.Metric] = {metric.name: metric for metric in evaluation.metrics}
-    for name in list_headlines(list(metrics)):
-        yield {
+    for number, name in enumerate(list_headlines(list(metrics))):
+        metric = metrics[name]
+        card = {
             "name": find_headline(name) or name,
-            "value": format_value(name, metrics[name].value),
-            "note": format_interval(name, metrics[name].interval),
+            "value": format_value(name, metric.value),
+            "note": format_interval(name, metric.interval),
         }
+        yield card if number else card | _describe_headline(evaluation, metric)
+
+
+def _describe_headline(evaluation: RunEvaluation, metric: tables.Metric) -> dict[str, Any]:
+    """The interval of the first metric, as text and as a range, and the number of its images."""
+    counts = evaluation.counts
+    is_labeled = evaluation.has_labels
+    images = counts.labeled if is_labeled else counts.ok
+    basis = f"n = {format_count(images, 'labeled image' if is_labeled else 'image')}"
+    if metric.interval is None:
+        return {"note": basis, "range": None}
+    low, high = metric.interval
+    ends = [format_value(metric.name, end) for end in (low, high)]
+    return {
+        "note": f"95% interval {ends[0]} to {ends[1]}, {basis}",
+        "range": {
+            "left": f"{100 * low:.2f}",
+            "width": f"{100 * (high - low):.2f}",
+            "at": f"{100 * metric.value:.2f}",
+        }
+        if find_unit(metric.name) == "fraction"
+        else None,
+    }
 
 
 def _build_class_rows(evaluation: RunEvaluation) -> dict[str, Any]:
     table, by = evaluation.per_class, "support" if evaluation.has_labels else "predicted"
     rows = table.sort_by([(by, "descending")]).slice(0, MAX_CLASSES_SHOWN).to_pylist()
     return {"classes": rows, "omitted_classes": table.num_rows - len(rows)}
-
-
-def _list_provenance(evaluation: RunEvaluation) -> Iterator[tuple[str, str]]:
-    run, success = evaluation.run, evaluation.run.success_record
-    yield "run", f"{run.url} ({success['run_id']})"
-    yield "model bundle", f"{run.provenance['config']['model']} (SHA-256 {run.bundle_sha256})"
-    manifest = run.provenance["config"]["manifest"]["path"]
-    yield "manifest", f"{manifest} (fingerprint {run.manifest_fingerprint})"
-    if evaluation.config.labels is not None:
-        yield "labels", evaluation.config.labels.path
-    yield "committed", success["committed"]
-    how = [*success["precision"], *success.get("engine", ())]  # earlier versions have no engine
-    yield "prediction", f"{success['seconds']['wall']:,.0f} s, {', '.join(how)}"
-    yield "git commit", str(run.provenance.get("git_commit"))
-    yield "versions", ", ".join(f"{k} {v}" for k, v in success["versions"].items())
 
 
 def format_optional_percent(value: float | None) -> str:
@@ -161,3 +226,15 @@ def format_optional_percent(value: float | None) -> str:
 def base_name(url: str) -> str:
     """Last part of a URL."""
     return url.rstrip("/").rpartition("/")[2] or url
+
+
+def name_data(path: str) -> str:
+    """Name of a data set: the last part of its path that is no wildcard or general name."""
+    parts = [_remove_extension(part) for part in path.split("/") if part and "*" not in part]
+    named = [part for part in parts if part not in _GENERAL_NAMES]
+    return (named or parts or [path])[-1]
+
+
+def _remove_extension(name: str) -> str:
+    stem, _, extension = name.rpartition(".")
+    return stem if stem and extension.isalnum() and len(extension) <= 7 else name

@@ -6,24 +6,25 @@ An aggregate keeps the positions of rows; their columns are read here, file by f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.storage import filesystem
-from imgcls.evaluation.label_join import JOINED_COLUMN, JoinedLabels
+from imgcls.evaluation.aggregate import NO_VALUE, RunAggregate
+from imgcls.evaluation.label_join import JOINED_COLUMN, JoinedLabels, select_run_columns
+from imgcls.metrics.columns import Ints
 from imgcls.runs.committed import CommittedRun, cast_string_views
-
-if TYPE_CHECKING:
-    from imgcls.evaluation.aggregate import RunAggregate, TopRows
 
 _SHOWN_COLUMNS = (
     "row",
     "predicted_label",
     "confidence",
+    "accepted",
     "topk_labels",
     "topk_scores",
     "width",
@@ -31,18 +32,32 @@ _SHOWN_COLUMNS = (
 )
 
 
+class RowPlaces(Protocol):
+    """(N,) files and positions of rows of a run."""
+
+    @property
+    def file(self) -> Ints:
+        """Indices in `run.files`."""
+
+    @property
+    def position(self) -> Ints:
+        """Indices of the rows in their files."""
+
+
 def lookup_rows(
     run: CommittedRun,
-    lists: Sequence[TopRows],
+    lists: Sequence[RowPlaces],
     label_column: str | None,
     joined: JoinedLabels | None,
+    slice_by: Sequence[str] = (),
 ) -> list[pa.Table]:
     """Read the rows of each list, in its order.
 
     Columns: row, path, label (null without a label), predicted_label, confidence, label_score,
-    topk_labels, topk_scores, width, height.
+    accepted, topk_labels, topk_scores, width, height, and `slices`, the values in `slice_by`.
     """
-    names = [*_SHOWN_COLUMNS, run.path_column]
+    in_run = select_run_columns(slice_by, joined=joined is not None)
+    names = [*_SHOWN_COLUMNS, run.path_column, *in_run]
     if joined is not None:
         names += joined.required_columns
     elif label_column is not None:
@@ -73,6 +88,7 @@ def lookup_rows(
             "confidence": table["confidence"],
             "label_score": score,
             **{name: table[name] for name in _SHOWN_COLUMNS[3:]},
+            "slices": read_slices(table, slice_by),
         }
     )
     ends = np.cumsum([len(top.file) for top in lists])
@@ -80,6 +96,16 @@ def lookup_rows(
         shown.slice(end - len(top.file), len(top.file))
         for end, top in zip(ends, lists, strict=True)
     ]
+
+
+def read_slices(table: pa.Table, slice_by: Sequence[str]) -> pa.Array:
+    """(name, value) of each row in the columns that a run is sliced by, as text."""
+    columns = [
+        pc.fill_null(normalize_labels(table[name]).cast(pa.string()), NO_VALUE).to_pylist()
+        for name in slice_by
+    ]
+    rows = [list(zip(slice_by, values, strict=True)) for values in zip(*columns, strict=True)]
+    return pa.array(rows or [[]] * table.num_rows, pa.map_(pa.string(), pa.string()))
 
 
 def read_rows(

@@ -21,7 +21,7 @@ from imgcls.data.manifests.manifest import open_manifest
 from imgcls.formatting import format_count, format_lines
 from imgcls.inference.config import RelabelConfig
 from imgcls.inference.neighbor_labels import KEYS, NeighborLabels, read_label_lists, read_labels
-from imgcls.inference.registered_runs import describe_registered
+from imgcls.inference.registered_runs import build_model_entries
 from imgcls.models.bundle import load_bundle, load_ood_detector
 from imgcls.models.embeddings import normalize_embeddings
 from imgcls.models.label_sets import LabelSets
@@ -53,7 +53,7 @@ class Labeler(ABC):
     label_sets: conformal label sets of a bundle that has them
     ood_detector: out-of-distribution detector of a bundle that has one
     needs_urls: whether `compute_scores` needs the URLs of the images
-    registered: entry of `_run.json` about a model of the MLflow model registry
+    model_entries: entries of `_run.json` about the model
     """
 
     model: str
@@ -65,7 +65,7 @@ class Labeler(ABC):
     label_sets: LabelSets | None = None
     ood_detector: OodDetector | None = None
     needs_urls: bool = False
-    registered: Mapping[str, Any] = MappingProxyType({})
+    model_entries: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def compute_scores(self, embeddings: Floats, urls: pa.ChunkedArray | None) -> Floats:
@@ -82,7 +82,7 @@ class HeadLabeler(Labeler):
         """Raises BundleError if the embeddings of the bundle's network are others."""
         assert config.model is not None
         bundle = load_bundle(config.model)
-        self.registered = describe_registered(bundle)
+        self.model_entries = build_model_entries(bundle)
         check_same_embeddings(bundle, load_source_bundle(run, config.source_model, "source-model"))
         precisions = run.success_record["precision"]  # several on a mixed cluster
         self._head = load_linear_head(bundle, precisions[0] if len(precisions) == 1 else "fp32")

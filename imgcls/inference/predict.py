@@ -42,7 +42,7 @@ from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load
 from imgcls.inference.nights import OutputSeries, compute_next_sequence, format_date
 from imgcls.inference.publish_runs import publish_runs
 from imgcls.inference.ray_metrics import RayMetrics
-from imgcls.inference.registered_runs import describe_registered
+from imgcls.inference.registered_runs import build_model_entries
 from imgcls.inference.requests import (
     check_request,
     check_resumable,
@@ -214,7 +214,7 @@ class _PredictRun:
         self.started_at = started_at
         self.classes = bundle.spec.classes if config.has_predictions else []
         self.task = find_task(bundle.spec)
-        self.model_entries = {**describe_task(self.task.name), **describe_registered(bundle)}
+        self.model_entries = {**describe_task(self.task.name), **build_model_entries(bundle)}
         self.reference = open_reference(config, bundle)
 
     def run(self) -> PredictResult:

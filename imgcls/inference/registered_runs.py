@@ -57,11 +57,12 @@ def pin_version(config: PredictConfig, bundle: Bundle) -> tuple[PredictConfig, B
     return pinned, replace(bundle, registered=found)
 
 
-def describe_registered(bundle: Bundle) -> dict[str, Any]:
-    """The entry of `_run.json` about a registered model; none for another bundle."""
-    if bundle.registered is None:
-        return {}
-    return {"registered_model": bundle.registered.record}
+def build_model_entries(bundle: Bundle) -> dict[str, Any]:
+    """Entries of `_run.json` about the model: its architecture, and its version in the registry."""
+    entries: dict[str, Any] = {"architecture": bundle.spec.architecture.name}
+    if bundle.registered is not None:
+        entries["registered_model"] = bundle.registered.record
+    return entries
 
 
 def _use_stored(config: ConfigT, uri: str, record: Mapping[str, Any]) -> ConfigT:

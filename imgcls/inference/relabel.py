@@ -211,7 +211,7 @@ class _Relabeling:
             ),
             "sequence": compute_next_sequence(self._output, None),
             **describe_task(self._labeler.task.name),
-            **self._labeler.registered,
+            **self._labeler.model_entries,
         }
         layout.write_run(self._output, record)
         return record

@@ -244,7 +244,7 @@ def test_a_run_of_no_rows(tmp_path: Path) -> None:
     run = commit_multilabel(tmp_path / "out", table)
     found = evaluate(run, need_labels=False)
     assert found.counts.rows == 0
-    assert "0 rows" in found._repr_html_()
+    assert "Predictions of 0 images" in found._repr_html_()
     with pytest.raises(RequestError, match="none of its 0 predictions has a label"):
         evaluate(run)
 

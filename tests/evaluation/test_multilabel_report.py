@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def test_it_opens_from_disk_without_an_error_or_a_request(
 ) -> None:
     page = (run / "report.html").as_uri()
     with opened(page, width=width, scheme=scheme, browser=browser) as seen:
-        assert seen.page.title() == "nightly <b>run: 300 rows"
-        assert seen.page.locator("h1 b, td b, summary b").count() == 0
+        assert seen.page.title() == "bundle on drawn, January 1, 2026"
+        assert "nightly <b>run" in seen.page.inner_text("h1 + p")
+        assert seen.page.locator("h1 *, h1 + p *, td b, summary b").count() == 0
         seen.check_opened_alone(page)
         seen.screenshot(f"multilabel-{width}")
 
@@ -57,13 +59,15 @@ def test_every_section_is_linked_and_shown(run: Path, browser: Any) -> None:
     with opened((run / "report.html").as_uri(), browser=browser) as seen:
         links = seen.page.locator("nav a")
         assert links.all_inner_texts() == [
-            *("Classes", "Precision and recall", "Co-occurrence", "Calibration", "Slices"),
-            *("Mistakes", "Possible label errors", "Unlike the training data", "Similar images"),
-            *("Errors", "All metrics", "Provenance"),
+            *("Mistakes", "Other metrics", "Classes", "Precision and recall", "Co-occurrence"),
+            *("Calibration", "Slices", "Possible label errors", "Unlike the training data"),
+            *("Similar images", "Errors", "All metrics", "How it was made"),
         ]
         for link in links.all():
             assert seen.page.locator(str(link.get_attribute("href"))).count() == 1
-        assert seen.page.locator(".card").first.inner_text().startswith("mean average precision")
+        headline = seen.page.locator(".headline").inner_text()
+        assert "mean average precision" in headline
+        assert re.search(r"95% interval [\d.]+% to [\d.]+%, n = \d+ labeled images", headline)
         assert sorted(seen.page.locator("#per-class tbody td:first-child").all_inner_texts()) == (
             sorted(CLASSES)
         )
@@ -79,15 +83,20 @@ def test_every_section_is_linked_and_shown(run: Path, browser: Any) -> None:
         assert "predicted" in names
 
 
+def test_it_is_accessible(run: Path, browser: Any) -> None:
+    with opened((run / "report.html").as_uri(), browser=browser) as seen:
+        seen.check_accessible()
+
+
 def test_many_classes_have_pictures_of_their_pairs(tmp_path: Path) -> None:
-    classes = [f"class {i:02d}" for i in range(30)]
-    targets = draw_targets(400, classes=30)
+    classes = [f"class {i:02d}" for i in range(36)]
+    targets = draw_targets(400, classes=36)
     table = build_run_table(targets, draw_scores(targets), classes=classes)
     run = commit_multilabel(tmp_path / "out", table, classes=classes)
     options = EvaluationOptions(thumbnails=False)
     text = Path(write_report(ReportConfig(source=str(run), evaluation=options))).read_text()
     assert text.count('<img class="picture"') == 2
-    assert "the 24 most frequent of 30 classes" in text
+    assert "the 30 most frequent of 36 classes" in text
     assert text.count("<figure><svg") == 24
     assert "AP " in text
 
@@ -99,8 +108,11 @@ def test_a_run_without_labels_shows_predictions(tmp_path: Path) -> None:
     text = Path(write_report(ReportConfig(source=str(run)))).read_text()
     assert "Left out: All metrics that need labels" in text
     assert "Co-occurrence" not in text
-    assert text.count("not labeled") == 24
+    assert "not labeled" not in text
+    strangest = text.partition('id="gallery-strangest"')[2].partition("</ul>")[0]
+    assert strangest.count("<li") == strangest.count("<dt>predicted</dt>") == 24
     assert "no image" in text
+    assert 'id="gallery-samples-1"' in text
 
 
 def test_the_notebook_shows_curves_and_mistakes(run: Path) -> None:
