@@ -27,7 +27,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FIRST = ["predict", "calibrate", "key new"]
 """Examples whose outputs other examples use."""
-ELSEWHERE = {"nightly": "is a DAG for Airflow"}
+ELSEWHERE = {
+    "nightly": "is a DAG for Airflow",
+    "existing_clusters": "asks a cluster for a job",
+}
 """Pages whose Python code is for other programs."""
 
 
