@@ -17,7 +17,14 @@ from pathlib import Path
 from imgcls import LAZY_EXPORTS
 
 REPOSITORY = Path(__file__).parent.parent
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "manifests/*.md", "docs/*.md")
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "manifests/*.md",
+    "docs/*.md",
+)
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)")
 """A Markdown link or image with a relative target."""
 DIRECTIVE = re.compile(r"^<!-- ::: imgcls\.(\w+) -->$", re.MULTILINE)

@@ -82,3 +82,9 @@ def test_every_page_is_linked_from_the_readme() -> None:
     text = (REPOSITORY / "README.md").read_text()
     for page in PAGES[1:]:
         assert f"(docs/{page.name})" in text, page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_test_file_that_a_page_names_exists(page: Path) -> None:
+    for name in re.findall(r"`(tests/[\w/]+\.py)`", page.read_text()):
+        assert (REPOSITORY / name).is_file(), name
