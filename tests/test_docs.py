@@ -22,7 +22,7 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
     """Every indented `imgcls ...` line of a page, continued lines joined: job and options."""
     text = page.read_text().replace("\\\n", " ")
     for line in re.findall(r"^ {4}(?:\S+/)?imgcls (.+)$", text, re.MULTILINE):
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line.partition(" && ")[0], comments=True)
         for count in (2, 1):
             name = " ".join(words[:count])
             if name in COMMANDS:

@@ -27,8 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FIRST = ["predict", "calibrate", "key new"]
 """Examples whose outputs other examples use."""
-ELSEWHERE = {"nightly": "is a DAG for Airflow"}
-"""Pages whose Python code is for other programs."""
+ELSEWHERE = {"nightly": "is a DAG for Airflow", "tutorial": "is run by test_tutorial.py"}
+"""Pages whose Python code is for other programs, or run by another test."""
 
 
 @pytest.fixture
