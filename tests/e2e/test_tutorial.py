@@ -27,7 +27,9 @@ SETUP = "make venv"
 MEASURED = re.compile(r"\d[\d.,]*(?: ?(?:s|ms|min|h|MB|GB|kB|B|images/s)\b)")
 FOLDER = re.compile(r"(?<![\w.:/])/(?:[\w.-]+/)+")
 """The folder of an absolute path: that in which the tutorial is typed."""
-VARYING = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d\S*|\b[0-9a-f]{8,}\b|:\d{4,5}\b")
+VARYING = re.compile(
+    r"waiting \d+%|best: epoch \d+|\d{4}-\d\d-\d\d[T ]\d\d:\d\d\S*|\b[0-9a-f]{8,}\b|:\d{4,5}\b"
+)
 NUMBER = re.compile(r"\d+\.\d+(?:e-?\d+)?")
 
 
