@@ -11,7 +11,7 @@ AXE_VERSION := 4.14.1
 AXE := .venv/axe/node_modules/axe-core/axe.min.js
 
 .DEFAULT_GOAL := help
-.PHONY: help venv azurite axe demo test test-slow test-s3 test-cluster test-chaos test-gpu bench bench-more lint format clean
+.PHONY: help venv azurite axe demo test test-slow test-s3 test-cluster test-chaos test-gpu bench bench-more docs lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,9 @@ bench-more: venv  ## other models and kinds of images, agreement, start-up, grow
 
 test-gpu: venv  ## what needs a CUDA device
 	$(BIN)/pytest -m gpu
+
+docs: venv  ## build the documentation site in build/site; a broken link or anchor is an error
+	$(BIN)/python docs/build_site.py
 
 lint: venv  ## style, types and the layers between packages
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
     """Every indented `imgcls ...` line of a page, continued lines joined: job and options."""
     text = page.read_text().replace("\\\n", " ")
     for line in re.findall(r"^ {4}(?:\S+/)?imgcls (.+)$", text, re.MULTILINE):
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line.partition(" && ")[0], comments=True)
         for count in (2, 1):
             name = " ".join(words[:count])
             if name in COMMANDS:
@@ -82,3 +82,9 @@ def test_every_page_is_linked_from_the_readme() -> None:
     text = (REPOSITORY / "README.md").read_text()
     for page in PAGES[1:]:
         assert f"(docs/{page.name})" in text, page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_test_file_that_a_page_names_exists(page: Path) -> None:
+    for name in re.findall(r"`(tests/[\w/]+\.py)`", page.read_text()):
+        assert (REPOSITORY / name).is_file(), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,29 @@ def test_the_reference_is_generated_from_the_code() -> None:
     assert written == reference.render_reference(cli.COMMANDS), (
         "run imgcls reference > docs/reference.md"
     )
+
+
+def read_keys(page: str, heading: str) -> dict[str, str]:
+    """Keys of the table below a heading of the reference, with their types."""
+    part = page.partition(f"# {heading}\n")[2].partition("\n#")[0]
+    return dict(re.findall(r"^\| `([^`]+)` \| (.*?) \| ", part, re.MULTILINE))
+
+
+def test_the_reference_has_every_key_of_every_command_and_shared_ones_once() -> None:
+    page = reference.render_reference(cli.COMMANDS)
+    assert page.count("| `retry-timeout-s` |") == 1
+    for name, command in cli.COMMANDS.items():
+        listed = read_keys(page, f"imgcls {name}")
+        if name == "tune":
+            assert not set(listed) & set(read_keys(page, "imgcls train"))
+            listed |= read_keys(page, "imgcls train")
+        for key, kind in list(listed.items()):
+            if linked := re.search(r"\[(.+?)\]\(#", kind):
+                below = read_keys(page, linked[1])
+                assert below, linked[1]
+                listed |= {f"{key}.{each}": each for each in below}
+        keys = {key.name for key in reference.list_keys(command.load_model())}
+        assert keys == {key for key, kind in listed.items() if "](#" not in kind}, name
 
 
 def test_the_type_stub_is_generated_from_the_code(capsys: pytest.CaptureFixture[str]) -> None:

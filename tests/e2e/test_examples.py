@@ -30,8 +30,9 @@ FIRST = ["predict", "calibrate", "key new"]
 ELSEWHERE = {
     "nightly": "is a DAG for Airflow",
     "existing_clusters": "asks a cluster for a job",
+    "tutorial": "is run by test_tutorial.py",
 }
-"""Pages whose Python code is for other programs."""
+"""Pages whose Python code is for other programs, or run by another test."""
 
 
 @pytest.fixture
