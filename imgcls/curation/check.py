@@ -283,7 +283,8 @@ def _write_results(
     page = report.render_check_report(images, findings, summary, sections)
     filesystem.write(filesystem.join(output, CHECK_REPORT), page.encode())
     for name, count in summary["issues"].items():
-        log.emit("issue", f"{name:<17} {count:>9,} images", issue=name, images=count)
+        unit = "image" if count == 1 else "images"
+        log.emit("issue", f"{name:<17} {count:>9,} {unit}", issue=name, images=count)
     _log_class_issues(summary.get("classes", []))
     return CheckResult(
         issues=issues,
