@@ -282,11 +282,13 @@ def test_rejected_decisions_come_back_after_the_shown_image_and_undo_nothing_els
         press(page, "2")
         wait_for_image(page, "2.jpg")
         page.keyboard.press("z")  # takes back the decision that is being sent
+        wait_for_held(page, held)
         reject(held.pop(), "the first reason")
         wait_for_image(page, "1.jpg")
         assert "the first reason" in page.locator("#message").inner_text()
         press(page, "2", "3")
         wait_for_image(page, "3.jpg")
+        wait_for_held(page, held)
         reject(held.pop(), "the second reason")
         page.get_by_text("1.jpg was not saved: the second reason.").wait_for()
         wait_for_held(page, held)
