@@ -25,6 +25,7 @@ class Watched:
     page: Any
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    is_unchecked: bool = False
 
     def check_opened_alone(self, url: str) -> None:
         """Assert that the page made no request, has no error, and fits the width of the window."""
@@ -34,17 +35,30 @@ class Watched:
         overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         assert self.page.evaluate(overflow) == 0
 
-    def check_accessible(self) -> None:
-        """Assert that axe-core finds nothing wrong; skips the test if it is not installed."""
+    def check_accessible(self, *schemes: str) -> None:
+        """Assert that axe-core finds nothing wrong in the page as it is now.
+
+        Without axe-core the test goes on, and is skipped when its page closes.
+
+        schemes: color schemes to check, `light` or `dark`; none checks the current one
+        """
         if not AXE.exists():
-            pytest.skip("no axe-core: make axe, or name axe.min.js in AXE")
-        self.page.add_script_tag(content=AXE.read_text())
-        found = self.page.evaluate("axe.run().then(result => result.violations)")
-        assert [
-            f"{each['id']}: {node['html'][:200]} {node['failureSummary'][:300]}"
-            for each in found
-            for node in each["nodes"][:3]
-        ] == []
+            self.is_unchecked = True
+            return
+        if self.page.evaluate("typeof axe") == "undefined":
+            # not by a script element: the Content-Security-Policy of a page may refuse it
+            self.page.evaluate(AXE.read_text())
+        for scheme in schemes or (None,):
+            if scheme:
+                self.page.emulate_media(color_scheme=scheme)
+            found = self.page.evaluate("axe.run().then(result => result.violations)")
+            violations = [
+                f"{each['id']}: {node['html'][:200]} {node['failureSummary'][:300]}"
+                for each in found
+                for node in each["nodes"][:3]
+            ]
+            # pytest rewrites no assertion of this module
+            assert violations == [], "\n".join((f"color scheme {scheme}:", *violations))
 
     def screenshot(self, name: str) -> None:
         """Save a screenshot to the folder IMGCLS_SCREENSHOTS, if it is set."""
@@ -91,3 +105,5 @@ def opened(
         page.on("request", lambda request: watched.requests.append(request.url))
         page.goto(url)
         yield watched
+        if watched.is_unchecked:
+            pytest.skip("accessibility was not checked: make axe, or name axe.min.js in AXE")

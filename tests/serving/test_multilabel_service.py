@@ -130,6 +130,7 @@ def test_the_page_shows_labels_as_chips_and_marks_thresholds(
         files.set_input_files(str(tmp_path / "red.jpg"))
         card.locator(".took").wait_for()
         assert card.locator(".chip").all_inner_texts() == ["red", "blue"]
+        page.check_accessible("dark", "light")
         assert card.locator(".badge").all_inner_texts() == ["accepted"]
         assert card.locator("img").get_attribute("alt") == "red, blue, accepted"
         marks = card.locator(".mark")

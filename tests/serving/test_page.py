@@ -54,6 +54,7 @@ def test_the_page_classifies_dropped_images(locked: Running, key: str, tmp_path:
         draw(name, (320, 240)).save(tmp_path / f"{name}.jpg")
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "red.jpg").read_bytes()[:900])
     with opened(locked.url) as page:
+        page.check_accessible("dark", "light")
         cards = page.page.locator("#results > li")
 
         def wait_for_results(count: int) -> None:
@@ -67,6 +68,7 @@ def test_the_page_classifies_dropped_images(locked: Running, key: str, tmp_path:
         assert cards.nth(0).locator(".badge").inner_text() == "key missing"
         assert "no API key" in page.page.locator("#message").inner_text()
         page.screenshot("serve-no-key")
+        page.check_accessible("dark", "light")
 
         page.page.fill("#key", key + "x")
         page.page.locator("#files").set_input_files(str(tmp_path / "red.jpg"))
@@ -93,6 +95,7 @@ def test_the_page_classifies_dropped_images(locked: Running, key: str, tmp_path:
         assert sorted(badges) == ["abstained", "truncated"]
         assert "3 images classified, 1 failed" in page.page.locator("#message").inner_text()
         page.screenshot("serve")
+        page.check_accessible("dark", "light")
         assert_private(page, locked.url)
         unexpected = [text for text in page.errors if "401" not in text and "422" not in text]
         assert unexpected == []
@@ -198,6 +201,10 @@ def test_input_fields_are_visible(locked: Running, scheme: str) -> None:
         [document.getElementById(id), "backgroundColor"], [document.body, "backgroundColor"]]
         .map(([element, name]) => getComputedStyle(element)[name].match(/\\d+/g).map(Number))"""
 
+    placeholder_colors = """() => [getComputedStyle(byId("threshold"), "::placeholder").color,
+        getComputedStyle(byId("threshold")).backgroundColor]
+        .map((color) => color.match(/\\d+/g).map(Number))"""
+
     def luminance(color: list[int]) -> float:
         parts = [value / 255 for value in color]
         red, green, blue = (
@@ -211,6 +218,9 @@ def test_input_fields_are_visible(locked: Running, scheme: str) -> None:
             for background in backgrounds:
                 darker, lighter = sorted((edge, background))
                 assert (lighter + 0.05) / (darker + 0.05) >= 3, name
+        placeholder, background = map(luminance, page.page.evaluate(placeholder_colors))
+        darker, lighter = sorted((placeholder, background))
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5  # 1.4.3; axe-core does not check it
 
 
 def test_without_explanations_there_is_no_button(color_bundle: Path, tmp_path: Path) -> None:
@@ -237,6 +247,7 @@ def test_an_image_is_explained_by_a_button(server: Running, tmp_path: Path) -> N
         )
         page.page.wait_for_function("document.querySelector('#results img').naturalWidth > 0")
         page.screenshot("serve-explained")
+        page.check_accessible("light", "dark")
         page.page.get_by_role("button", name="Show image").click()
         assert picture.get_attribute("src").startswith("blob:")
         assert "accepted" in picture.get_attribute("alt")

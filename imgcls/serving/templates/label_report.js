@@ -4,7 +4,7 @@ const REPORT_INTERVAL_S = 30;
 let reportedAt = 0;
 let reportTimer = null;
 
-function createTable(names, rows) {
+function createTable(title, names, rows) {
   const table = create("table");
   const head = table.createTHead().insertRow();
   for (const name of names) {
@@ -18,6 +18,9 @@ function createTable(names, rows) {
     for (const value of values) row.insertCell().textContent = value;
   }
   const box = create("div", "scroll");
+  box.tabIndex = 0;  // else the keyboard cannot scroll it
+  box.setAttribute("role", "region");
+  box.setAttribute("aria-label", title);
   box.append(table);
   return box;
 }
@@ -43,10 +46,10 @@ async function showReport() {
   }
   const parts = [create("p", "", found.complete + " of " + plural(found.images, "image") + " complete, with " + plural(queue.annotations_per_image, "label") + " per image")];
   if (found.annotators.length) {
-    parts.push(createTable(["Annotator", "Labeled", "Skipped"], found.annotators.map((each) => [each.name, each.labeled, each.skipped])));
+    parts.push(createTable("Annotators", ["Annotator", "Labeled", "Skipped"], found.annotators.map((each) => [each.name, each.labeled, each.skipped])));
   }
   if (found.agreements.length) {
-    parts.push(create("h2", "", "Agreement"), createTable(["Annotators", "Images of both", "Same labels", "Cohen’s kappa"],
+    parts.push(create("h2", "", "Agreement"), createTable("Agreement", ["Annotators", "Images of both", "Same labels", "Cohen’s kappa"],
       found.agreements.map((each) => [each.first + ", " + each.second, each.images, percent(each.equal), each.kappa === null ? "undefined" : each.kappa.toFixed(2)])));
     parts.push(create("h2", "", "Disagreements"), createDisagreements(found.disagreements));
   }

@@ -38,6 +38,7 @@ def test_the_page_of_all_runs_opens_alone_and_shows_names_as_text(
         ink = seen.page.evaluate("getComputedStyle(document.body).color")
         assert (ink == "rgb(230, 234, 240)") == (scheme == "dark")
         seen.screenshot(f"runs-{width}")
+        seen.check_accessible()
 
 
 def test_the_table_sorts_by_any_column_and_links_the_reports(page: Path, browser: Any) -> None:
@@ -74,3 +75,4 @@ def test_the_page_of_a_lineage_opens_alone(
         seen.check_opened_alone(place.as_uri())
         assert "training data manifest" in " ".join(seen.page.inner_text(".tree").split())
         seen.screenshot(f"lineage-{width}")
+        seen.check_accessible()

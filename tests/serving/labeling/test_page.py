@@ -105,7 +105,10 @@ def test_two_annotators_label_by_keyboard_and_undo(
             assert watched.errors == []
         with opened(f"{running.url}/label", browser=browser) as watched:
             page = watched.page
+            page.locator("#name").wait_for()
+            watched.check_accessible("dark", "light")
             enter(page, "name", "ben")
+            watched.check_accessible("dark", "light")
             press(page, "1", "1", "1", "1", "1", "1")
             wait_for_counts(page, "6 labeled")
             page.click("summary")
@@ -114,6 +117,8 @@ def test_two_annotators_label_by_keyboard_and_undo(
             assert "5.jpg" in disagreements.last.inner_text()
             assert "ana: green; ben: red" in disagreements.last.inner_text()
             watched.screenshot("label-agreement")
+            page.set_viewport_size({"width": 320, "height": 844})  # the tables scroll
+            watched.check_accessible("dark", "light")
             disagreements.last.click()
             wait_for_image(page, "5.jpg")
             press(page, "2")
@@ -145,6 +150,7 @@ def test_multilabel_keys_toggle_and_enter_saves(
         press(page, "1", "2")
         assert page.locator("#accept").inner_text().endswith("Save: green, blue")
         watched.screenshot("label-multilabel")
+        watched.check_accessible("dark", "light")
         press(page, "Enter")
         wait_for_image(page, "1.jpg")
         page.get_by_text("Save: red, blue").wait_for()
@@ -179,6 +185,7 @@ def test_images_that_cannot_be_shown_are_skipped(
             assert page.locator("#classes button").first.is_disabled()
             if name == "text.jpg":
                 watched.screenshot("label-broken")
+                watched.check_accessible("dark", "light")
             page.keyboard.press("1")  # has no effect
             page.keyboard.press("s")
         wait_for_counts(page, "3 labeled, 3 skipped, 0 left")
@@ -203,6 +210,7 @@ def test_many_classes_are_found_by_typing(browser: Any, color_bundle: Path, tmp_
         page.keyboard.type("CLASS 04")
         assert page.locator("#classes button").count() == 10
         watched.screenshot("label-search")
+        watched.check_accessible("dark", "light")
         page.keyboard.type("2")
         assert "Enter" not in page.locator("#accept").inner_text()
         page.click("#figure")  # the first match has the key also outside of the field
@@ -274,11 +282,13 @@ def test_rejected_decisions_come_back_after_the_shown_image_and_undo_nothing_els
         press(page, "2")
         wait_for_image(page, "2.jpg")
         page.keyboard.press("z")  # takes back the decision that is being sent
+        wait_for_held(page, held)
         reject(held.pop(), "the first reason")
         wait_for_image(page, "1.jpg")
         assert "the first reason" in page.locator("#message").inner_text()
         press(page, "2", "3")
         wait_for_image(page, "3.jpg")
+        wait_for_held(page, held)
         reject(held.pop(), "the second reason")
         page.get_by_text("1.jpg was not saved: the second reason.").wait_for()
         wait_for_held(page, held)
