@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from typing import Any
 
 import ray
@@ -101,10 +102,8 @@ def _find_nodes(config: DoctorConfig) -> tuple[DoctorResult, list[CheckedNode]]:
     nodes = [_build_checked_node(node, addresses) for node in alive]
     address = ray.get_runtime_context().gcs_address
     where = "started for this check" if session.is_private_session() else f"at {address}"
-    return (
-        DoctorResult("ray", "ok", f"{ray.__version__} {where}, {format_count(len(nodes), 'node')}"),
-        nodes,
-    )
+    text = f"{metadata.version('ray')} {where}, {format_count(len(nodes), 'node')}"
+    return DoctorResult("ray", "ok", text), nodes
 
 
 def _build_checked_node(node: Mapping[str, Any], addresses: Sequence[str]) -> CheckedNode:

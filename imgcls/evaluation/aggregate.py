@@ -26,7 +26,7 @@ from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import RequestError
 from imgcls.evaluation.class_samples import SAMPLES_PER_CLASS, ClassSamples
-from imgcls.evaluation.label_join import KeyedLabels, select_run_columns
+from imgcls.evaluation.label_join import NO_VALUE, KeyedLabels, select_run_columns
 from imgcls.metrics import PredictionCounts
 from imgcls.metrics.columns import (
     EVALUATED_COLUMNS,
@@ -45,8 +45,6 @@ from imgcls.metrics.selective import SelectiveCounts
 from imgcls.runs.committed import CommittedRun, RowGroupRange, cast_string_views
 
 MAX_SLICES = 1_000
-NO_VALUE = "(none)"
-"""Name of the slice of rows without a value."""
 PIECE_ROWS = 1_000_000
 BATCH_ROWS = 262_144
 _BATCH_BYTES = 128_000_000

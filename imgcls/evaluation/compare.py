@@ -17,7 +17,6 @@ from imgcls import log
 from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import OK, RequestError
-from imgcls.evaluation.aggregate import NO_VALUE
 from imgcls.evaluation.comparison_parts import (
     DifferingRows,
     log_cut_rows,
@@ -26,7 +25,7 @@ from imgcls.evaluation.comparison_parts import (
     write_comparison,
 )
 from imgcls.evaluation.config import CompareConfig
-from imgcls.evaluation.label_join import resolve_labels, select_run_columns
+from imgcls.evaluation.label_join import NO_VALUE, resolve_labels, select_run_columns
 from imgcls.evaluation.multilabel_compare import MultiLabelComparison, compare_multilabel
 from imgcls.evaluation.row_pairs import check_not_worse, check_pairing, iter_row_pairs
 from imgcls.metrics.agreement import PairedComparison, mcnemar_test

@@ -26,6 +26,8 @@ from imgcls.runs.committed import CommittedRun, is_scalar_type
 
 JOINED_COLUMN = "label"
 """Column of the joined label."""
+NO_VALUE = "(none)"
+"""Name of the slice of rows without a value."""
 KEYS = KeyNames("labels", {"path_column": "on", "label_column": "labels.column"})
 
 

@@ -19,7 +19,7 @@ from imgcls import log
 from imgcls.data.manifests.label_columns import POSITIVE, UNKNOWN, build_name_lists
 from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.errors import OK, RequestError
-from imgcls.evaluation.aggregate import MAX_SLICES, NO_VALUE
+from imgcls.evaluation.aggregate import MAX_SLICES
 from imgcls.evaluation.comparison_parts import (
     DifferingRows,
     log_cut_rows,
@@ -28,6 +28,7 @@ from imgcls.evaluation.comparison_parts import (
     write_comparison,
 )
 from imgcls.evaluation.config import CompareConfig
+from imgcls.evaluation.label_join import NO_VALUE
 from imgcls.evaluation.label_list_join import require_label_lists
 from imgcls.evaluation.row_pairs import check_not_worse, check_pairing, iter_row_pairs
 from imgcls.metrics.agreement import PairedComparison, mcnemar_test

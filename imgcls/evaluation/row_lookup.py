@@ -6,7 +6,7 @@ An aggregate keeps the positions of rows; their columns are read here, file by f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +15,17 @@ import pyarrow.parquet as pq
 
 from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.data.storage import filesystem
-from imgcls.evaluation.aggregate import NO_VALUE, RunAggregate
-from imgcls.evaluation.label_join import JOINED_COLUMN, JoinedLabels, select_run_columns
+from imgcls.evaluation.label_join import (
+    JOINED_COLUMN,
+    NO_VALUE,
+    JoinedLabels,
+    select_run_columns,
+)
 from imgcls.metrics.columns import Ints
 from imgcls.runs.committed import CommittedRun, cast_string_views
+
+if TYPE_CHECKING:
+    from imgcls.evaluation.aggregate import RunAggregate
 
 _SHOWN_COLUMNS = (
     "row",

@@ -94,7 +94,9 @@ def test_a_run_waits_for_nodes_it_has_lost_and_not_for_nodes_that_never_were(
         Interruption(),
         under_way=True,
     )
-    with pytest.raises(ResourcesError, match=r"waited 1 s for nodes; .* scale\.resource_timeout_s"):
+    with pytest.raises(
+        ResourcesError, match=r"waited \d+ s for nodes; .* scale\.resource_timeout_s"
+    ):
         list(steps)
     assert capsys.readouterr().out.startswith("waiting  for nodes: scale.workers 3")
     assert requested() == []
@@ -135,7 +137,7 @@ def test_the_first_node_is_requested_until_it_joins_or_the_wait_ends(
     assert "waiting  for nodes: scale.layout gpu needs a GPU" in capsys.readouterr().out
     steps.close()
     wait_for(lambda: requested() == [])
-    with pytest.raises(ResourcesError, match="waited 1 s for nodes"):
+    with pytest.raises(ResourcesError, match=r"waited \d+ s for nodes"):
         wait_for_placement(LABELING, scale, Interruption())
     wait_for(lambda: requested() == [])
 

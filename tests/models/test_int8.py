@@ -15,6 +15,7 @@ from imgcls.errors import BundleError
 from imgcls.models import precision, zoo
 from imgcls.models.bundle import Int8Calibration, load_bundle
 from imgcls.models.classifier import Classifier
+from imgcls.models.cpu import read_cpu_flags
 from imgcls.models.fold_batchnorm import fold_batch_norms
 from imgcls.models.fuse_cpu import FusedConv2d
 from imgcls.models.int8 import (
@@ -29,8 +30,7 @@ from tests.models.test_classifier import bundle_of, random_batch
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available()
-    or not precision.read_cpu_flags() & precision.INT8_FLAGS,
+    not torch.backends.mkldnn.is_available() or not read_cpu_flags() & precision.INT8_FLAGS,
     reason="this machine does not multiply int8",
 )
 
