@@ -38,7 +38,7 @@ class Watched:
     def check_accessible(self, *schemes: str) -> None:
         """Assert that axe-core finds nothing wrong in the page as it is now.
 
-        Without axe-core the test goes on, and is skipped when its page closes.
+        Without axe-core the test continues, and is skipped when its page closes.
 
         schemes: color schemes to check, `light` or `dark`; none checks the current one
         """

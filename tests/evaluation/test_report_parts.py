@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from imgcls.evaluation.report_parts import name_data
+from imgcls.errors import ImgclsError
+from imgcls.evaluation.report_parts import STATUS_MEANINGS, name_data
 
 
 @pytest.mark.parametrize(
@@ -21,3 +22,11 @@ from imgcls.evaluation.report_parts import name_data
 )
 def test_a_data_set_is_named_by_its_path(path: str, name: str) -> None:
     assert name_data(path) == name
+
+
+def test_every_status_of_a_row_has_a_meaning() -> None:
+    def list_statuses(error: type[Exception]) -> set[str]:
+        own = {error.__dict__["status"]} if "status" in error.__dict__ else set()
+        return own.union(*(list_statuses(each) for each in error.__subclasses__()))
+
+    assert list_statuses(ImgclsError) == STATUS_MEANINGS.keys()

@@ -10,7 +10,6 @@ torchvision deprecates them since 0.29 in favor of torchcodec, whose `decoders.d
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ from PIL import Image
 
 from imgcls.data.cuda import DecodeStage
 from imgcls.data.decoding.lazy_torchvision import torchvision
+from imgcls.data.encode_image import encode_jpeg
 from imgcls.errors import one_line
 
 _DECODER_ERROR = "Error while decoding JPEG images"
@@ -77,11 +77,9 @@ def _raise_device_failure(error: RuntimeError, device: torch.device) -> None:
 
 def find_fault(device: torch.device) -> str | None:
     """Why a device cannot decode a JPEG; None when it can."""
-    sink = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(sink, "JPEG")
     try:
         with DecodeStage(device) as stage:
-            [pixels] = decode_jpegs([sink.getvalue()], stage)
+            [pixels] = decode_jpegs([encode_jpeg(Image.new("RGB", (16, 16)))], stage)
     except RuntimeError as error:
         return one_line(error)
     return "it rejects a JPEG that Pillow has written" if pixels is None else None
