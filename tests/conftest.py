@@ -256,7 +256,7 @@ def cluster(endpoint: str, pytestconfig: pytest.Config) -> Iterator[RayCluster]:
 
     Its machines know the way to the object store, as those of a real one do.
     """
-    with RayCluster.start(cpus=2, env=environment(endpoint)) as running:
+    with RayCluster.start(cpus=2, fork=True, env=environment(endpoint)) as running:
         pytestconfig.stash[CLUSTER] = running
         yield running
 

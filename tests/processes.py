@@ -27,6 +27,15 @@ from imgcls import cli
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parent.parent
+FORKING = """
+import sys
+from imgcls.cluster.worker_forks import fork_workers
+from ray.scripts.scripts import main
+sys.argv[0] = "ray"
+with fork_workers():
+    main()
+"""
+"""A program that is `ray` whose workers are forked."""
 ALONE = ("--scale.workers", 1)
 """For runs that need no second worker: the number changes no row, and each costs 4 s of a core."""
 
@@ -48,13 +57,19 @@ class RayCluster:
         gpus: int = 0,
         *,
         dashboard: bool = False,
+        fork: bool = False,
         env: dict[str, str] | None = None,
     ) -> Iterator[RayCluster]:
+        """Start a head node.
+
+        fork: fork the workers, as in a private session of `imgcls`
+        """
         # Ray's socket paths must stay below 107 characters, so not pytest's own folder
         folder = tempfile.mkdtemp(prefix="imgcls-ray-", dir="/tmp")
         port, dashboard_port = free_port(), free_port()
+        program = [sys.executable, "-c", FORKING] if fork else [str(BIN / "ray")]
         command = [
-            str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats",
+            *program, "start", "--head", "--block", "--disable-usage-stats",
             f"--port={port}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--temp-dir={folder}",
             f"--include-dashboard={'true' if dashboard else 'false'}", "--no-monitor",
             "--include-log-monitor=false",

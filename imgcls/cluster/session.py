@@ -28,7 +28,8 @@ from typing import Any, ClassVar, Literal
 import grpc
 import ray
 
-from imgcls.cluster import ray_internals
+from imgcls.cluster import ray_internals, worker_forks
+from imgcls.cluster.worker_forks import WorkerForks
 from imgcls.data.environment import set_env_defaults
 from imgcls.errors import ImgclsError, RequestError, RunFailed, first_line
 
@@ -68,7 +69,15 @@ class _Session:
     lock: ClassVar[threading.Lock] = threading.Lock()
     private_address: ClassVar[str | None] = None
     """Address of the private session that `connect` has started last."""
+    forks: ClassVar[WorkerForks | None] = None
+    """What forks its workers."""
     ray_threads: ClassVar[weakref.WeakSet[threading.Thread]] = weakref.WeakSet()
+
+    @classmethod
+    def end_forks(cls) -> None:
+        if cls.forks is not None:
+            cls.forks.end()
+            cls.forks = None
 
 
 def connect() -> None:
@@ -113,6 +122,7 @@ def _start_or_join(address: str | None) -> None:
         _hold_back_stderr(),
         set_env_defaults(_MALLOC_SETTINGS if private else {}),
         ray_internals.start_without_services() if private else contextlib.nullcontext(),
+        worker_forks.fork_workers() if private else contextlib.nullcontext() as forks,
     ):
         ray.init(
             address,
@@ -121,6 +131,8 @@ def _start_or_join(address: str | None) -> None:
             include_dashboard=False,
         )
     if private:
+        _Session.end_forks()
+        _Session.forks = forks
         _Session.private_address = ray.get_runtime_context().gcs_address
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has replaced the handler
@@ -140,6 +152,7 @@ def end_session(exit_code: int) -> None:
         os._exit(exit_code)
     if is_private_session():
         ray.shutdown()
+        _Session.end_forks()
 
 
 def register_ray_thread(thread: threading.Thread) -> None:

@@ -1,0 +1,186 @@
+"""Workers of a private session are forks of one process, and else as Ray starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from imgcls.cluster.worker_forks import SETUP, WORKER, WorkerForks, fork_workers, read_setup
+from tests.processes import REPOSITORY, wait_for
+
+DESCRIBE = """
+import json, os, random, signal, sys
+import numpy as np
+about = {
+    "words": sys.argv, "name": __name__, "folder": os.getcwd(), "environment": dict(os.environ),
+    "niceness": os.getpriority(os.PRIO_PROCESS, 0), "group": os.getpgid(0) == os.getpid(),
+    "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))),
+    "torch": "torch" in sys.modules, "ray": "ray" in sys.modules, "parent": os.getppid(),
+    "drawn": [random.random(), np.random.random()],
+}
+print(json.dumps(about), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[tuple[WorkerForks, str]]:
+    """What forks workers, and the program that Ray would start them by."""
+    python = sys.executable
+    with fork_workers() as forks:
+        assert forks is not None
+        program = sys.executable
+    assert sys.executable == python != program
+    try:
+        yield forks, program
+    finally:
+        forks.end()
+    assert not Path(forks.folder).exists()
+
+
+def describe(program: str, folder: Path, *words: str, script: str = WORKER, **options: Any) -> Any:
+    """What a worker sees that is started by a program; its output is read until it ends."""
+    (folder / WORKER).write_text(DESCRIBE)
+    command = [program, str(folder / script), *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, **options)
+    return json.loads(done.stdout)
+
+
+def test_a_worker_is_a_fork_with_arguments_environment_and_signals_of_its_own(
+    started: tuple[WorkerForks, str], tmp_path: Path
+) -> None:
+    forks, program = started
+    about = describe(
+        program,
+        tmp_path,
+        "--worker-id=1",
+        cwd=tmp_path,
+        env={"RAY_JOB_ID": "7", "PATH": os.environ["PATH"]},
+        preexec_fn=lambda: (os.nice(3), signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})),
+    )
+    assert about["parent"] == forks.process.pid
+    assert about["torch"]
+    assert not about["ray"], "its native code would have read the environment of another process"
+    assert about["words"] == [str(tmp_path / WORKER), "--worker-id=1"]
+    assert about["name"] == "__main__"
+    assert about["folder"] == str(tmp_path)
+    assert about["environment"].items() >= {"RAY_JOB_ID": "7"}.items()
+    assert "RAY_AUTH_MODE" not in about["environment"]
+    assert about["niceness"] == os.getpriority(os.PRIO_PROCESS, 0) + 3
+    assert about["blocked"] == [signal.SIGINT]
+    assert about["group"], "Ray kills the process group of a worker that has ended"
+    other = describe(program, tmp_path)
+    assert other["drawn"][0] != about["drawn"][0] != random.random()
+    assert other["drawn"][1] != about["drawn"][1] != np.random.random()
+
+
+def test_variables_of_a_runtime_environment_are_set(
+    started: tuple[WorkerForks, str], tmp_path: Path
+) -> None:
+    forks, program = started
+    (tmp_path / SETUP).write_text("raise SystemExit('not to be run')")
+    settings = json.dumps({"env_vars": {"A": "1"}, "py_executable": sys.executable})
+    words = [str(tmp_path / WORKER), "--language=PYTHON", "--runtime-env-hash=5"]
+    context = f"--serialized-runtime-env-context={settings}"
+    about = describe(program, tmp_path, *words, context, script=SETUP)
+    assert about["parent"] == forks.process.pid
+    assert about["environment"]["A"] == "1"
+    assert about["words"] == [str(tmp_path / WORKER), "--runtime-env-hash=5"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"command_prefix": ["nice"]},
+        {"py_executable": "/usr/bin/other"},
+        {"override_worker_entrypoint": "worker.py"},
+        {"env_vars": {"PATH": "/bin:${PATH}"}},
+    ],
+)
+def test_other_runtime_environments_are_left_to_ray(settings: dict[str, Any]) -> None:
+    words = [WORKER, f"--serialized-runtime-env-context={json.dumps(settings)}"]
+    assert read_setup(words) == (None, [WORKER])
+
+
+def test_other_programs_run_as_by_python(started: tuple[WorkerForks, str], tmp_path: Path) -> None:
+    _, program = started
+    script = tmp_path / "agent.py"
+    script.write_text("import sys; print(sys.executable, *sys.argv[1:])")
+    done = subprocess.run([program, "-u", script, "x"], capture_output=True, check=True, text=True)
+    assert done.stdout.split() == [sys.executable, "x"]
+
+
+def test_workers_start_when_nothing_forks_them_any_more(tmp_path: Path) -> None:
+    with fork_workers() as forks:
+        assert forks is not None
+        program = sys.executable
+    forks.process.kill()
+    forks.process.wait()
+    try:
+        about = describe(program, tmp_path)
+        assert not about["torch"]
+        assert about["parent"] == os.getpid()
+    finally:
+        forks.end()
+
+
+def test_the_forking_process_ends_with_its_parent() -> None:
+    script = (
+        "import os; from imgcls.cluster.worker_forks import fork_workers\n"
+        "with fork_workers() as forks: print(forks.process.pid, forks.folder, flush=True)\n"
+        "os._exit(1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        check=False,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    pid, folder = done.stdout.split()
+    wait_for(lambda: not psutil.pid_exists(int(pid)), 60)
+    assert not Path(folder).exists()
+
+
+SESSION = """
+import os, sys
+import psutil, ray
+from imgcls.cluster import session
+from imgcls.cluster.session import end_session
+session.connect()
+
+@ray.remote
+def describe():
+    parent, this = psutil.Process(os.getppid()), psutil.Process()
+    return parent.cmdline(), this.cmdline(), "torch" in sys.modules
+
+parent, title, torch = ray.get(describe.remote())
+assert any("worker_forks" in word for word in parent), parent
+assert title[0].startswith("ray::"), title
+assert torch
+end_session(0)
+assert not any("worker_forks" in " ".join(p.cmdline()) for p in psutil.Process().children())
+print("as expected")
+"""
+
+
+def test_a_private_session_forks_its_workers() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", SESSION],
+        capture_output=True,
+        check=False,
+        text=True,
+        env=environment,
+    )
+    assert done.stdout.strip() == "as expected", done.stderr
