@@ -204,7 +204,12 @@ def _shorten(name: str) -> str:
 
 
 def plot_training_curves(history: Any, best: int) -> str:
-    """Loss and accuracy over epochs. history: data frame of a bundle's history.parquet."""
+    """Loss and accuracy over epochs, with whole epochs as ticks.
+
+    history: data frame of a bundle's history.parquet
+    best:    epoch that is marked
+    """
+    epochs = history["epoch"]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.4, 3.4), layout=ConstrainedLayoutEngine(w_pad=0.1))
         for axis, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
@@ -213,11 +218,14 @@ def plot_training_curves(history: Any, best: int) -> str:
                 name = f"{split}_{what}"
                 if name in history and history[name].notna().any():
                     style = {"marker": "o", "markersize": 3} if len(history) <= 30 else {}
-                    axis.plot(history["epoch"], history[name], color=color, label=word, **style)
-            axis.axvline(best, color=_INK, linewidth=1, linestyle=":")
+                    axis.plot(epochs, history[name], color=color, label=word, **style)
+            mark = {"color": _INK, "linewidth": 1, "linestyle": ":"}
+            axis.axvline(best, label=f"best: epoch {best}", **mark)
             axis.set(xlabel="epoch", ylabel=what)
+            # half an epoch at each side: no tick before the first epoch
+            axis.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
             few = len(history) <= 10
-            ticks = FixedLocator(history["epoch"]) if few else MaxNLocator(nbins=8, integer=True)
+            ticks = FixedLocator(epochs) if few else MaxNLocator(nbins=8, integer=True)
             axis.xaxis.set_major_locator(ticks)
             axis.legend(loc="best")
             if what == "accuracy":

@@ -149,8 +149,7 @@ def _fit_and_publish(
             row["held"],
             error=reason,
             row=row["row"],
-            # the status in the run, or a sentence about an image that is not in it
-            status="missing" if " " in reason else reason,
+            status=_find_status(reason),
         )
         for row, reason in zip(lacking, reasons.values(), strict=True)
     )
@@ -203,6 +202,13 @@ def _fit_and_publish(
         f"head fitted, l2 {head.l2:g}, val {epoch.format_quality()} -> {config.output}"
     )
     return TrainResult(config.output, [epoch], epoch, sum(failed)), loggers.state
+
+
+def _find_status(reason: str) -> str:
+    """Status of an image without an embedding; the reason is its status in the run or a sentence."""
+    if " " not in reason:
+        return reason
+    return "not_finite" if reason.startswith("has no embedding") else "missing"
 
 
 def _check_failures(

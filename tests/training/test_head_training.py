@@ -173,6 +173,16 @@ def test_rows_without_an_embedding_are_left_out_up_to_the_allowed_share(
     assert result.failed == 3
     assert result.history[0].train_rows + result.history[0].val_rows == 119
     assert "left out:" in capsys.readouterr().out
+    found = pd.read_parquet(tmp_path / "bundle" / "validation_predictions.parquet")
+    held = pd.read_parquet(tmp_path / "bundle" / "validation.parquet")
+    assert found.path.tolist() == held.path.tolist()
+    ok = found[found.status == "ok"]
+    assert len(ok) == result.history[0].val_rows
+    assert (ok.predicted_label == ok.label).mean() == result.history[0].val_accuracy
+    statuses = {"/5.jpg": "missing", "/7.jpg": "not_finite", "/elsewhere.jpg": "missing"}
+    lost = found[found.status != "ok"]
+    assert lost.status.tolist() == [statuses[path] for path in lost.path]
+    assert lost.predicted_label.isna().all()
 
 
 def test_embeddings_that_overflow_give_no_bundle(tmp_path: Path, bundle: Path) -> None:
