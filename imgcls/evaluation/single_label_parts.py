@@ -36,9 +36,7 @@ def build_confusion_values(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def build_galleries(
-    evaluation: Evaluation, lists: Mapping[str, pa.Table]
-) -> dict[str, list[Item]]:
+def build_galleries(evaluation: Evaluation, lists: Mapping[str, pa.Table]) -> dict[str, list[Item]]:
     """Items of each list of rows."""
     images = build_images(
         evaluation, {name: table["path"].to_pylist() for name, table in lists.items()}

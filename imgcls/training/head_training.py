@@ -164,9 +164,7 @@ def _fit_and_publish(
     recorder = PredictionRecorder(
         examples.targets.task, examples.classes, examples.count(held=True)
     )
-    codes, held, rows = (
-        examples.rows.column(name).to_numpy() for name in ("label", "held", "row")
-    )
+    codes, held, rows = (examples.rows.column(name).to_numpy() for name in ("label", "held", "row"))
     recorder.add_rows(rows[(index >= 0) & held])
     train, val = (
         ProbeFeatures(torch.from_numpy(vectors[index[used]]), examples.targets.encode(codes[used]))
@@ -205,7 +203,7 @@ def _fit_and_publish(
 
 
 def _find_status(reason: str) -> str:
-    """Status of an image without an embedding; the reason is its status in the run or a sentence."""
+    """Status of an image without an embedding; `reason` is its status or a sentence."""
     if " " not in reason:
         return reason
     return "not_finite" if reason.startswith("has no embedding") else "missing"

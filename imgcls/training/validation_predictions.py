@@ -42,9 +42,7 @@ class PredictionRecorder:
     def __init__(self, task: TaskName, classes: Sequence[str], num_rows: int) -> None:
         """num_rows: number of validation rows of all workers"""
         self._task, self._classes = TASKS[task], classes
-        self._has_scores = (
-            self._task.needs_scores and num_rows * len(classes) <= MAX_STORED_SCORES
-        )
+        self._has_scores = self._task.needs_scores and num_rows * len(classes) <= MAX_STORED_SCORES
         self._rows = [np.zeros(0, np.int64)]
         self._failures: list[DecodeFailure] = []
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -63,9 +63,7 @@ def trained(
         paths = [str(folder / path) for path in predictions["path"].to_pylist()]
         table = predictions.drop_columns(["camera"]).set_column(0, "path", pa.array(paths))
         record = {"imgcls": json.dumps({"created": CREATED})}
-        pq.write_table(
-            table.replace_schema_metadata(record), folder / VALIDATION_PREDICTIONS_FILE
-        )
+        pq.write_table(table.replace_schema_metadata(record), folder / VALIDATION_PREDICTIONS_FILE)
     return folder
 
 
@@ -161,9 +159,7 @@ def test_it_stays_readable_with_any_number_of_classes(
     names = [f"class number {i}" for i in range(size)]
     table = drawn(3000, classes=names, sharpness=4.0, scores=False)
     accuracy = compute_accuracy(table)
-    folder = trained(
-        tmp_path / "bundle", build_history(), table, classes=names, accuracy=accuracy
-    )
+    folder = trained(tmp_path / "bundle", build_history(), table, classes=names, accuracy=accuracy)
     place = report(folder)
     assert place.stat().st_size < 4_000_000
     with opened(place.as_uri(), browser=browser) as seen:
@@ -173,9 +169,7 @@ def test_it_stays_readable_with_any_number_of_classes(
         seen.screenshot(f"training-{size}")
 
 
-def test_a_multilabel_training_has_the_mistakes_of_each_class(
-    tmp_path: Path, browser: Any
-) -> None:
+def test_a_multilabel_training_has_the_mistakes_of_each_class(tmp_path: Path, browser: Any) -> None:
     targets = draw_targets(200)
     table = build_run_table(targets, draw_scores(targets))
     labels = table.column_names.index("labels")
@@ -197,9 +191,7 @@ def test_a_multilabel_training_has_the_mistakes_of_each_class(
 
 
 @pytest.mark.parametrize("kind", ["earlier", "replaced", "calibrated"])
-def test_without_predictions_of_this_bundle_it_names_the_command(
-    tmp_path: Path, kind: str
-) -> None:
+def test_without_predictions_of_this_bundle_it_names_the_command(tmp_path: Path, kind: str) -> None:
     made: dict[str, Any] = {
         "earlier": {},
         "replaced": {"created": "2026-11-30T00:00:00+00:00"},

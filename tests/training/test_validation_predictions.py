@@ -1,4 +1,4 @@
-"""Predictions of the validation images: the right values, each row once on any number of workers."""
+"""Validation predictions have the right values, and each row once with any number of workers."""
 
 from __future__ import annotations
 
