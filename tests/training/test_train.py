@@ -455,6 +455,14 @@ def test_images_decoded_in_every_epoch_train_the_same_as_cached_ones(
     for cached, streamed in zip(found[True], found[False], strict=True):
         assert streamed.train_loss == pytest.approx(cached.train_loss, rel=1e-4)
         assert streamed.val_loss == pytest.approx(cached.val_loss, rel=1e-4)
+    once, every = (
+        pd.read_parquet(tmp_path / f"cache-{cache}" / "validation_predictions.parquet")
+        for cache in (True, False)
+    )
+    pd.testing.assert_frame_equal(
+        once[["path", "row", "predicted_label"]], every[["path", "row", "predicted_label"]]
+    )
+    np.testing.assert_allclose(once.label_score, every.label_score, rtol=1e-3)
 
 
 @pytest.mark.slow
