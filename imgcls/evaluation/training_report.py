@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from imgcls import log
 from imgcls.data.encode_image import build_data_uri
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError, StorageError
@@ -138,7 +139,8 @@ def _build_validation(bundle: Bundle, options: EvaluationOptions) -> dict[str, A
     }
     try:
         return values | _build_mistakes(evaluation)
-    except StorageError:  # the store of the images cannot be reached any more
+    except StorageError as error:  # such as credentials that this machine does not have
+        log.emit("note", f"the report has no images: {error}")
         hidden = options.model_copy(update={"thumbnails": False})
         return values | _build_mistakes(replace(evaluation, config=hidden))
 

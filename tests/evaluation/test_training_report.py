@@ -141,17 +141,25 @@ def test_images_that_are_gone_are_marked(tmp_path: Path) -> None:
     assert text.count('<span class="gone">no image</span>') == 24
 
 
-def test_a_store_that_cannot_be_reached_leaves_the_images_out(tmp_path: Path) -> None:
+def test_a_store_that_refuses_access_leaves_the_images_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     table = drawn(40, sharpness=0.0, scores=False)
-    paths = pa.array([f"gs://gone-bucket/{row}.jpg" for row in range(40)])
+    paths = pa.array([f"s3://gone-bucket/{row}.jpg" for row in range(40)])
     folder = trained(tmp_path / "bundle", build_history(), table)
     place = folder / VALIDATION_PREDICTIONS_FILE
     stored = pq.read_table(place)
     moved = stored.set_column(0, "path", paths).replace_schema_metadata(stored.schema.metadata)
     pq.write_table(moved, place)
-    text = report(folder).read_text()
-    assert text.count('<span class="gone">no image</span>') == 24
-    assert "gs://gone-bucket/" in text
+    text = report(folder, thumbnails=True, gallery=1).read_text()
+    assert text.count('<span class="gone">no image</span>') == 1
+    assert "s3://gone-bucket/" in text
+    assert "the report has no images: s3://gone-bucket/" in capsys.readouterr().out
 
 
 def test_it_shows_many_classes_as_a_picture(tmp_path: Path) -> None:
