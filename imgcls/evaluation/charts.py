@@ -203,26 +203,39 @@ def _shorten(name: str) -> str:
     return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 3] + "..."
 
 
-def plot_training_curves(history: Any, best: int) -> str:
-    """Loss and accuracy over epochs. history: data frame of a bundle's history.parquet."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8.4, 3.4), layout=ConstrainedLayoutEngine(w_pad=0.1))
-        for axis, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-            for split, color in (("train", _OTHER), ("val", _BAD)):
-                word = {"train": "training", "val": "validation"}[split]
+def plot_training_curves(history: Any, best: int) -> list[str]:
+    """Loss and accuracy by epoch, of multilabel the mean average precision; ticks at whole epochs.
+
+    history: data frame of a bundle's history.parquet
+    best:    epoch that is marked
+    """
+    metric = "mean_average_precision"
+    if f"val_{metric}" not in history or not history[f"val_{metric}"].notna().any():
+        metric = "accuracy"
+    epochs = history["epoch"]
+    charts = []
+    for what in ("loss", metric):
+        with matplotlib.rc_context(_STYLE):
+            figure, axis = _new_figure()
+            for split, word, color in (("train", "training", _OTHER), ("val", "validation", _BAD)):
                 name = f"{split}_{what}"
                 if name in history and history[name].notna().any():
                     style = {"marker": "o", "markersize": 3} if len(history) <= 30 else {}
-                    axis.plot(history["epoch"], history[name], color=color, label=word, **style)
-            axis.axvline(best, color=_INK, linewidth=1, linestyle=":")
-            axis.set(xlabel="epoch", ylabel=what)
+                    axis.plot(epochs, history[name], color=color, label=word, **style)
+            mark = {"color": _INK, "linewidth": 1, "linestyle": ":"}
+            axis.axvline(best, label=f"best: epoch {best}", **mark)
+            axis.set(xlabel="epoch", ylabel=what.replace("_", " "))
+            # half an epoch at each side: no tick before the first epoch
+            axis.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
             few = len(history) <= 10
-            ticks = FixedLocator(history["epoch"]) if few else MaxNLocator(nbins=8, integer=True)
-            axis.xaxis.set_major_locator(ticks)
+            axis.xaxis.set_major_locator(
+                FixedLocator(epochs) if few else MaxNLocator(nbins=8, integer=True)
+            )
             axis.legend(loc="best")
-            if what == "accuracy":
+            if what != "loss":
                 _format_percent_axes(axis.yaxis)
-        return _render_svg(figure, "Loss and accuracy by epoch")
+            charts.append(_render_svg(figure, f"{what.replace('_', ' ').capitalize()} by epoch"))
+    return charts
 
 
 def _new_figure() -> tuple[Figure, Any]:

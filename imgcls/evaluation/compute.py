@@ -124,6 +124,13 @@ def compute_evaluation(
     """
     run = open_run(url)
     run.check_predictions()
+    return evaluate_run(run, config, need_labels=need_labels)
+
+
+def evaluate_run(
+    run: CommittedRun, config: EvaluationOptions, *, need_labels: bool
+) -> Evaluation | MultiLabelEvaluation:
+    """Evaluate a run that is open; see `compute_evaluation`."""
     explainer = open_explainer(run, config)
     compute = compute_multilabel if run.task == "multilabel" else _compute_single_label
     evaluation: Evaluation | MultiLabelEvaluation = compute(run, config, need_labels=need_labels)

@@ -41,14 +41,14 @@ def render_run(evaluation: MultiLabelEvaluation) -> str:
         "strangest": evaluation.strangest,
         "samples": evaluation.samples,
     }
-    galleries = _build_galleries(evaluation, lists | list_cluster_images(evaluation))
+    galleries = build_cell_galleries(evaluation, lists | list_cluster_images(evaluation))
     values = build_title(evaluation) | build_frame(evaluation) | build_map(evaluation, galleries)
-    values |= _build_pairs(evaluation)
+    values |= build_cooccurrence_values(evaluation)
     values |= {
         "curves": _build_curves(evaluation, MAX_CURVES),
         "reliability": _plot_calibration(evaluation),
         "has_ranking": evaluation.aggregate.ranking is not None,
-        "groups": list(_group_mistakes(evaluation, galleries["mistakes"])),
+        "groups": list(group_mistakes(evaluation, galleries["mistakes"])),
         "issues": galleries["issues"],
         "issue_count": evaluation.label_issues.num_rows,
         "strangest": galleries["strangest"],
@@ -63,7 +63,7 @@ def render_notebook(evaluation: MultiLabelEvaluation) -> str:
     """Render a notebook summary: headline numbers, curves, calibration, some mistakes."""
     mistakes = evaluation.mistakes.slice(0, MAX_NOTEBOOK_IMAGES)
     try:
-        galleries = _build_galleries(evaluation, {"mistakes": mistakes})
+        galleries = build_cell_galleries(evaluation, {"mistakes": mistakes})
     except StorageError:  # the images cannot be read any more
         galleries = {"mistakes": []}
     values = build_title(evaluation) | galleries
@@ -114,8 +114,11 @@ def _plot_calibration(evaluation: MultiLabelEvaluation) -> str | None:
     return charts.plot_reliability(merged, "score", "share with the label", "cells")
 
 
-def _build_pairs(evaluation: MultiLabelEvaluation) -> dict[str, Any]:
-    """Heat maps of pairs of classes; `small` is None for a run without labels or pairs."""
+def build_cooccurrence_values(evaluation: MultiLabelEvaluation) -> dict[str, Any]:
+    """Values of `cooccurrence.html.j2`: heat maps of pairs of classes.
+
+    `small` is None for a run without labels or pairs.
+    """
     pairs = evaluation.aggregate.pairs
     if pairs is None or not pairs.together.any():
         return {"small": None, "pairs": []}
@@ -133,7 +136,7 @@ def _build_pairs(evaluation: MultiLabelEvaluation) -> dict[str, Any]:
     }
 
 
-def _build_galleries(
+def build_cell_galleries(
     evaluation: MultiLabelEvaluation, lists: Mapping[str, pa.Table]
 ) -> dict[str, Any]:
     """Items of each list of rows."""
@@ -209,7 +212,7 @@ def _find_kind(name: str, labels: list[str] | None, unknown: list[str]) -> str:
     return "truth" if name in labels else "bad"
 
 
-def _group_mistakes(
+def group_mistakes(
     evaluation: MultiLabelEvaluation, items: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """False positives and false negatives of each class, in the order of `mistakes`."""

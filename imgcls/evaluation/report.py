@@ -8,39 +8,38 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import pyarrow as pa
-
 from imgcls import log
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import RequestError, StorageError
-from imgcls.evaluation import charts, confusion_plot
+from imgcls.evaluation import charts
 from imgcls.evaluation.compute import Evaluation, compute_evaluation
 from imgcls.evaluation.config import ReportConfig
-from imgcls.evaluation.explained import list_overlays
-from imgcls.evaluation.gallery import build_item, describe_shown, list_filters
+from imgcls.evaluation.gallery import list_filters
 from imgcls.evaluation.report_parts import (
     MAX_NOTEBOOK_IMAGES,
     TEMPLATES,
     build_frame,
-    build_images,
     build_map,
     build_samples,
     build_title,
     list_cluster_images,
     list_sections,
 )
+from imgcls.evaluation.single_label_parts import (
+    build_confusion_values,
+    build_galleries,
+    describe_mistakes,
+)
 from imgcls.evaluation.training_report import render_training
 from imgcls.html import render_page
 from imgcls.metrics import tables
-from imgcls.metrics.counts import WRONG
 from imgcls.metrics.formatting import format_percent
 from imgcls.models.bundle import BUNDLE_FILE, is_registry_uri, read_description
 from imgcls.runs import layout
 
 _SHOWN_THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _FILTERED = ("mistakes", "issues", "uncertain", "strangest")
-_MAX_PAIRS = 100
 
 
 @with_config_storage
@@ -69,7 +68,7 @@ def write_report(config: ReportConfig) -> str:
     source = filesystem.absolute(config.source)
     target = config.output or filesystem.join(source, layout.REPORT_FILE)
     if filesystem.exists(filesystem.join(source, BUNDLE_FILE)):
-        text = render_training(read_description(source))
+        text = render_training(read_description(source), config.evaluation)
     else:
         evaluation = compute_evaluation(source, config.evaluation, need_labels=False)
         text = evaluation.render(in_notebook=False)
@@ -87,17 +86,12 @@ def render_run(evaluation: Evaluation) -> str:
         "strangest": evaluation.strangest,
         "samples": evaluation.samples,
     }
-    galleries = _build_galleries(evaluation, lists | list_cluster_images(evaluation))
+    galleries = build_galleries(evaluation, lists | list_cluster_images(evaluation))
     values = _build_overview(evaluation) | build_frame(evaluation) | galleries
     values |= build_map(evaluation, galleries)
     values["samples"] = build_samples(evaluation, evaluation.samples, galleries["samples"])
     values["filters"] = {name: list_filters(galleries[name]) for name in _FILTERED}
-    values["mistakes_text"] = describe_shown(
-        evaluation.mistakes.num_rows,
-        int(evaluation.counts.bin_counts[WRONG].sum()),
-        "misclassified image",
-        "the most confident",
-    )
+    values["mistakes_text"] = describe_mistakes(evaluation)
     values["thresholds"] = list(_list_thresholds(evaluation))
     values["has_ranking"] = "auroc" in evaluation.per_class.schema.names
     values["issue_count"] = evaluation.label_issues.num_rows
@@ -109,7 +103,7 @@ def render_notebook(evaluation: Evaluation) -> str:
     """Render a notebook summary: headline numbers, confusion matrix, curves, worst mistakes."""
     lists = {"mistakes": evaluation.mistakes.slice(0, MAX_NOTEBOOK_IMAGES)}
     try:
-        galleries = _build_galleries(evaluation, lists)
+        galleries = build_galleries(evaluation, lists)
     except StorageError:  # the images cannot be read any more
         galleries = {"mistakes": []}
     values = _build_overview(evaluation) | galleries
@@ -121,27 +115,10 @@ def _build_overview(evaluation: Evaluation) -> dict[str, Any]:
     counts = evaluation.counts
     values = build_title(evaluation) | {"histogram": charts.plot_confidence_histogram(counts)}
     if evaluation.has_labels:
-        values |= _build_confusion(evaluation)
+        values |= build_confusion_values(evaluation)
         values["reliability"] = charts.plot_reliability(tables.build_calibration(counts))
         values["coverage"] = charts.plot_coverage(evaluation.coverage_curve)
     return values
-
-
-def _build_confusion(evaluation: Evaluation) -> dict[str, Any]:
-    counts = evaluation.aggregate.counts
-    small = confusion_plot.build_matrix(counts, confusion_plot.MAX_TABLE_CLASSES)
-    large = None
-    if small.omitted_classes:
-        large = confusion_plot.build_matrix(counts, confusion_plot.MAX_PLOT_CLASSES)
-    return {
-        "pairs": [
-            pair | {"share_text": format_percent(pair["share"], 1)}
-            for pair in confusion_plot.find_worst_pairs(counts, _MAX_PAIRS)
-        ],
-        "small": confusion_plot.build_matrix_table(small) if small.classes else None,
-        "matrix": large,
-        "picture": confusion_plot.render_matrix(large) if large is not None else None,
-    }
 
 
 def _list_thresholds(evaluation: Evaluation) -> Iterator[dict[str, str]]:
@@ -160,27 +137,6 @@ def _list_thresholds(evaluation: Evaluation) -> Iterator[dict[str, str]]:
                 "interval": f"{format_percent(row['lower'], 1)} to "
                 f"{format_percent(row['upper'], 1)}",
             }
-
-
-def _build_galleries(evaluation: Evaluation, lists: Mapping[str, pa.Table]) -> dict[str, Any]:
-    """Items of each list of rows."""
-    images = build_images(
-        evaluation, {name: table["path"].to_pylist() for name, table in lists.items()}
-    )
-    classes = frozenset(evaluation.run.classes)
-    return {
-        name: [
-            build_item(
-                row,
-                image,
-                list_overlays(evaluation.overlays, row) if name == "mistakes" else [],
-                classes=classes,
-                has_labels=evaluation.has_labels,
-            )
-            for row, image in zip(table.to_pylist(), images[name], strict=True)
-        ]
-        for name, table in lists.items()
-    }
 
 
 def _list_sections(values: Mapping[str, Any]) -> list[dict[str, str]]:

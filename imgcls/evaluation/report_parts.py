@@ -94,7 +94,8 @@ def build_frame(evaluation: RunEvaluation) -> dict[str, Any]:
         "made": describe_making(evaluation),
         "settings": list_settings(run.provenance["config"]),
         "percent": format_optional_percent,
-        **_build_class_rows(evaluation),
+        "has_tables": True,
+        **build_class_rows(evaluation),
     }
 
 
@@ -212,7 +213,8 @@ def _describe_headline(evaluation: RunEvaluation, metric: tables.Metric) -> dict
     }
 
 
-def _build_class_rows(evaluation: RunEvaluation) -> dict[str, Any]:
+def build_class_rows(evaluation: RunEvaluation) -> dict[str, Any]:
+    """The table of the classes with the most rows."""
     table, by = evaluation.per_class, "support" if evaluation.has_labels else "predicted"
     rows = table.sort_by([(by, "descending")]).slice(0, MAX_CLASSES_SHOWN).to_pylist()
     return {"classes": rows, "omitted_classes": table.num_rows - len(rows)}

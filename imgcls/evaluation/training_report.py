@@ -1,23 +1,50 @@
-"""HTML report of a training: curves, epochs, augmented samples, how the bundle was made."""
+"""HTML report of a training: curves, mistakes and classes of the validation images, epochs.
+
+The sections on validation images are those of a run, made by the same code from the predictions
+that the training stored.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
+from imgcls import log
 from imgcls.data.encode_image import build_data_uri
 from imgcls.data.storage import filesystem
-from imgcls.errors import RequestError
+from imgcls.errors import RequestError, StorageError
 from imgcls.evaluation import charts
+from imgcls.evaluation.compute import Evaluation, evaluate_run
+from imgcls.evaluation.config import EvaluationOptions
+from imgcls.evaluation.gallery import list_filters
 from imgcls.evaluation.how_made import (
     describe_software,
     list_settings,
     spell_date,
     spell_time,
 )
-from imgcls.evaluation.report_parts import TEMPLATES, format_optional_percent, name_data
+from imgcls.evaluation.multilabel import MultiLabelEvaluation
+from imgcls.evaluation.multilabel_report import (
+    build_cell_galleries,
+    build_cooccurrence_values,
+    group_mistakes,
+)
+from imgcls.evaluation.report_parts import (
+    TEMPLATES,
+    build_class_rows,
+    format_optional_percent,
+    list_sections,
+    name_data,
+)
+from imgcls.evaluation.single_label_parts import (
+    build_confusion_values,
+    build_galleries,
+    describe_mistakes,
+)
+from imgcls.evaluation.validation_run import open_validation_run
 from imgcls.formatting import format_count, format_duration
 from imgcls.html import render_page
 from imgcls.metrics.formatting import format_percent
@@ -44,9 +71,10 @@ _COLUMN_NAMES = {
 _HEADLINES = ("val_mean_average_precision", "val_accuracy")
 
 
-def render_training(bundle: Bundle) -> str:
+def render_training(bundle: Bundle, options: EvaluationOptions) -> str:
     """Render the report of a training.
 
+    options: of the sections on validation images
     Raises RequestError if `imgcls train` did not make the bundle.
     """
     url, spec = bundle.url, bundle.spec
@@ -61,10 +89,13 @@ def render_training(bundle: Bundle) -> str:
     best = int(spec.metrics.get("epoch", history["epoch"].iloc[-1]))
     numbers = {name: value for name, value in spec.metrics.items() if name != "epoch"}
     headline = next((name for name in _HEADLINES if name in numbers), None)
+    validation = _build_validation(bundle, options)
+    augmented = _read_picture(filesystem.join(url, "plots", "augmented.png"))
     return render_page(
         TEMPLATES,
         "training.html.j2",
         {
+            **validation,
             "title": _build_title(bundle),
             "subtitle": f"{format_count(len(history), 'epoch')}, weights of epoch {best}. "
             f"{format_count(len(spec.classes), 'class', 'classes')}, bundle {url}.",
@@ -83,12 +114,71 @@ def render_training(bundle: Bundle) -> str:
                 [{"value": value, "text": _format_cell(name, value)} for name, value in row.items()]
                 for row in history.to_dict("records")
             ],
-            "augmented": _read_picture(filesystem.join(url, "plots", "augmented.png")),
+            "augmented": augmented,
+            "sections": _list_sections(validation, augmented),
             "has_validation": filesystem.exists(filesystem.join(url, "validation.parquet")),
             "url": url,
             "made": list(_list_topics(bundle, history)),
             "settings": list_settings(spec.provenance.get("config", {})),
         },
+    )
+
+
+def _build_validation(bundle: Bundle, options: EvaluationOptions) -> dict[str, Any]:
+    """Values of the sections on validation images; `task` is None without their predictions."""
+    run = open_validation_run(bundle)
+    if run is None:
+        return {"task": None}
+    evaluation = evaluate_run(run, options, need_labels=False)
+    values = {
+        "task": run.task,
+        "has_labels": evaluation.has_labels,
+        "has_tables": False,
+        "percent": format_optional_percent,
+        **build_class_rows(evaluation),
+    }
+    try:
+        return values | _build_mistakes(evaluation)
+    except StorageError as error:  # such as credentials that this machine does not have
+        log.emit("note", f"the report has no images: {error}")
+        hidden = options.model_copy(update={"thumbnails": False})
+        return values | _build_mistakes(replace(evaluation, config=hidden))
+
+
+def _build_mistakes(evaluation: Evaluation | MultiLabelEvaluation) -> dict[str, Any]:
+    """Values of the sections on mistakes of the task."""
+    lists = {"mistakes": evaluation.mistakes}
+    if isinstance(evaluation, MultiLabelEvaluation):
+        found = build_cell_galleries(evaluation, lists)
+        return {
+            "groups": list(group_mistakes(evaluation, found["mistakes"])),
+            "has_ranking": evaluation.aggregate.ranking is not None,
+            "has_scores": evaluation.run.has_scores,
+            **build_cooccurrence_values(evaluation),
+        }
+    galleries = build_galleries(evaluation, lists)
+    return {
+        **galleries,
+        "mistakes_text": describe_mistakes(evaluation, "misclassified validation image"),
+        "filters": {"mistakes": list_filters(galleries["mistakes"])},
+        "has_ranking": False,
+        **build_confusion_values(evaluation),
+    }
+
+
+def _list_sections(validation: Mapping[str, Any], augmented: str | None) -> list[dict[str, str]]:
+    task = validation["task"]
+    return list_sections(
+        {
+            "curves": ("Curves", True),
+            "mistakes": ("Mistakes", validation.get("mistakes") or validation.get("groups")),
+            "confusion": ("Confusion matrix", task == "single_label"),
+            "classes": ("Classes", task is not None),
+            "cooccurrence": ("Co-occurrence", task == "multilabel" and validation["small"]),
+            "epochs": ("Epochs", True),
+            "augmented": ("Augmented samples", augmented),
+            "made": ("How it was made", True),
+        }
     )
 
 

@@ -47,6 +47,10 @@ CHECKPOINT_FOLDER = "_train"
 """Folder of an unfinished training in the folder of its bundle."""
 IDENTITY_FILE = "run.json"
 """In it: settings, data and initial weights of the training."""
+VALIDATION_PREDICTIONS_FILE = "validation_predictions.parquet"
+"""In the folder of a trained bundle: the predictions of its validation images."""
+PREDICTIONS_METADATA = b"imgcls"
+"""Key in the metadata of this file, of a JSON object: `created`, as in the bundle's provenance."""
 
 
 def part_name(part: int) -> str:

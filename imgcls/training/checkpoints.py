@@ -1,10 +1,10 @@
 """Checkpoints of an unfinished run, in the folder `_train` of its output.
 
 The folder holds the identity that a resumed run must match, the states (each written in the
-background and completed by a marker file with its digest) and the best weights. A missing,
-truncated or damaged state is skipped in favor of the one before it, and reading a state runs no
-code. Ray Train's own checkpoints are not used: it rewrites its snapshot file in place, so that
-a kill can truncate it.
+background and completed by a marker file with its digest) and the best weights, with their
+predictions of the validation images. A missing, truncated or damaged state is skipped in favor of
+the one before it, and reading a state runs no code. Ray Train's own checkpoints are not used: it
+rewrites its snapshot file in place, so that a kill can truncate it.
 """
 
 from __future__ import annotations
@@ -144,12 +144,28 @@ class Checkpoints:
             raise BundleError(f"{self.folder} holds no weights yet")
         return dict(load(filesystem.read(self._url(saved.best))))
 
+    def load_best_predictions(self, saved: SavedState) -> bytes | None:
+        """The predictions of the best epoch; None for a run that an earlier version started."""
+        if saved.best is None:
+            return None
+        try:
+            return filesystem.read(self._url(_name_predictions(saved.best)))
+        except StorageMissing:
+            return None
+
     # ------------------------------------------------------------------ writing
 
-    def save(self, progress: TrainProgress, state: TrainState, best: Weights | None) -> None:
+    def save(
+        self,
+        progress: TrainProgress,
+        state: TrainState,
+        best: Weights | None,
+        predictions: bytes | None = None,
+    ) -> None:
         """Write a state in the background; waits for the previous state first.
 
         best: new best weights, if any; the caller must not change the tensors afterwards
+        predictions: of the validation images, with these weights
         Raises the error of the previous write, if it failed.
         """
         self.wait_until_saved()
@@ -157,7 +173,7 @@ class Checkpoints:
         if best is not None:
             self._best = f"best-{self._number:06d}.safetensors"
         self._pending = self._pool.submit(
-            self._write, self._number, self._best, progress, state, best
+            self._write, self._number, self._best, progress, state, best, predictions
         )
 
     def discard_after(self, number: int) -> None:
@@ -179,8 +195,11 @@ class Checkpoints:
         progress: TrainProgress,
         state: TrainState,
         best: Weights | None,
+        predictions: bytes | None,
     ) -> None:
         if best is not None and best_name is not None:
+            if predictions is not None:
+                filesystem.write(self._url(_name_predictions(best_name)), predictions)
             filesystem.write(self._url(best_name), save(dict(best)))
         sink = io.BytesIO()
         torch.save(state, sink)
@@ -198,7 +217,8 @@ class Checkpoints:
         names = {
             self._state_name(each.number, suffix) for each in kept for suffix in ("json", "pt")
         }
-        names |= {each.best for each in kept if each.best is not None} | {IDENTITY_FILE}
+        best = [each.best for each in kept if each.best is not None]
+        names |= {IDENTITY_FILE, *best, *map(_name_predictions, best)}
         newest = kept[0].number
         for name in filesystem.list_names(self.folder):
             # files with a higher number belong to a state whose marker is not written yet
@@ -230,6 +250,11 @@ def _parse_marker(body: Any) -> SavedState:
     totals = tuple(standing.pop("totals"))
     progress = TrainProgress(**standing, totals=totals, history=history)
     return SavedState(body["number"], body["sha256"], body["best"], progress)
+
+
+def _name_predictions(best: str) -> str:
+    """The file of the predictions with the best weights in a file."""
+    return f"{best.partition('.')[0]}.parquet"
 
 
 def _parse_number(name: str) -> int:

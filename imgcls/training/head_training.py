@@ -40,6 +40,7 @@ from imgcls.training.publish import find_finished, publish_bundle
 from imgcls.training.registration import register_bundle
 from imgcls.training.result import TrainResult
 from imgcls.training.setup import TrainSetup, check_enough_left, check_task, compute_weights
+from imgcls.training.validation_predictions import PredictionRecorder
 
 
 def train_head(config: TrainConfig) -> TrainResult:
@@ -142,7 +143,14 @@ def _fit_and_publish(
     vectors, index, reasons = gather_embeddings(run, examples.rows.column("url"))
     lacking = examples.rows.take(pa.array(list(reasons), pa.int64())).to_pylist()
     failures = tuple(
-        DecodeFailure(row["url"], row["label"], row["held"], reason)
+        DecodeFailure(
+            row["url"],
+            row["label"],
+            row["held"],
+            error=reason,
+            row=row["row"],
+            status=_find_status(reason),
+        )
         for row, reason in zip(lacking, reasons.values(), strict=True)
     )
     interruption.check()
@@ -153,13 +161,17 @@ def _fit_and_publish(
         f"model: {setup.architecture.name} of {run.url}, "
         f"{vectors.shape[1]:,} numbers per image, read in {time.monotonic() - began:.1f} s"
     )
-    codes, held = (examples.rows.column(name).to_numpy() for name in ("label", "held"))
+    recorder = PredictionRecorder(
+        examples.targets.task, examples.classes, examples.count(held=True)
+    )
+    codes, held, rows = (examples.rows.column(name).to_numpy() for name in ("label", "held", "row"))
+    recorder.add_rows(rows[(index >= 0) & held])
     train, val = (
-        ProbeFeatures(torch.from_numpy(vectors[index[rows]]), examples.targets.encode(codes[rows]))
-        for rows in ((index >= 0) & ~held, (index >= 0) & held)
+        ProbeFeatures(torch.from_numpy(vectors[index[used]]), examples.targets.encode(codes[used]))
+        for used in ((index >= 0) & ~held, (index >= 0) & held)
     )
     del vectors  # 2 GB for a million images
-    head, epoch = _fit_head(setup, train, val)
+    head, epoch = _fit_head(setup, train, val, recorder)
     interruption.check()
     linear_probe.install_head(setup.network, head)
     precision = "+".join(run.success_record["precision"])
@@ -178,6 +190,8 @@ def _fit_and_publish(
             setup.network.state_dict(),
             workers="none, from embeddings",
             failed=failed,
+            predictions=recorder.gather(0, 1, torch.device("cpu"), _keep),
+            failures=failures,
             seconds=time.monotonic() - began,
         )
         loggers.finish({f"best_{k}": v for k, v in epoch.get_numbers().items()}, files)
@@ -186,6 +200,13 @@ def _fit_and_publish(
         f"head fitted, l2 {head.l2:g}, val {epoch.format_quality()} -> {config.output}"
     )
     return TrainResult(config.output, [epoch], epoch, sum(failed)), loggers.state
+
+
+def _find_status(reason: str) -> str:
+    """Status of an image without an embedding; `reason` is its status or a sentence."""
+    if " " not in reason:
+        return reason
+    return "not_finite" if reason.startswith("has no embedding") else "missing"
 
 
 def _check_failures(
@@ -209,7 +230,7 @@ def _check_failures(
 
 
 def _fit_head(
-    setup: TrainSetup, train: ProbeFeatures, val: ProbeFeatures
+    setup: TrainSetup, train: ProbeFeatures, val: ProbeFeatures, recorder: PredictionRecorder
 ) -> tuple[LinearHead, EpochMetrics]:
     started, classes = time.perf_counter(), len(setup.examples.classes)
     overflowed = sum(linear_probe.count_non_finite(split, _keep) for split in (train, val))
@@ -223,7 +244,8 @@ def _fit_head(
         train, val, classes, l2=setup.config.probe.l2, weights=weights, reduce=_keep
     )
     train_metrics, val_metrics = (
-        linear_probe.evaluate_head(head, split, classes, _keep) for split in (train, val)
+        linear_probe.evaluate_head(head, split, classes, _keep, each)
+        for split, each in ((train, None), (val, recorder))
     )
     seconds = time.perf_counter() - started
     return head, linear_probe.describe_probe(

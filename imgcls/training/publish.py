@@ -9,7 +9,6 @@ from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.data.storage import filesystem
@@ -22,13 +21,16 @@ from imgcls.models.bundle import (
     save_bundle,
 )
 from imgcls.models.tasks import TASKS
+from imgcls.runs.layout import VALIDATION_PREDICTIONS_FILE
 from imgcls.runs.provenance import build_provenance
 from imgcls.training.checkpoints import Checkpoints, Weights
+from imgcls.training.data.batches import DecodeFailure
 from imgcls.training.epoch_metrics import EpochMetrics, TrainLoopResult
 from imgcls.training.model_card import build_model_card
 from imgcls.training.optim.lr_finder import find_steepest_lr
 from imgcls.training.result import TrainResult
 from imgcls.training.setup import TrainSetup
+from imgcls.training.validation_predictions import build_validation_predictions, render_parquet
 
 HISTORY_FILE = "history.parquet"
 VALIDATION_FILE = "validation.parquet"
@@ -44,6 +46,8 @@ def publish_bundle(
     *,
     workers: str,
     failed: tuple[int, int],
+    predictions: bytes | None,
+    failures: Sequence[DecodeFailure],
     seconds: float,
     plots: Sequence[str] = (),
 ) -> list[str]:
@@ -54,6 +58,9 @@ def publish_bundle(
     weights: of the best epoch
     workers: who trained, in words
     failed:  numbers of training and of validation images that could not be used
+    predictions: of the validation images with these weights, as `PredictionRecorder.gather` returns
+        them; None if they were not kept
+    failures: images that are not among the predictions
     seconds: duration of the training
     plots:   names of pictures that the output has already
     Returns the names of the files that the bundle format itself does not have.
@@ -64,10 +71,13 @@ def publish_bundle(
     if examples.targets.task == "single_label":
         table = table.drop(columns="val_mean_average_precision")
     files = _render_files(table, best)
-    held_out = io.BytesIO()
-    pq.write_table(examples.build_manifest(held=True), held_out)
-    files[VALIDATION_FILE] = held_out.getvalue()
-    filesystem.remove(filesystem.join(url, BUNDLE_FILE))
+    files[VALIDATION_FILE] = render_parquet(examples.build_manifest(held=True))
+    if predictions is not None:
+        found = build_validation_predictions(examples, predictions, failures)
+        if found is not None:
+            files[VALIDATION_PREDICTIONS_FILE] = render_parquet(found, spec.provenance["created"])
+    for name in (BUNDLE_FILE, VALIDATION_PREDICTIONS_FILE):
+        filesystem.remove(filesystem.join(url, name))
     for name, data in files.items():
         filesystem.write(filesystem.join(url, name), data)
     train, val = (examples.count_per_class(held=held) for held in (False, True))

@@ -203,6 +203,7 @@ class _Run:
             strategy=setup.strategy,
             architecture=setup.architecture,
             targets=ray.put(setup.examples.targets),
+            classes=setup.examples.classes,
             initial_weights=ray.put(setup.network.state_dict()),
             preprocess=setup.preprocess,
             images=images,
@@ -241,7 +242,7 @@ class _Run:
             self._raise_failure(outcome)
             self.lease.check()
             failed = _count_failed(spec.images, outcome)
-            best, weights = self._load_best()
+            best, weights, predictions = self._load_best()
             files = publish_bundle(
                 self.setup,
                 outcome,
@@ -249,6 +250,8 @@ class _Run:
                 weights,
                 workers=str(workers),
                 failed=failed,
+                predictions=predictions,
+                failures=spec.images.failures if isinstance(spec.images, CachedImages) else (),
                 seconds=time.monotonic() - self.began,
                 plots=[SAMPLES_PLOT],
             )
@@ -258,15 +261,16 @@ class _Run:
         filesystem.remove(self.checkpoints.folder)
         return TrainResult(self.config.output, list(outcome.history), best, sum(failed))
 
-    def _load_best(self) -> tuple[EpochMetrics, Weights]:
-        """The best epoch and its weights."""
+    def _load_best(self) -> tuple[EpochMetrics, Weights, bytes | None]:
+        """The best epoch, its weights, and its predictions of the validation images if kept."""
         latest = self.checkpoints.load_latest()
         best = None if latest is None else latest[0].progress.best_epoch
         if latest is None or best is None:
             raise RunFailed(
                 f"{self.checkpoints.folder}: the saved states are gone; rerun the same command"
             )
-        return best, self.checkpoints.load_best_weights(latest[0])
+        weights = self.checkpoints.load_best_weights(latest[0])
+        return best, weights, self.checkpoints.load_best_predictions(latest[0])
 
     def _raise_failure(self, outcome: TrainLoopResult) -> None:
         """Raise the error for which the workers stopped early, if any."""

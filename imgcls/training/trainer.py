@@ -49,6 +49,7 @@ from imgcls.training.validation import (
     create_accumulator,
     shard_batches,
 )
+from imgcls.training.validation_predictions import PredictionRecorder
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class TrainLoopSpec:
     """Everything that a worker needs.
 
     targets:           the TargetTable; Ray's object reference of it until a worker has loaded it
+    classes:           their names
     initial_weights:   Ray object reference of the initial state dict
     images:            source of the decoded images
     class_weights:     per class, for the loss; None for equal weights
@@ -66,6 +68,7 @@ class TrainLoopSpec:
     strategy: Strategy
     architecture: Architecture
     targets: Any
+    classes: list[str]
     initial_weights: Any
     preprocess: Preprocess
     images: CachedImages | StreamedImages
@@ -126,6 +129,7 @@ class Trainer:
         self.control = ControlSync(
             channel, self.device, save_interval_s=60 * config.checkpoint_minutes
         )
+        self.recorder = self._create_recorder()
         self.checkpoints = Checkpoints(config.output)
         self.progress = TrainProgress()
 
@@ -194,13 +198,17 @@ class Trainer:
         self._post(f"resuming: epoch {saved.progress.epoch}{step}")
 
     def _save(self, progress: TrainProgress, *, best: bool = False) -> None:
-        """Save the state. Every worker calls it, because running statistics are averaged first."""
+        """Save the state. Every worker calls it, because running statistics are averaged first.
+
+        best: also keep the weights, and the predictions that `recorder` has
+        """
         self.train_step.average_running_stats()
         self.control.mark_saved()
+        found = self.recorder.gather(self.rank, self.workers, self.device) if best else None
         if self.rank == 0:
             state = self.train_step.state_dict()
             kept = self.train_step.get_weights(state) if best else None
-            self.checkpoints.save(progress, state, kept)
+            self.checkpoints.save(progress, state, kept, found)
 
     def _sync_control(self, progress: TrainProgress, totals: StepTotals | None = None) -> None:
         """Save or stop if the workers agree to; `progress` and `totals` are the state to save."""
@@ -300,18 +308,23 @@ class Trainer:
         self.train_step.eval_network.eval()
         targets = self.targets
         accumulator = create_accumulator(targets.task, targets.num_classes, self.device)
+        self.recorder = self._create_recorder()
         failed = 0
         for batch in self._iter_sharded(self.val):
+            self.recorder.add_rows(batch.rows, batch.failures)
             if len(batch.labels):
-                accumulator.update(
-                    self.train_step.predict_logits(batch.pixels),
-                    self.train_step.targets_to_device(batch.labels),
-                )
+                logits = self.train_step.predict_logits(batch.pixels)
+                codes = self.train_step.targets_to_device(batch.labels)
+                accumulator.update(logits, codes)
+                self.recorder.update(logits, codes)
             failed += len(batch.failures)
             self._post_failures(batch, progress.epoch)
             self._sync_control(progress)
         (total,) = all_reduce_sum(torch.tensor([float(failed)], device=self.device))
         return accumulator.compute(), int(total)
+
+    def _create_recorder(self) -> PredictionRecorder:
+        return PredictionRecorder(self.targets.task, self.spec.classes, len(self.val))
 
     def _iter_sharded(self, images: ImageDataset) -> Iterator[Batch]:
         """The batches of this worker's part of a split, in manifest order."""
@@ -325,10 +338,13 @@ class Trainer:
     def _run_probe(self) -> EpochMetrics:
         """Fit the head on frozen features and install it in the network and its moving average."""
         started = time.perf_counter()
+        self.recorder = self._create_recorder()
         views = self.config.probe.views if self.train_step.augment.recipe.hflip else 1
 
         def iter_synced(images: ImageDataset) -> Iterator[Batch]:
             for batch in self._iter_sharded(images):
+                if images is self.val:
+                    self.recorder.add_rows(batch.rows, batch.failures)
                 yield batch
                 self._sync_control(self.progress)
 
@@ -353,8 +369,8 @@ class Trainer:
         for network in {self.train_step.network, self.train_step.eval_network}:
             linear_probe.install_head(network, head, self.spec.head_coefficients)
         train_metrics, val_metrics = (
-            linear_probe.evaluate_head(head, split, self.targets.num_classes)
-            for split in (train, val)
+            linear_probe.evaluate_head(head, split, self.targets.num_classes, recorder=recorder)
+            for split, recorder in ((train, None), (val, self.recorder))
         )
         fitted = time.perf_counter()
         self._post(

@@ -6,17 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
-from PIL import Image
 
-from imgcls.errors import RequestError
 from imgcls.evaluation import confusion_plot
 from imgcls.evaluation.compute import compute_evaluation
 from imgcls.evaluation.config import EvaluationOptions, ReportConfig
 from imgcls.evaluation.report import write_report
-from imgcls.models import zoo
-from imgcls.models.bundle import BundleSpec, save_bundle
 from tests.browser import opened
 from tests.evaluation.runs import CLASSES, commit, draw_images, drawn
 
@@ -279,63 +274,6 @@ def test_the_confusion_matrix_stays_readable(tmp_path: Path, size: int, browser:
         if size == 1000:
             assert "The 1000 classes with the most rows" not in seen.page.inner_text("body")
         seen.screenshot(f"confusion-{size}")
-
-
-# ------------------------------------------------------------------ trainings
-
-
-def trained(folder: Path, history: pd.DataFrame | None) -> Path:
-    architecture = zoo.resolve_architecture("small_cnn", {"width": 4})
-    spec = BundleSpec(
-        architecture=architecture, classes=list(CLASSES),
-        preprocess=zoo.get_default_preprocess(architecture),
-        provenance={
-            "seed": 3, "config": {"epochs": 2}, "created": "2026-11-29T23:10:00+00:00",
-            "data": {"manifests": {"data.train": {"manifest": "demo/digits-train.csv"}}},
-        },
-        metrics={"epoch": 2, "val_accuracy": 0.75, "val_loss": 0.5},
-    )  # fmt: skip
-    save_bundle(str(folder), spec, zoo.build_network(architecture, len(CLASSES)).state_dict())
-    if history is not None:
-        history.to_parquet(folder / "history.parquet")
-        (folder / "plots").mkdir()
-        Image.new("RGB", (60, 40), "red").save(folder / "plots" / "augmented.png")
-    return folder
-
-
-def test_the_report_of_a_training_has_curves_and_augmented_samples(
-    tmp_path: Path, browser: Any
-) -> None:
-    history = pd.DataFrame(
-        {
-            "epoch": [1, 2, 3], "train_loss": [1.0, 0.6, 0.4], "val_loss": [1.1, 0.5, 0.6],
-            "train_accuracy": [0.5, 0.7, 0.8], "val_accuracy": [0.4, 0.75, 0.7],
-            "val_rows": [200, 200, 200],
-        }
-    )  # fmt: skip
-    folder = trained(tmp_path / "bundle", history)
-    place = Path(write_report(ReportConfig(source=str(folder))))
-    with opened(place.as_uri(), browser=browser) as seen:
-        body = seen.page.inner_text("body")
-        assert "3 epochs, weights of epoch 2" in body
-        assert "75.0%" in body
-        assert seen.page.title() == "small_cnn trained on digits-train, November 29, 2026"
-        assert "n = 200 validation images" in seen.page.inner_text(".headline")
-        ticks = set(seen.page.locator("figure svg text").all_text_contents())
-        assert {"1", "2", "3"} <= ticks
-        assert ticks.isdisjoint({"1.5", "2.5"})
-        seen.check_accessible()
-        assert seen.page.locator("figure svg").count() == 1
-        assert seen.page.locator("figure img").evaluate("i => i.naturalWidth") == 60
-        assert seen.errors == []
-        seen.screenshot("training")
-
-
-def test_other_sources_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"\(no _run.json\)"):
-        write_report(ReportConfig(source=str(tmp_path)))
-    with pytest.raises(RequestError, match="without a training history"):
-        write_report(ReportConfig(source=str(trained(tmp_path / "bundle", None))))
 
 
 # ------------------------------------------------------------------ notebooks

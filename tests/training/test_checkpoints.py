@@ -96,6 +96,22 @@ def test_a_state_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert torch.equal(best["weight"], weights(7)["weight"])
 
 
+def test_the_predictions_of_the_best_epoch_are_kept_as_long_as_its_weights(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path))
+    for number in range(1, 6):
+        best = weights(number) if number in (1, 3) else None
+        data = None if best is None else b"predictions %d" % number
+        checkpoints.save(build_progress(number, number // 3), state(number), best, data)
+    checkpoints.wait_until_saved()
+    kept = {name for name in names(tmp_path / CHECKPOINT_FOLDER) if name.startswith("best")}
+    assert kept == {"best-000003.safetensors", "best-000003.parquet"}
+    latest = Checkpoints(str(tmp_path)).load_latest()
+    assert latest is not None
+    assert checkpoints.load_best_predictions(latest[0]) == b"predictions 3"
+    (tmp_path / CHECKPOINT_FOLDER / "best-000003.parquet").unlink()  # as in earlier versions
+    assert checkpoints.load_best_predictions(latest[0]) is None
+
+
 def test_the_probe_whose_rate_is_no_number_comes_back_too(tmp_path: Path) -> None:
     probe = replace(epoch(0), phase="probe", lr=float("nan"))
     checkpoints = Checkpoints(str(tmp_path))

@@ -175,6 +175,28 @@ def test_rows_without_an_embedding_are_left_out_up_to_the_allowed_share(
     assert "left out:" in capsys.readouterr().out
 
 
+def test_the_predictions_of_the_validation_rows_are_in_the_bundle(
+    tmp_path: Path, bundle: Path
+) -> None:
+    vectors = commit_run(tmp_path / "run", bundle, ROWS, kind="float16", lost=[7])
+    labels = label_by_embedding(tmp_path, vectors, list(range(ROWS)))
+    with labels.open("a") as stream:
+        stream.write("/elsewhere.jpg,up\n")
+    data = {"val": str(labels), "max_error_rate": 0.05}
+    (epoch,) = train(**arguments(tmp_path / "run", labels, tmp_path / "bundle", data=data)).history
+    held = pd.read_parquet(tmp_path / "bundle" / "validation.parquet")
+    found = pd.read_parquet(tmp_path / "bundle" / "validation_predictions.parquet")
+    assert found.path.tolist() == held.path.tolist()
+    ok = found[found.status == "ok"]
+    assert len(ok) == epoch.val_rows == ROWS - 2
+    assert (ok.predicted_label == ok.label).mean() == epoch.val_accuracy
+    lost = found[found.status != "ok"]
+    assert dict(zip(lost.path, lost.status, strict=True)) == {
+        "/5.jpg": "missing", "/7.jpg": "not_finite", "/elsewhere.jpg": "missing",
+    }  # fmt: skip
+    assert lost.predicted_label.isna().all()
+
+
 def test_embeddings_that_overflow_give_no_bundle(tmp_path: Path, bundle: Path) -> None:
     vectors = commit_run(tmp_path / "run", bundle, ROWS)
     for file in (tmp_path / "run" / "predictions").iterdir():

@@ -114,7 +114,12 @@ def torch_trainer(tmp_path: Path) -> Any:
         ("architecture", "initial_weights", "preprocess", "images", "class_weights")
     )
     spec = TrainLoopSpec(
-        config=config, strategy="scratch", targets=None, head_coefficients=(), **unused
+        config=config,
+        strategy="scratch",
+        targets=None,
+        classes=[],
+        head_coefficients=(),
+        **unused,
     )
     workers = WorkerPlan(count=1, cpus=1, gpus=0, min_count=1, max_count=1)
     return ray_trainer.build_torch_trainer(spec, workers, None, str(tmp_path))

@@ -251,7 +251,7 @@ def test_nothing_but_the_bundle_is_left(trained: TrainResult) -> None:
     names = {path.name for path in Path(trained.bundle).iterdir()}
     assert names == {
         *("README.md", "bundle.json", "history.parquet", "model.safetensors"),
-        *("plots", "tensorboard", "validation.parquet"),
+        *("plots", "tensorboard", "validation.parquet", "validation_predictions.parquet"),
     }
 
 
@@ -266,6 +266,26 @@ def test_the_bundle_brings_the_manifest_of_its_validation_images(trained: TrainR
     best = trained.best
     assert best is not None
     assert right / VAL_ROWS == pytest.approx(best.val_accuracy, abs=0.01)
+
+
+def test_the_bundle_brings_the_predictions_of_its_validation_images_once_each(
+    trained: TrainResult,
+) -> None:
+    folder, best = Path(trained.bundle), trained.best
+    assert best is not None
+    held = pd.read_parquet(folder / "validation.parquet")
+    found = pd.read_parquet(folder / "validation_predictions.parquet")
+    pd.testing.assert_frame_equal(found[["path", "label"]], held)
+    assert found.row.tolist() == list(range(VAL_ROWS))
+    assert set(found.status) == {"ok"}
+    assert (found.predicted_label == found.label).mean() == best.val_accuracy
+    assert -np.log(found.label_score).mean() == pytest.approx(best.val_loss, rel=1e-4)
+    again = Classifier.load(trained.bundle, precision="fp32", device="cpu").predict(
+        held.path.tolist()
+    )
+    # the workers may have validated in bf16
+    np.testing.assert_allclose(found.confidence, [each.confidence for each in again], atol=0.02)
+    assert found.topk_labels.map(len).tolist() == [5] * VAL_ROWS
 
 
 def test_the_command_of_a_finished_run_returns_at_once_with_the_same_result(
@@ -435,6 +455,14 @@ def test_images_decoded_in_every_epoch_train_the_same_as_cached_ones(
     for cached, streamed in zip(found[True], found[False], strict=True):
         assert streamed.train_loss == pytest.approx(cached.train_loss, rel=1e-4)
         assert streamed.val_loss == pytest.approx(cached.val_loss, rel=1e-4)
+    once, every = (
+        pd.read_parquet(tmp_path / f"cache-{cache}" / "validation_predictions.parquet")
+        for cache in (True, False)
+    )
+    pd.testing.assert_frame_equal(
+        once[["path", "row", "predicted_label"]], every[["path", "row", "predicted_label"]]
+    )
+    np.testing.assert_allclose(once.label_score, every.label_score, rtol=1e-3)
 
 
 @pytest.mark.slow

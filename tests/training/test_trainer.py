@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
@@ -94,7 +96,7 @@ class Dataset:
         return len(self.labels)
 
     def iter_batches(self, rows: Sequence[Int64Array]) -> Iterator[Batch]:
-        return (Batch(self.pixels[each], self.labels[each]) for each in rows)
+        return (Batch(self.pixels[each], self.labels[each], rows=each) for each in rows)
 
 
 class Images:
@@ -146,6 +148,7 @@ def build_trainer(
             strategy=strategy,
             architecture=zoo.resolve_architecture("small_cnn", {"width": 4}),
             targets=targets,
+            classes=["dark", "medium", "bright"],
             initial_weights=None,
             preprocess=Preprocess(resize=SIDE, crop=SIDE),
             images=images,
@@ -176,6 +179,37 @@ def test_a_probe_then_finetune_run_has_the_probe_as_epoch_0(
     assert {(epoch.train_rows, epoch.val_rows) for epoch in reported} == {(60, 20)}
     assert result.history[0].val_accuracy > 0.8
     assert [post for post in made.channel.posts if isinstance(post, EpochMetrics)] == reported
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [("probe", {}), ("scratch", {"epochs": 3, "optim": {"lr": 1e-2, "ema": 0.5}})],
+)
+def test_the_predictions_of_the_best_epoch_are_kept_with_its_weights(
+    build_trainer: Callable[..., Trainer], strategy: Strategy, settings: dict[str, Any]
+) -> None:
+    made = build_trainer(build_network(), strategy, **settings)
+    made.run(lambda epoch: None)
+    latest = made.checkpoints.load_latest()
+    assert latest is not None
+    best = latest[0].progress.best_epoch
+    data = made.checkpoints.load_best_predictions(latest[0])
+    assert best is not None
+    assert data is not None
+    table = pq.read_table(pa.BufferReader(data))
+    assert table["row"].to_pylist() == list(range(20))
+    val = Images().load_split(held=True)
+    labels = np.array(made.spec.classes)[val.labels]
+    right = np.mean(np.array(table["predicted_label"].to_pylist()) == labels)
+    assert right == pytest.approx(best.val_accuracy, abs=1e-12)
+    loss = -np.mean(np.log(table["label_score"].to_numpy()))
+    assert loss == pytest.approx(best.val_loss, rel=1e-5)
+
+    network = build_network()
+    network.load_state_dict(made.checkpoints.load_best_weights(latest[0]))
+    normalized = made.train_step.normalize_inputs(val.pixels)
+    scores = network.eval()(normalized).softmax(1).max(1).values
+    np.testing.assert_allclose(table["confidence"], scores.detach().numpy(), rtol=1e-4)
 
 
 def test_a_probe_changes_the_head_alone(build_trainer: Callable[..., Trainer]) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from imgcls.data.decoding import decode
 from imgcls.data.decoding.decode import Pixels
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.storage.storage_settings import bind_settings
-from imgcls.errors import ImageError, StorageError
+from imgcls.errors import OK, ImageError, StorageError
 from imgcls.training.sampler import Int64Array
 
 MAX_BLOCK_BYTES = 32 << 20
@@ -65,12 +65,18 @@ class DecodeSettings:
 
 @dataclass(frozen=True)
 class DecodeFailure:
-    """An image that could not be decoded."""
+    """An image that could not be decoded.
+
+    row:    in its manifest
+    status: of the error, as in a table of predictions
+    """
 
     url: str | None
     label: int
     held: bool
     error: str
+    row: int
+    status: str
 
 
 @dataclass(frozen=True)
@@ -80,11 +86,13 @@ class Batch:
     pixels:   (N, 3, S, S) uint8
     labels:   (N,) int64 class indices
     failures: the images that were left out
+    rows:     (N,) int64 rows of the images in their manifest; only validation uses them
     """
 
     pixels: Pixels
     labels: Int64Array
     failures: tuple[DecodeFailure, ...] = ()
+    rows: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 class ImageDataset(Protocol):
@@ -109,13 +117,15 @@ def compute_image_bytes(preprocess: Preprocess) -> int:
 
 
 def decode_block(rows: pa.Table, settings: DecodeSettings) -> pa.Table:
-    """Fetch and decode rows of one split; adds the columns error (string) and pixels (binary).
+    """Fetch and decode rows of one split; adds the columns status, error and pixels.
 
-    The pixels of a row with an error are zeros.
+    status and error are strings, of a decoded image "ok" and null. pixels is binary, of a row with
+    an error zeros.
     """
     preprocess = settings.for_split(held=rows.column("held")[0].as_py())
     shape = (rows.num_rows, 3, preprocess.crop, preprocess.crop)
     stacked = np.zeros(shape, np.uint8)
+    statuses: list[str] = []
     errors: list[str | None] = []
     blobs = image_files.read_ahead(rows.column("url").to_pylist(), max_bytes=settings.max_bytes)
     for index, data in enumerate(blobs):
@@ -123,15 +133,28 @@ def decode_block(rows: pa.Table, settings: DecodeSettings) -> pa.Table:
             if not isinstance(data, bytes):
                 raise data
             stacked[index] = decode.decode_image(data, preprocess)[0]
+            statuses.append(OK)
             errors.append(None)
         except (ImageError, StorageError) as error:
+            statuses.append(error.status)
             errors.append(str(error))
     offsets = np.arange(rows.num_rows + 1, dtype=np.int32) * compute_image_bytes(preprocess)
     pixels = pa.Array.from_buffers(
         pa.binary(), rows.num_rows, [None, pa.py_buffer(offsets), pa.py_buffer(stacked)]
     )
-    return rows.append_column("error", pa.array(errors, pa.string())).append_column(
-        "pixels", pixels
+    found = {"status": statuses, "error": errors}
+    for name, values in found.items():
+        rows = rows.append_column(name, pa.array(values, pa.string()))
+    return rows.append_column("pixels", pixels)
+
+
+def list_failures(rows: Iterable[Mapping[str, Any]]) -> tuple[DecodeFailure, ...]:
+    """The failed ones among decoded rows, each a dictionary of the columns but the pixels."""
+    names = [each.name for each in fields(DecodeFailure)]
+    return tuple(
+        DecodeFailure(**{name: row[name] for name in names})
+        for row in rows
+        if row["error"] is not None
     )
 
 

@@ -28,6 +28,7 @@ from imgcls.training.data.batches import (
     DecodeSettings,
     compute_block_rows,
     decode_block,
+    list_failures,
     prefetch,
     view_pixels,
 )
@@ -76,15 +77,12 @@ def decode_images(
         dataset = ray.data.from_blocks(chunks).map_batches(decode, batch_format="pyarrow")
     try:
         decoded = dataset.materialize()
-        status = decoded.select_columns(["row", "url", "label", "held", "error"])
+        status = decoded.select_columns(["row", "url", "label", "held", "status", "error"])
         bad = status.filter(expr=col("error").is_not_null()).take_all()
     finally:
         execution.close()
-    failures = [
-        DecodeFailure(row["url"], row["label"], row["held"], row["error"])
-        for row in sorted(bad, key=lambda row: (row["held"], row["row"]))
-    ]
-    return CachedImages(tuple(decoded.to_arrow_refs()), tuple(failures), settings)
+    failures = list_failures(sorted(bad, key=lambda row: (row["held"], row["row"])))
+    return CachedImages(tuple(decoded.to_arrow_refs()), failures, settings)
 
 
 def _decode(rows: pa.Table, settings: DecodeSettings) -> pa.Table:
@@ -116,6 +114,7 @@ class CachedDataset:
         rows, labels, block, index = (np.concatenate(each) for each in zip(*columns, strict=True))
         order = np.argsort(rows, kind="stable")
         self.labels: Int64Array = labels[order]
+        self.rows: Int64Array = rows[order]
         self._block_index, self._row_index = block[order], index[order]
         self._shape = (3, preprocess.crop, preprocess.crop)
 
@@ -130,4 +129,7 @@ class CachedDataset:
         return out
 
     def iter_batches(self, rows: Sequence[Int64Array]) -> Iterator[Batch]:
-        return prefetch(Batch(self.gather_pixels(each), self.labels[each]) for each in rows)
+        return prefetch(
+            Batch(self.gather_pixels(each), self.labels[each], rows=self.rows[each])
+            for each in rows
+        )

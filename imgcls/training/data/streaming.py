@@ -22,10 +22,10 @@ from imgcls.cluster.ray_data import own_data_settings
 from imgcls.data.storage import storage_settings
 from imgcls.training.data.batches import (
     Batch,
-    DecodeFailure,
     DecodeSettings,
     compute_block_rows,
     decode_block,
+    list_failures,
     prefetch,
     view_pixels,
 )
@@ -111,14 +111,11 @@ class StreamedDataset:
     def _build_batch(self, table: pa.Table) -> Batch:
         good = table.column("error").is_null().to_numpy()
         labels = table.column("label").to_numpy()
-        held = table.column("held")[0].as_py()
+        rows = table.column("row").to_numpy()
         parts = [view_pixels(batch, self._preprocess) for batch in table.to_batches()]
-        failures = tuple(
-            DecodeFailure(row["url"], row["label"], held, row["error"])
-            for row in table.select(["url", "label", "error"]).to_pylist()
-            if row["error"] is not None
-        )
-        return Batch(np.concatenate(parts)[good], labels[good], failures)
+        failed = table.drop_columns(["pixels"]).filter(pa.array(~good))
+        failures = list_failures(failed.to_pylist())
+        return Batch(np.concatenate(parts)[good], labels[good], failures, rows[good])
 
 
 def _decode_indices(

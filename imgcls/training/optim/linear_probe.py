@@ -31,6 +31,7 @@ from imgcls.training.network import spatial_mean
 from imgcls.training.sampler import Int64Array
 from imgcls.training.train_step import TrainStep
 from imgcls.training.validation import EvalMetrics, ReduceFn, all_reduce, create_accumulator
+from imgcls.training.validation_predictions import PredictionRecorder
 
 L2_CHOICES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)
 MAX_ITERATIONS = 100
@@ -250,14 +251,24 @@ class _HeadFit:
 
 
 def evaluate_head(
-    head: LinearHead, split: ProbeFeatures, num_classes: int, reduce: ReduceFn = all_reduce
+    head: LinearHead,
+    split: ProbeFeatures,
+    num_classes: int,
+    reduce: ReduceFn = all_reduce,
+    recorder: PredictionRecorder | None = None,
 ) -> EvalMetrics:
-    """Metrics of a head on the features of all workers."""
+    """Metrics of a head on the features of all workers.
+
+    recorder: gets the logits and targets of this worker, in their order
+    """
     accumulator = create_accumulator(split.task.name, num_classes, split.inputs.device)
     # the accumulator of multilabel needs several times the memory of the logits
     size = max(1, len(split.targets)) if split.task is SINGLE_LABEL else _BLOCK_ROWS
     for inputs, targets in zip(split.inputs.split(size), split.targets.split(size), strict=True):
-        accumulator.update(inputs @ head.weight.T + head.bias, targets)
+        logits = inputs @ head.weight.T + head.bias
+        accumulator.update(logits, targets)
+        if recorder is not None:
+            recorder.update(logits, targets)
     return accumulator.compute(reduce)
 
 

@@ -90,12 +90,18 @@ def test_a_batch_for_each_set_of_rows(rows: pa.Table) -> None:
     ]
     np.testing.assert_array_equal(found[0].pixels, train.gather_pixels(wanted[0]))
     assert all(batch.failures == () for batch in found)
+    held = CachedDataset(blocks(rows, 1), SPEC, held=True)
+    (batch,) = held.iter_batches([np.array([2, 0])])
+    assert batch.rows.tolist() == [GOOD[True][2], GOOD[True][0]]
 
 
 def test_ray_decodes_every_row_once_and_reports_the_bad_ones(joined: None, rows: pa.Table) -> None:
     decoded = decode_images(rows, SETTINGS, cpus=2, execution=DataExecution())
     assert len(decoded.blocks) > 2, "small sets are cut too, so that all CPUs have some"
     bad = [(failure.url, failure.label, failure.held) for failure in decoded.failures]
+    assert [(failure.row, failure.status) for failure in decoded.failures] == [
+        (4, "not_an_image"), (5, "missing"),
+    ]  # fmt: skip
     assert bad == [(rows.column("url")[4].as_py(), 1, False), (None, 2, False)]
     assert "web page" in decoded.failures[0].error
     for held in (False, True):

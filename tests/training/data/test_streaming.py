@@ -67,8 +67,10 @@ def test_batches_hold_the_requested_rows_in_order(
         for row, pixels in zip(good, batch.pixels, strict=True):
             decoded, _ = decode.decode_image(Path(urls[row]).read_bytes(), source.settings.train)
             np.testing.assert_array_equal(pixels, decoded)
-        assert [(f.url, f.label, f.held) for f in batch.failures] == [
-            (urls[row], row % 3, False) for row in bad
+        assert batch.rows.tolist() == good
+        status = {4: "not_an_image", 5: "missing"}
+        assert [(f.url, f.label, f.held, f.row, f.status) for f in batch.failures] == [
+            (urls[row], row % 3, False, row, status[row]) for row in bad
         ]
 
 
