@@ -316,16 +316,16 @@ def test_evaluation_can_be_typed(
 
 @pytest.mark.slow
 def test_nightly_runs_can_be_typed(
-    demonstrated: Terminal, pages: Callable[[str], list[Step]], endpoint: str, tmp_path: Path
+    demonstrated: Terminal,
+    pages: Callable[[str], list[Step]],
+    endpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store_environment = environment_of_store(endpoint)
-    store = s3fs.S3FileSystem(
-        endpoint_url=endpoint,
-        key=store_environment["AWS_ACCESS_KEY_ID"],
-        secret=store_environment["AWS_SECRET_ACCESS_KEY"],
-        client_kwargs={"region_name": store_environment["AWS_DEFAULT_REGION"]},
-        use_listings_cache=False,
-    )
+    for name, value in store_environment.items():
+        monkeypatch.setenv(name, value)
+    store = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
     for name in ("photos", "models"):
         store.makedirs(name, exist_ok=True)
     store.put(f"{demonstrated.folder}/demo/bundle/", "models/current/", recursive=True)
@@ -362,7 +362,7 @@ def test_the_service_can_be_typed(
         draw("red", (64, 64), seed=number).save(tmp_path / f"{name}.jpg")
 
     def prepare(step: Step) -> Step:
-        keys = re.findall(r"imgcls_\w{16,}", terminal.printed)
+        keys = re.findall(r"imgcls_[\w-]{16,}", terminal.printed)
         commands = step.commands.replace("imgcls_...", keys[-1] if keys else "")
         commands = commands.replace("curl ", "curl --silent --show-error --fail-with-body ")
         return replace(
