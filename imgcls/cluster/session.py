@@ -113,6 +113,7 @@ def _start_or_join(address: str | None) -> None:
         _hold_back_stderr(),
         set_env_defaults(_MALLOC_SETTINGS if private else {}),
         ray_internals.start_without_services() if private else contextlib.nullcontext(),
+        ray_internals.report_slow_start(),
     ):
         ray.init(
             address,

@@ -43,7 +43,8 @@ MEMORY = re.compile(r"\d[\d.]* of \d[\d.]* GiB")
 FOLDER = re.compile(r"(?<![\w.:/])/(?:[\w.-]+/)+")
 """The folder of an absolute path: that in which a page is typed."""
 VARYING = re.compile(
-    r"waiting \d+%|best: epoch \d+|\d{4}-\d\d-\d\d[T ]\d\d:\d\d\S*|\b[0-9a-f]{8,}\b|:\d{4,5}\b"
+    r"waiting \d+%|best: epoch \d+|date=\d{4}-\d\d-\d\d|"
+    r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d\S*|\b[0-9a-f]{8,}\b|:\d{4,5}\b"
 )
 NUMBER = re.compile(r"\d+\.\d+(?:e-?\d+)?")
 
