@@ -72,7 +72,7 @@ def blocks(site: Path) -> dict[str, list[Block]]:
     }
 
 
-def test_a_reader_can_tell_outputs_from_commands(blocks: dict[str, list[Block]]) -> None:
+def test_outputs_are_marked_and_commands_are_not(blocks: dict[str, list[Block]]) -> None:
     tutorial = blocks["docs/tutorial"]
     assert [block.language for block in tutorial[:2]] == ["text", "python"]
     shown = next(block for block in tutorial if block.is_output)

@@ -294,22 +294,22 @@ def test_evaluation_can_be_typed(
     demonstrated: Terminal,
     pages: Callable[[str], list[Step]],
     multilabel_bundle: Path,
-    tmp_path: Path,
 ) -> None:
-    terminal = copy_results(demonstrated, tmp_path)
-    write_tables(tmp_path)
-    shutil.copytree(tmp_path / "demo" / "bundle", tmp_path / "bundle")
+    # not in a copy: a run has the absolute paths of its images
+    terminal, folder = replace(demonstrated), demonstrated.folder
+    write_tables(folder)
+    shutil.copytree(folder / "demo" / "bundle", folder / "bundle")
 
     def prepare(step: Step) -> Step:
-        if step.section == "several-labels-per-image" and (tmp_path / "bundle").exists():
-            shutil.rmtree(tmp_path / "bundle")
-            write_multilabel_bundle(tmp_path / "bundle", multilabel_bundle)
+        if step.section == "several-labels-per-image" and (folder / "bundle").exists():
+            shutil.rmtree(folder / "bundle")
+            write_multilabel_bundle(folder / "bundle", multilabel_bundle)
         if "yesterday/" in step.commands:
             for name in ("yesterday", "tonight"):
-                shutil.copytree(tmp_path / "out", tmp_path / name)
+                shutil.copytree(folder / "out", folder / name)
         # sections are alternatives, which write to the same folders
         for output in re.findall(r"--output ((?:val|calibrated|train)/)", step.commands):
-            shutil.rmtree(tmp_path / output, ignore_errors=True)
+            shutil.rmtree(folder / output, ignore_errors=True)
         return step
 
     terminal.type(pages("evaluation"), prepare)
