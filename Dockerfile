@@ -12,7 +12,8 @@ ARG TORCH_INDEX=
 # Extras of pyproject.toml, at least one, such as demo,gcs,azure
 ARG EXTRAS=demo
 
-# wget: KubeRay's probes. procps: `ray stop`.
+# wget: KubeRay's probes. procps: `ray stop`. Debian removes older versions, so none is pinned.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends procps wget \
     && rm -rf /var/lib/apt/lists/*
@@ -32,7 +33,8 @@ COPY . .
 RUN pip install --no-cache-dir --no-deps --force-reinstall . \
     && rm -rf build imgcls imgcls.egg-info
 
-USER ray
+# ray, as a number: Kubernetes cannot check that a name is not root (runAsNonRoot)
+USER 1000
 ENV PYTHONUNBUFFERED=1
 # Ray's head node, dashboard and metrics; imgcls serve
 EXPOSE 6379 8265 8080 8000

@@ -29,6 +29,10 @@ LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)")
 """A Markdown link or image with a relative target."""
 DIRECTIVE = re.compile(r"^<!-- ::: imgcls\.(\w+) -->$", re.MULTILINE)
 """A place for the documentation of a public name, which code hosts do not show."""
+FENCE = re.compile(r"^```(.*)\n([\s\S]*?)^```$", re.MULTILINE)
+"""A fenced block of code: its language, and its text."""
+ASSETS = ("docs/site.css", "docs/site.js")
+"""Files that mkdocs.yml adds to every page."""
 
 
 def list_pages() -> list[Path]:
@@ -50,12 +54,19 @@ def stage(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     pages = list_pages()
     linked = {path for page in pages for path in find_linked_files(page) if path.is_file()}
-    for path in {*pages, *linked}:
+    for path in {*pages, *linked, *(REPOSITORY / name for name in ASSETS)}:
         target = folder / path.relative_to(REPOSITORY)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    api = folder / "docs" / "api.md"
-    api.write_text(DIRECTIVE.sub(_to_directive, api.read_text()))
+    for page in pages:
+        target = folder / page.relative_to(REPOSITORY)
+        target.write_text(DIRECTIVE.sub(_to_directive, FENCE.sub(_mark_output, target.read_text())))
+
+
+def _mark_output(match: re.Match[str]) -> str:
+    """A block without a language, which is the output of commands, with classes for the style."""
+    language, text = match.groups()
+    return match[0] if language else f"``` {{.text .output .no-copy}}\n{text}```"
 
 
 def _to_directive(match: re.Match[str]) -> str:

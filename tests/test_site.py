@@ -3,61 +3,35 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 
+import click
 import pytest
 import yaml
 
 import imgcls
-from tests.browser import opened
+from imgcls.errors import ImgclsError
+from tests.browser import launched, opened
+from tests.command_lines import check_line
 from tests.conftest import REPOSITORY
-
-
-def load_builder(repository: Path) -> ModuleType:
-    """docs/build_site.py of a copy of the repository."""
-    spec = importlib.util.spec_from_file_location(
-        "build_site", repository / "docs" / "build_site.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def copy_sources(folder: Path) -> None:
-    """The pages with the files that they link to, in a folder without the rest."""
-    load_builder(REPOSITORY).stage(folder)
-    for name in ("mkdocs.yml", "docs/build_site.py", "docs/api.md"):
-        shutil.copyfile(REPOSITORY / name, folder / name)
-    (folder / "imgcls").symlink_to(REPOSITORY / "imgcls")
-
-
-def build(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "docs/build_site.py"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+from tests.site import (
+    FILE,
+    Block,
+    build,
+    build_site,
+    copy_sources,
+    list_pages,
+    load_builder,
+    read_blocks,
+    read_steps,
+)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    copy_sources(folder)
-    done = build(folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "build" / "site"
+    return build_site(tmp_path_factory.mktemp("site"))
 
 
 def list_navigation(entries: list[dict[str, object]]) -> Iterator[str]:
@@ -87,6 +61,70 @@ def test_the_site_has_all_pages_and_files(site: Path) -> None:
         assert (site / f"{name}.html").is_file(), name
     assert (site / "cluster.yaml").read_text() == (REPOSITORY / "cluster.yaml").read_text()
     assert (site / "docs" / "images" / "report.png").is_file()
+
+
+@pytest.fixture(scope="module")
+def blocks(site: Path) -> dict[str, list[Block]]:
+    """The blocks of code of every built page, by its path without a suffix."""
+    return {
+        page.relative_to(site).with_suffix("").as_posix(): read_blocks(page)
+        for page in list_pages(site)
+    }
+
+
+def test_outputs_are_marked_and_commands_are_not(blocks: dict[str, list[Block]]) -> None:
+    tutorial = blocks["docs/tutorial"]
+    assert [block.language for block in tutorial[:2]] == ["text", "python"]
+    shown = next(block for block in tutorial if block.is_output)
+    assert shown.text.startswith("manifest   602 images")
+    assert shown.section == "build-a-manifest"
+    for name, page in blocks.items():
+        for block in page:
+            # after `$` both are in one block
+            if block.text.startswith("imgcls ") and not block.text.startswith("imgcls labels im"):
+                assert not block.is_output, (name, block.text)
+
+
+def test_the_tutorial_has_files_commands_and_outputs(site: Path) -> None:
+    page = site / "docs" / "tutorial.html"
+    steps = read_steps(page)
+    assert [step.file for step in steps if step.file] == ["draw.py", "ask.py"]
+    commands = [step for step in steps if not step.file]
+    assert sum(bool(step.output) for step in commands) >= len(commands) / 2
+    typed = "\n".join(step.commands for step in steps)
+    source = (REPOSITORY / "docs" / "tutorial.md").read_text()
+    for line in re.findall(r"^ {4}\S.*$", source, re.MULTILINE):
+        assert line.strip() in typed
+
+
+def test_every_command_and_option_on_the_site_exists(
+    blocks: dict[str, list[Block]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    wrong, checked = [], 0
+    for name, page in blocks.items():
+        files = {match[1] for block in page if (match := FILE.match(block.text))}
+        for line in (line for block in page for line in block.commands):
+            checked += 1
+            try:
+                check_line(line, files)
+            except (AssertionError, ImgclsError, click.ClickException) as error:
+                wrong.append(f"{name}: {line}\n    {error}")
+    assert not wrong, "\n".join(wrong)
+    assert checked > 200
+    for line, message in (
+        ("imgcls predict --model m --output o --manifest m --no-such-key 1", "no_such_key"),
+        ("imgcls predikt --model m", "no command"),
+        ("make domo", "domo"),
+        ("cd x && pip install -c constraints.txt '.[dmeo]'", "dmeo"),
+        ("pip install --no-such .", "no such option"),
+        ("ray job submit --woking-dir . -- python jobs/predict.py", "--woking-dir"),
+        ("ray job submit -- python jobs/predict.py --outptu o", "outptu"),
+        ("python -m benchmarks.engins", "engins"),
+        ("python drwa.py photos", "drwa.py"),
+    ):
+        with pytest.raises((AssertionError, ImgclsError, click.ClickException), match=message):
+            check_line(line, {"draw.py"})
 
 
 def read_summary(module: str, name: str) -> str:
@@ -125,6 +163,23 @@ def test_a_browser_reads_no_other_host(site: Path, name: str) -> None:
         watched.page.wait_for_timeout(1000)
         hosts = [seen for seen in watched.requests if not re.match("(file|data|blob):", seen)]
         assert hosts == []
+
+
+def check_accessibility(pages: Iterable[Path]) -> None:
+    with launched() as browser:
+        for page in pages:
+            with opened(page.as_uri(), browser=browser) as watched:
+                watched.check_accessible("light", "dark")
+
+
+def test_axe_finds_nothing_wrong_on_the_first_and_the_longest_pages(site: Path) -> None:
+    longest = sorted(list_pages(site), key=lambda page: page.stat().st_size)[-2:]
+    check_accessibility([site / "index.html", *longest])
+
+
+@pytest.mark.slow
+def test_axe_finds_nothing_wrong_on_any_page(site: Path) -> None:
+    check_accessibility(list_pages(site))
 
 
 @pytest.mark.slow

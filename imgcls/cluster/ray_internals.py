@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.experimental import internal_kv
 
+from imgcls.errors import RunFailed
+
 if TYPE_CHECKING:
     from ray.data._internal.execution.execution_callback import ExecutionCallback
     from ray.serve._private.request_router import (  # type: ignore[attr-defined]
@@ -157,6 +159,24 @@ def start_without_services() -> Iterator[None]:
     finally:
         for owner, name, value in originals:
             setattr(owner, name, value)
+
+
+SLOW_START = "The current node timed out during startup"
+
+
+@contextlib.contextmanager
+def report_slow_start() -> Iterator[None]:
+    """Raise RunFailed where Ray raises a bare Exception: its node did not start within 30 s."""
+    try:
+        yield
+    except Exception as error:
+        # Ray has no class for it, and no setting for the 30 s
+        if SLOW_START not in str(error):
+            raise
+        raise RunFailed(
+            "Ray did not start on this machine within 30 s: its processor or memory is in use. "
+            "Rerun the same command when it is less busy, or start Ray once with `ray start --head`"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------- Ray Data

@@ -123,6 +123,7 @@ def _start_or_join(address: str | None) -> None:
         set_env_defaults(_MALLOC_SETTINGS if private else {}),
         ray_internals.start_without_services() if private else contextlib.nullcontext(),
         worker_forks.fork_workers() if private else contextlib.nullcontext() as forks,
+        ray_internals.report_slow_start(),
     ):
         ray.init(
             address,

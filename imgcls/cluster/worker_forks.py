@@ -135,9 +135,13 @@ def fork_workers() -> Iterator[WorkerForks | None]:
             start_new_session=True,  # Ctrl-C is for the driver
             env={"OMP_NUM_THREADS": "1"} | os.environ,  # as Ray sets it for a worker with one CPU
         )
+    forks = WorkerForks(process, folder)
     sys.executable = str(program)
     try:
-        yield WorkerForks(process, folder)
+        yield forks
+    except BaseException:
+        forks.end()
+        raise
     finally:
         sys.executable = python
 

@@ -92,7 +92,7 @@ def plot_reliability(
         )
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel=x, ylabel=y)
         _format_percent_axes(axis.xaxis, axis.yaxis)
-        axis.legend(loc="upper left")
+        _add_legend(axis)
         return _render_svg(figure, f"Reliability diagram: {y} by {x}")
 
 
@@ -138,7 +138,7 @@ def plot_coverage(curve: pa.Table) -> str:
             ylabel="accuracy",
         )
         _format_percent_axes(axis.xaxis, axis.yaxis)
-        axis.legend(loc="lower left")
+        _add_legend(axis)
         return _render_svg(figure, "Accuracy of the accepted predictions by coverage")
 
 
@@ -170,7 +170,7 @@ def plot_confidence_histogram(counts: PredictionCounts) -> str:
         _format_percent_axes(axis.xaxis)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         if below.any():
-            axis.legend(loc="upper left")
+            _add_legend(axis)
         return _render_svg(figure, "Histogram of confidence")
 
 
@@ -241,6 +241,11 @@ def plot_training_curves(history: Any, best: int) -> list[str]:
 def _new_figure() -> tuple[Figure, Any]:
     figure = Figure(figsize=_SIZE, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
     return figure, figure.subplots()
+
+
+def _add_legend(axis: Any) -> None:
+    """Add a legend above the plot, where it covers no data."""
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, columnspacing=1.2)
 
 
 def _format_percent_axes(*axes: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import ray
 import ray.data
 
-from imgcls.cluster import session
+from imgcls.cluster import ray_internals, session
 from imgcls.cluster.ray_data import own_data_settings
 from imgcls.cluster.session import (
     _Session,
@@ -155,6 +156,17 @@ def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(joined: None) -
         unwrap_ray_errors(),
     ):
         dataset.materialize()
+
+
+def test_a_session_that_does_not_start_in_time_is_a_failure_with_a_remedy() -> None:
+    assert ray_internals.SLOW_START in inspect.getsource(ray._private.node)
+    with (
+        pytest.raises(RunFailed, match=r"did not start .* Rerun the same command"),
+        ray_internals.report_slow_start(),
+    ):
+        raise Exception(f"{ray_internals.SLOW_START}. This could happen")
+    with pytest.raises(ValueError, match="other"), ray_internals.report_slow_start():
+        raise ValueError("other")
 
 
 def test_only_the_session_that_was_started_as_a_private_one_is_private(

@@ -28,9 +28,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FIRST = ["predict", "calibrate", "key new"]
 """Examples whose outputs other examples use."""
 ELSEWHERE = {
-    "nightly": "is a DAG for Airflow",
+    "nightly": "is run by test_documentation.py, or is a DAG for Airflow",
     "existing_clusters": "asks a cluster for a job",
-    "tutorial": "is run by test_tutorial.py",
+    "tutorial": "is run by test_documentation.py",
 }
 """Pages whose Python code is for other programs, or run by another test."""
 
