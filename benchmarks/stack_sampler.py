@@ -56,9 +56,12 @@ def is_known(stack: list[tuple[str, str]]) -> bool:
     )
 
 
+def start() -> None:
+    """Sample this process in a thread."""
+    folder, thread = os.environ[SAMPLES_VARIABLE], threading.get_ident()
+    threading.Thread(target=write_samples, args=(folder, thread), daemon=True).start()
+
+
 if __name__ == "sitecustomize" and SAMPLES_VARIABLE in os.environ:
-    threading.Thread(
-        target=write_samples,
-        args=(os.environ[SAMPLES_VARIABLE], threading.get_ident()),
-        daemon=True,
-    ).start()
+    start()
+    os.register_at_fork(after_in_child=start)

@@ -41,6 +41,7 @@ NAMES = {
     "AutoscalingCoordinator": "Ray Data: autoscaling",
     "ActorLocationTracker": "Ray Data: places of actors",
     "MapWorker": "worker",
+    "worker_forks.py": "process that forks workers",
     "default_worker.py": "Ray: process without work",
     "imgcls.cli": "driver",
 }

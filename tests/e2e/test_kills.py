@@ -147,7 +147,7 @@ def kill_and_restart(
                 else:
                     cluster.kill()
                     driver.kill()
-                    cluster = stack.enter_context(RayCluster.start(cpus=2))
+                    cluster = stack.enter_context(RayCluster.start(cpus=2, fork=True))
         if cluster is first:
             last = run_here(*command, *ALONE)
         else:
@@ -210,7 +210,7 @@ def test_a_run_killed_again_and_again_ends_with_the_table_of_one_left_alone(
     kills = [Kill(target, rng.randrange(1, 8), rng.uniform(0, 0.5)) for target in targets]
     with contextlib.ExitStack() as stack:
         if "cluster" in targets:
-            cluster = stack.enter_context(RayCluster.start(cpus=2))
+            cluster = stack.enter_context(RayCluster.start(cpus=2, fork=True))
         met = kill_and_restart(*there, kills, cluster)
     print(f"seed {seed}:", *met, sep="\n  ")
     assert_as_left_alone(there[2], reference)
@@ -269,7 +269,7 @@ def test_twenty_kills_at_random_moments(
         kills = random_kills(rng, [targets[i % len(targets)] for i in range(5)])
         rounds += 1
         output = output.parent / f"out-{rounds}"
-        with RayCluster.start(cpus=2) as cluster:
+        with RayCluster.start(cpus=2, fork=True) as cluster:
             met += kill_and_restart(manifest, bundle, output, kills, cluster)
         assert_as_left_alone(output, reference)
     print(f"seed {seed}, {rounds} tables, all equal:", *met, sep="\n  ")

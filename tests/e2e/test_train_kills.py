@@ -296,7 +296,7 @@ def test_a_node_about_to_be_preempted_makes_the_workers_save_at_once(
 ) -> None:
     words = [*arguments(digits, output, 400), "--checkpoint-minutes", 60]
     watcher = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"}
-    with RayCluster.start(cpus=2) as cluster, Command.running(words, cluster, **watcher) as command:
+    with RayCluster.start(cpus=2, fork=True) as cluster, Command.running(words, cluster, **watcher) as command:
         command.until_epoch(output, 1)
         with cluster.joined():
             (node,) = ray.nodes()
@@ -318,7 +318,7 @@ def test_a_node_about_to_be_preempted_makes_the_workers_save_at_once(
 @pytest.mark.slow
 def test_waiting_for_workers_is_logged_and_ends_at_the_timeout(digits: Path, output: Path) -> None:
     words = [*arguments(digits, output), "--scale.num-workers", 1, "--scale.cpus-per-worker", 2]
-    with RayCluster.start(cpus=2) as cluster, cluster.joined():
+    with RayCluster.start(cpus=2, fork=True) as cluster, cluster.joined():
         kind: Any = ray.remote(num_cpus=1)(Busy)
         other = kind.remote()  # as another job would
         ray.get(other.there.remote())
@@ -410,7 +410,7 @@ def test_a_run_killed_at_random_moments_gets_the_same_weights(digits: Path, outp
     targets = ["driver", "worker", "cluster", "driver", "worker", "cluster"]
     rng.shuffle(targets)
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(RayCluster.start(cpus=2))
+        cluster = stack.enter_context(RayCluster.start(cpus=2, fork=True))
         alone = output.parent / "alone"
         done = imgcls(*arguments(digits, alone, LONG), env=cluster.environment(), timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
@@ -439,7 +439,7 @@ def test_a_run_killed_at_random_moments_gets_the_same_weights(digits: Path, outp
                 command.process.kill()
                 command.end()
             if target == "cluster":
-                cluster = stack.enter_context(RayCluster.start(cpus=2))
+                cluster = stack.enter_context(RayCluster.start(cpus=2, fork=True))
         last = imgcls(*words, env=cluster.environment(), timeout=2 * PATIENCE)
         assert last.returncode == 0, last.stderr
     assert_as_undisturbed(output, alone, digits)

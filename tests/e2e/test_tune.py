@@ -71,7 +71,7 @@ def assert_searched(tmp_path: Path, trials: int) -> pd.DataFrame:
 def test_a_search_finds_settings_far_better_than_the_worst(tmp_path: Path) -> None:
     workers, at_a_time = [], []
     with (
-        RayCluster.start(cpus=2) as cluster,
+        RayCluster.start(cpus=2, fork=True) as cluster,
         started(*job(tmp_path, trials=TRIALS), env=cluster.environment()) as command,
     ):
         while command.poll() is None:
@@ -93,7 +93,7 @@ def test_a_search_finds_settings_far_better_than_the_worst(tmp_path: Path) -> No
 def test_a_killed_search_resumes_and_repeats_no_finished_trial(tmp_path: Path) -> None:
     settings = {"trials": 3, "max_concurrent": 1, "scheduler": "fifo", "search": "optuna"}
     words = [*job(tmp_path, **settings), "--epochs", 2]
-    with RayCluster.start(cpus=2) as cluster:
+    with RayCluster.start(cpus=2, fork=True) as cluster:
         with started(*words, env=cluster.environment()) as command:
             wait_for(lambda: len(list((tmp_path / "out").glob("trials/*/bundle.json"))) > 0, 240)
             command.send_signal(signal.SIGKILL)
