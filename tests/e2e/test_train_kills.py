@@ -296,7 +296,10 @@ def test_a_node_about_to_be_preempted_makes_the_workers_save_at_once(
 ) -> None:
     words = [*arguments(digits, output, 400), "--checkpoint-minutes", 60]
     watcher = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"}
-    with RayCluster.start(cpus=2, fork=True) as cluster, Command.running(words, cluster, **watcher) as command:
+    with (
+        RayCluster.start(cpus=2, fork=True) as cluster,
+        Command.running(words, cluster, **watcher) as command,
+    ):
         command.until_epoch(output, 1)
         with cluster.joined():
             (node,) = ray.nodes()
