@@ -29,20 +29,12 @@ import grpc
 import ray
 
 from imgcls.cluster import ray_internals, worker_forks
-from imgcls.cluster.worker_forks import WorkerForks
+from imgcls.cluster.worker_forks import MALLOC_SETTINGS, WorkerForks
 from imgcls.data.environment import set_env_defaults
 from imgcls.errors import ImgclsError, RequestError, RunFailed, first_line
 
 _CONNECT_TIMEOUT_S = 30
 """Enough for a busy head node; one that is gone refuses the connection at once."""
-
-_MALLOC_SETTINGS = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
-}
-"""Environment of glibc's allocator: the number of arenas, and two thresholds in bytes."""
-
 
 JPEG_ENGINE_GPUS = ("A100", "A30", "H100", "H200", "B200", "GB200")
 """Accelerators with a JPEG decode engine, by Ray's names."""
@@ -116,11 +108,13 @@ def _start_or_join(address: str | None) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     private = address == "local"
+    if not private:
+        worker_forks.discard_forks()
     # Ray Data imports pandas next; Ray's own processes take two seconds to start in the meantime
     threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
     with (
         _hold_back_stderr(),
-        set_env_defaults(_MALLOC_SETTINGS if private else {}),
+        set_env_defaults(MALLOC_SETTINGS if private else {}),
         ray_internals.start_without_services() if private else contextlib.nullcontext(),
         worker_forks.fork_workers() if private else contextlib.nullcontext() as forks,
         ray_internals.report_slow_start(),
@@ -187,7 +181,7 @@ def build_malloc_env() -> dict[str, Any]:
     if is_private_session():
         return {}
     return {
-        "env_vars": {name: os.environ.get(name, value) for name, value in _MALLOC_SETTINGS.items()}
+        "env_vars": {name: os.environ.get(name, value) for name, value in MALLOC_SETTINGS.items()}
     }
 
 

@@ -1,7 +1,7 @@
 """Workers of Ray as forks of one process that has imported torch.
 
 A worker imports pandas, torch and this package before its first task: 4 of the 5 CPU seconds until
-its first prediction, in every worker of every job. Here one process imports them, beside the start
+its first prediction, in every worker of every job. Here one process imports them, during the start
 of Ray, and each worker of the session is a fork of it, which imports what is left, Ray itself.
 
 Ray starts a worker by `sys.executable`. Within `fork_workers` that is a script: it sends its
@@ -72,16 +72,28 @@ os.execv({python!r}, [{python!r}, *words])
 """What asks for a fork, in 20 ms."""
 MAX_ADDRESS = 107
 """Maximum length of a socket's path in Linux."""
+MALLOC_SETTINGS = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
+}
+"""Environment of glibc's allocator: the number of arenas, and two thresholds in bytes."""
+DEFAULTS = {"OMP_NUM_THREADS": "1"} | MALLOC_SETTINGS
+"""Variables that are read when a process starts. Ray sets the first for a worker with one CPU."""
 BACKLOG = 512
 """Requests that may wait while the modules are imported."""
 
 
 @dataclass(frozen=True)
 class WorkerForks:
-    """The process that forks the workers of a session, and the folder of its socket."""
+    """The process that forks the workers of a session, and a folder of its own.
+
+    program: what Ray is to start instead of Python
+    """
 
     process: subprocess.Popen[bytes]
     folder: str
+    program: str
 
     def end(self) -> None:
         """End the process; its forks are not affected, and later workers are started by Ray."""
@@ -90,15 +102,56 @@ class WorkerForks:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+_prepared: list[WorkerForks] = []
+"""At most one, that no session uses yet."""
+
+
+def prepare_forks() -> None:
+    """Start what will fork workers, for the private session that this process may start.
+
+    So the modules are imported while the driver plans. To be ended by `discard_forks` if unused.
+    """
+    ray = sys.modules.get("ray")
+    is_joined = ray is not None and ray.is_initialized()
+    if not is_joined and os.environ.get("RAY_ADDRESS") in (None, "", "local") and not _prepared:
+        forks = start_forks()
+        if forks is not None:
+            _prepared.append(forks)
+
+
+def discard_forks() -> None:
+    """End what was prepared and no session uses."""
+    while _prepared:
+        _prepared.pop().end()
+
+
 @contextlib.contextmanager
 def fork_workers() -> Iterator[WorkerForks | None]:
     """Within the block, a session of Ray that this process starts will fork its workers.
 
-    Yields what forks them, which ends with this process if nobody ends it before; None where the
-    workers are not forked: on other systems than Linux, with GPUs, where it has not been tried, and
-    where temporary files may not be run or have long paths.
+    Yields what forks them, or None as `start_forks` does.
     """
+    forks = _prepared.pop() if _prepared else start_forks()
+    if forks is None:
+        yield None
+        return
     importlib.import_module("multiprocessing.spawn")  # keeps the `sys.executable` of its import
+    python, sys.executable = sys.executable, forks.program
+    try:
+        yield forks
+    except BaseException:
+        forks.end()
+        raise
+    finally:
+        sys.executable = python
+
+
+def start_forks() -> WorkerForks | None:
+    """Start the process that forks workers; it ends with this process at the latest.
+
+    None where workers are not forked: on other systems than Linux, with GPUs, where it has not been
+    tried, and where temporary files may not be run or have long paths.
+    """
     folder, python = tempfile.mkdtemp(prefix="imgcls-forks-"), sys.executable
     address, program = f"{folder}/socket", Path(folder, "python")
     script = Path(folder, "request.py")
@@ -106,7 +159,8 @@ def fork_workers() -> Iterator[WorkerForks | None]:
         SCRIPT.format(python=python, worker=WORKER, setup=SETUP, address=address), encoding="utf-8"
     )
     program.write_text(
-        f'#!/bin/sh\nexec {shlex.quote(python)} -ISs {shlex.quote(str(script))} "$@"\n'
+        f'#!/bin/sh\nexec {shlex.quote(python)} -ISs {shlex.quote(str(script))} "$@"\n',
+        encoding="utf-8",
     )
     program.chmod(0o700)
     if (
@@ -116,34 +170,21 @@ def fork_workers() -> Iterator[WorkerForks | None]:
         or not os.access(program, os.X_OK)  # as where no program may run
     ):
         shutil.rmtree(folder)
-        yield None
-        return
+        return None
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(BACKLOG)
+        words = map(str, (listener.fileno(), os.getpid(), folder, json.dumps(sys.path)))
         process = subprocess.Popen(
-            [
-                python,
-                __file__,
-                *map(str, (listener.fileno(), os.getpid(), folder)),
-                json.dumps(sys.path),
-            ],
+            [python, __file__, *words],
             pass_fds=[listener.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the driver
-            env={"OMP_NUM_THREADS": "1"} | os.environ,  # as Ray sets it for a worker with one CPU
+            env=DEFAULTS | os.environ,
         )
-    forks = WorkerForks(process, folder)
-    sys.executable = str(program)
-    try:
-        yield forks
-    except BaseException:
-        forks.end()
-        raise
-    finally:
-        sys.executable = python
+    return WorkerForks(process, folder, str(program))
 
 
 # ---------------------------------------------------------------------- in the process that forks
@@ -165,7 +206,7 @@ def main(listener: socket.socket, parent: int, folder: str) -> None:
                 _, files, _, _ = socket.recv_fds(connection, len(b"files"), 3)
                 with connection.makefile() as stream:
                     request = json.load(stream)
-            except (OSError, ValueError):  # whoever asked has ended
+            except (OSError, ValueError):  # the program that asked has ended
                 continue
             if os.fork() == 0:
                 break

@@ -180,12 +180,11 @@ def test_only_the_session_that_was_started_as_a_private_one_is_private(
     assert is_private_session()
 
 
-def test_a_worker_keeps_what_a_batch_frees_for_the_next(
-    joined: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_keeps_what_a_batch_frees_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     task: Any = ray.remote(faults_of_a_batch)
-    kept = ray.get(task.options(runtime_env=build_malloc_env()).remote())
-    assert kept < 100 < ray.get(task.remote())
+    with RayCluster.start(cpus=1) as cluster, cluster.joined():  # forks have the settings anyway
+        kept = ray.get(task.options(runtime_env=build_malloc_env()).remote())
+        assert kept < 100 < ray.get(task.remote())
     monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
     assert build_malloc_env()["env_vars"]["MALLOC_ARENA_MAX"] == "8"
 

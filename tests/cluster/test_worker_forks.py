@@ -154,22 +154,42 @@ def test_the_forking_process_ends_with_its_parent() -> None:
 
 SESSION = """
 import os, sys
-import psutil, ray
+import psutil
+from imgcls.cluster.worker_forks import discard_forks, prepare_forks
+
+def list_forking():
+    return [p.pid for p in psutil.Process().children() if "worker_forks" in " ".join(p.cmdline())]
+
+os.environ["RAY_ADDRESS"] = "127.0.0.1:6379"
+prepare_forks()
+assert not list_forking(), "a session that is joined starts its workers itself"
+del os.environ["RAY_ADDRESS"]
+prepare_forks()
+prepare_forks()
+(unused,) = list_forking()
+discard_forks()
+assert not list_forking()
+prepare_forks()
+(prepared,) = list_forking()
+
+import ray
 from imgcls.cluster import session
-from imgcls.cluster.session import end_session
 session.connect()
+discard_forks()  # it is used
 
 @ray.remote
 def describe():
     parent, this = psutil.Process(os.getppid()), psutil.Process()
-    return parent.cmdline(), this.cmdline(), "torch" in sys.modules
+    return parent.pid, this.cmdline()[0], "torch" in sys.modules
 
 parent, title, torch = ray.get(describe.remote())
-assert any("worker_forks" in word for word in parent), parent
-assert title[0].startswith("ray::"), title
+assert list_forking() == [parent] == [prepared]
+assert title.startswith("ray::"), title
 assert torch
-end_session(0)
-assert not any("worker_forks" in " ".join(p.cmdline()) for p in psutil.Process().children())
+prepare_forks()
+assert list_forking() == [prepared], "this process has a session"
+session.end_session(0)
+assert not list_forking()
 print("as expected")
 """
 

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,12 +20,13 @@ import boto3  # type: ignore[import-untyped]
 import pytest
 import torch
 
+from imgcls.cli import COMMANDS
 from imgcls.models import zoo
 from tests.conftest import COLORS, write_manifest
 from tests.e2e.conftest import Demonstrated
 from tests.processes import BIN, REPOSITORY, RayCluster, imgcls, kill_family
 from tests.s3 import environment
-from tests.test_docs import PAGES, commands
+from tests.test_docs import PAGES
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -65,6 +67,18 @@ def reader(
     shutil.copytree(demo.folder / "yesterday", demo.folder / "tonight")
     with _buckets(demo, endpoint):
         yield demo
+
+
+def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every indented `imgcls ...` line of a page, continued lines joined: command and options."""
+    text = page.read_text().replace("\\\n", " ")
+    for line in re.findall(r"^ {4}(?:\S+/)?imgcls (.+)$", text, re.MULTILINE):
+        words = shlex.split(line.partition(" && ")[0], comments=True)
+        for count in (2, 1):
+            name = " ".join(words[:count])
+            if name in COMMANDS:
+                yield name, words[count:]
+                break
 
 
 def pages() -> list[Path]:
