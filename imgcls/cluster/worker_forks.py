@@ -150,10 +150,24 @@ def start_forks() -> WorkerForks | None:
     """Start the process that forks workers; it ends with this process at the latest.
 
     None where workers are not forked: on other systems than Linux, with GPUs, where it has not been
-    tried, and where temporary files may not be run or have long paths.
+    tried, and where temporary files cannot be written or run, or have long paths.
     """
-    folder, python = tempfile.mkdtemp(prefix="imgcls-forks-"), sys.executable
-    address, program = f"{folder}/socket", Path(folder, "python")
+    if sys.platform != "linux" or os.path.exists("/dev/nvidiactl"):
+        return None
+    folder = ""
+    try:
+        folder = tempfile.mkdtemp(prefix="imgcls-forks-")
+        forks = _start_in(folder)
+    except OSError:  # Ray reports what it cannot do without
+        forks = None
+    if forks is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return forks
+
+
+def _start_in(folder: str) -> WorkerForks | None:
+    """Start the process with its files in a folder; None if it could not be used from there."""
+    python, address, program = sys.executable, f"{folder}/socket", Path(folder, "python")
     script = Path(folder, "request.py")
     script.write_text(
         SCRIPT.format(python=python, worker=WORKER, setup=SETUP, address=address), encoding="utf-8"
@@ -163,13 +177,8 @@ def start_forks() -> WorkerForks | None:
         encoding="utf-8",
     )
     program.chmod(0o700)
-    if (
-        sys.platform != "linux"
-        or os.path.exists("/dev/nvidiactl")
-        or len(address) > MAX_ADDRESS
-        or not os.access(program, os.X_OK)  # as where no program may run
-    ):
-        shutil.rmtree(folder)
+    # no program may be run from some folders
+    if len(address) > MAX_ADDRESS or not os.access(program, os.X_OK):
         return None
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,21 @@ def test_workers_start_when_nothing_forks_them_any_more(tmp_path: Path) -> None:
         forks.end()
 
 
+@pytest.mark.parametrize("name", ["missing", "long" * 30])
+def test_without_a_folder_for_a_socket_ray_starts_the_workers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / name
+    if name != "missing":
+        folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    python = sys.executable
+    with fork_workers() as forks:
+        assert forks is None
+        assert sys.executable == python
+    assert not folder.exists() or not list(folder.iterdir())
+
+
 def test_the_forking_process_ends_with_its_parent() -> None:
     script = (
         "import os; from imgcls.cluster.worker_forks import fork_workers\n"
@@ -163,7 +179,7 @@ def list_forking():
 os.environ["RAY_ADDRESS"] = "127.0.0.1:6379"
 prepare_forks()
 assert not list_forking(), "a session that is joined starts its workers itself"
-del os.environ["RAY_ADDRESS"]
+os.environ["RAY_ADDRESS"] = "local"  # other tests may have a cluster on this machine
 prepare_forks()
 prepare_forks()
 (unused,) = list_forking()
