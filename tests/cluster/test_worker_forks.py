@@ -99,6 +99,17 @@ def test_variables_of_a_runtime_environment_are_set(
     assert about["words"] == [str(tmp_path / WORKER), "--runtime-env-hash=5"]
 
 
+def test_a_module_that_is_set_up_as_a_worker_is_started_by_ray(
+    started: tuple[WorkerForks, str], tmp_path: Path
+) -> None:
+    """The server of Ray's clients: `setup_worker.py -m ray.util.client.server`."""
+    _, program = started
+    (tmp_path / SETUP).write_text(DESCRIBE)
+    about = describe(program, tmp_path, "-m", "module", "--language=PYTHON", script=SETUP)
+    assert about["words"] == [str(tmp_path / SETUP), "-m", "module", "--language=PYTHON"]
+    assert not about["torch"]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
