@@ -110,13 +110,15 @@ def _start_or_join(address: str | None) -> None:
     private = address == "local"
     if not private:
         worker_forks.discard_forks()
+    # workers of other commands do not need torch, and would wait until it is imported
+    fork = worker_forks.fork_workers() if worker_forks.is_prepared() else contextlib.nullcontext()
     # Ray Data imports pandas next; Ray's own processes take two seconds to start in the meantime
     threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
     with (
         _hold_back_stderr(),
         set_env_defaults(MALLOC_SETTINGS if private else {}),
         ray_internals.start_without_services() if private else contextlib.nullcontext(),
-        worker_forks.fork_workers() if private else contextlib.nullcontext() as forks,
+        fork as forks,
         ray_internals.report_slow_start(),
     ):
         ray.init(

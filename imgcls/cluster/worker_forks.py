@@ -6,7 +6,7 @@ of Ray, and each worker of the session is a fork of it, which imports what is le
 
 Ray starts a worker by `sys.executable`. Within `fork_workers` that is a script: it sends its
 arguments, environment and open files to the process that forks, and ends; Ray knows a worker by the
-id among the arguments. Where no process answers, the script becomes the worker itself, as without
+id among the arguments. Where no process answers, the script starts the worker itself, as without
 this module.
 """
 
@@ -117,6 +117,11 @@ def prepare_forks() -> None:
         forks = start_forks()
         if forks is not None:
             _prepared.append(forks)
+
+
+def is_prepared() -> bool:
+    """Whether `prepare_forks` has started what no session uses yet."""
+    return bool(_prepared)
 
 
 def discard_forks() -> None:

@@ -11,9 +11,11 @@ from imgcls.data.manifests.label_columns import LabelColumns, is_list
 from imgcls.data.storage import filesystem
 from imgcls.models.bundle import Bundle
 from imgcls.runs.committed import CommittedRun
-from imgcls.runs.layout import PREDICTIONS_METADATA, VALIDATION_PREDICTIONS_FILE
-
-_TOP_K = 5
+from imgcls.runs.layout import (
+    PREDICTIONS_METADATA,
+    VALIDATION_PREDICTIONS_FILE,
+    VALIDATION_TOP_K,
+)
 
 
 def open_validation_run(bundle: Bundle) -> CommittedRun | None:
@@ -42,7 +44,7 @@ def open_validation_run(bundle: Bundle) -> CommittedRun | None:
         label_columns=_find_label_columns(bundle, schema),
         task=spec.task,
         root="",
-        top_k=_TOP_K,
+        top_k=VALIDATION_TOP_K,
         bundle_sha256=bundle.sha256,
         manifest_fingerprint="",
         schema=schema.remove_metadata(),

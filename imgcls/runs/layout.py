@@ -51,6 +51,8 @@ VALIDATION_PREDICTIONS_FILE = "validation_predictions.parquet"
 """In the folder of a trained bundle: the predictions of its validation images."""
 PREDICTIONS_METADATA = b"imgcls"
 """Key in the metadata of this file, of a JSON object: `created`, as in the bundle's provenance."""
+VALIDATION_TOP_K = 5
+"""Number of labels per image in this file."""
 
 
 def part_name(part: int) -> str:

@@ -22,14 +22,17 @@ from imgcls import log
 from imgcls.models.bundle import TaskName
 from imgcls.models.task import ScoreScaling
 from imgcls.models.tasks import TASKS
-from imgcls.runs.layout import PREDICTIONS_METADATA, VALIDATION_PREDICTIONS_FILE
+from imgcls.runs.layout import (
+    PREDICTIONS_METADATA,
+    VALIDATION_PREDICTIONS_FILE,
+    VALIDATION_TOP_K,
+)
 from imgcls.runs.schema import build_prediction_schema
 from imgcls.training.data.batches import DecodeFailure
 from imgcls.training.data.examples import Examples
 from imgcls.training.sampler import Int64Array
 from imgcls.training.validation import ReduceFn, all_reduce
 
-TOP_K = 5
 MAX_STORED_SCORES = 32_000_000
 """Maximum number of scores of a multilabel table, 64 MB in float16; a larger one has none."""
 _MAX_PENDING_SCORES = 4_000_000
@@ -106,12 +109,12 @@ class PredictionRecorder:
         task, classes = self._task, self._classes
         # the arg max is first, as in the metrics: topk returns equal logits in any order
         best = logits.argmax(1, keepdim=True)
-        order = logits.scatter(1, best, torch.inf).topk(min(TOP_K, len(classes))).indices
+        order = logits.scatter(1, best, torch.inf).topk(min(VALIDATION_TOP_K, len(classes))).indices
         columns = task.build_columns(
             task.activate(logits, ScoreScaling()).float().cpu().numpy(),
             classes,
             [task.default_threshold] * len(classes),
-            top_k=TOP_K,
+            top_k=VALIDATION_TOP_K,
             order=order.cpu().numpy(),
             codes=targets.cpu().numpy() if targets.dim() == 1 else None,
             scores_type="float16" if self._has_scores else None,

@@ -1,4 +1,4 @@
-"""Workers of a private session are forks of one process, and else as Ray starts them."""
+"""Workers of a private session are forks of one process, and otherwise as Ray starts them."""
 
 from __future__ import annotations
 
