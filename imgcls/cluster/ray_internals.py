@@ -345,6 +345,24 @@ def forget_pending_request(router: PowerOfTwoChoicesRequestRouter, request: Any)
     router._remove_pending_request_from_indices(request)
 
 
+@functools.cache
+def hide_controller_messages() -> None:
+    """Do not print that the last calls of Ray Serve's controller have failed.
+
+    At its shutdown the controller ends itself before it answers. For Ray that is a failure, which it
+    prints to the standard output of the program; no setting prevents it.
+    """
+    module: Any = ray._private.worker
+    original = module.print_to_stdstream
+
+    def print_others(data: dict[str, Any], ignore_prefix: bool) -> None:
+        lines = [line for line in data["lines"] if not line.startswith("Task ServeController.")]
+        if lines:
+            original({**data, "lines": lines}, ignore_prefix)
+
+    module.print_to_stdstream = print_others
+
+
 def find_serve_address() -> tuple[str, int] | None:
     """Host and port of Ray Serve's HTTP proxies; None when Serve does not run on the cluster.
 

@@ -193,7 +193,7 @@ def _log_chunk(result: ChunkResult) -> None:
             f"it; finished, {format_count(crashed, 'row')} {CrashingImage.status}",
         )
     if log.is_json():
-        seconds = {name: round(value, 3) for name, value in result.timings.seconds().items()}
+        seconds = {name: round(value, 6) for name, value in result.timings.seconds().items()}
         log.emit(
             "chunk",
             f"chunk {task.chunk} is written",

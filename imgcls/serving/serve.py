@@ -373,6 +373,7 @@ def _delete_application() -> None:
     """Delete the application; its replicas first finish their requests."""
     ray_serve.delete(APPLICATION)
     if session.is_private_session():
+        ray_internals.hide_controller_messages()
         ray_serve.shutdown()
 
 

@@ -451,3 +451,4 @@ def test_a_stopped_service_first_answers_what_it_has_received(service: Served) -
         assert slow.recv(100).startswith(b"HTTP/1.1 200 ")
     assert service.process.wait(60) == 0
     wait_for(lambda: "all requests were answered" in service.output, 10)
+    assert "ServeController" not in service.output, "its end is no failure"

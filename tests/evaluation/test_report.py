@@ -208,6 +208,10 @@ def test_it_prints_on_a4(run: Path, browser: Any) -> None:
         assert images.locator("visible=true").count() == 24
         wide = "all => all.filter(each => each.scrollWidth > each.parentElement.clientWidth + 1)"
         assert seen.page.locator("table").evaluate_all(f"{wide}.map(each => each.id)") == []
+        name = seen.page.locator("#per-class td.text").first
+        line = name.bounding_box()
+        name.evaluate("cell => { cell.textContent = 'triangles' }")
+        assert name.bounding_box() == line, "a word is not broken"
 
 
 def test_a_missing_gallery_image_is_marked(tmp_path: Path) -> None:
