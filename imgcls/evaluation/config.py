@@ -286,10 +286,11 @@ class SelectConfig(Section):
     """margin: small difference of the two best scores. entropy: of all scores. ood: unlike the
     training data. disagreement: with another model, see other_run."""
     diverse: bool = False
-    """Of the most uncertain rows, choose those that differ most from each other (k-center over the
-    embeddings). Default: the most uncertain ones."""
+    """Of the most uncertain rows, choose some whose embeddings differ from each other (weighted
+    k-means++). Default: the most uncertain ones."""
     candidates: PositiveInt | None = None
-    """Number of most uncertain rows to choose from. Default: 10 times count."""
+    """Number of most uncertain rows to choose from. Default: 10 times count, or 5 times if
+    diverse."""
     per_class_cap: PositiveInt | None = None
     """Maximum number of selected rows of each predicted class."""
     max_similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.98

@@ -31,7 +31,7 @@ from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import OK, BundleError, ImageError, OutputError, RequestError, StorageError
 from imgcls.evaluation.aggregate import TopRows, read_piece
 from imgcls.evaluation.config import SelectConfig
-from imgcls.evaluation.diversity import ClassCap, choose_centers, choose_first
+from imgcls.evaluation.diversity import ClassCap, choose_first, choose_spread
 from imgcls.evaluation.labeling_tasks import build_tasks
 from imgcls.evaluation.row_lookup import read_rows
 from imgcls.evaluation.row_pairs import check_pairing, iter_row_pairs
@@ -46,7 +46,7 @@ from imgcls.runs.schema import list_prediction_columns
 from imgcls.runs.table_counts import TableCounter
 
 MANIFEST_FILE = "manifest.parquet"
-_CANDIDATES_PER_ROW = 10
+_CANDIDATES_PER_ROW, _DIVERSE_CANDIDATES_PER_ROW = 10, 5
 _HASHED_PER_ROW = 2
 """Candidates per selected row whose images are read where the run has no embeddings."""
 _MAX_HASH_DISTANCE = 40
@@ -192,10 +192,11 @@ def _find_candidates(
     config: SelectConfig, run: CommittedRun, other: CommittedRun | None
 ) -> TopRows:
     """The most uncertain rows that may be selected, the most uncertain first."""
-    size = config.candidates or _CANDIDATES_PER_ROW * config.count
+    per_row = _DIVERSE_CANDIDATES_PER_ROW if config.diverse else _CANDIDATES_PER_ROW
+    size = config.candidates or per_row * config.count
     cap = config.per_class_cap
     groups: dict[str, TopRows] = {}
-    group_size = size if cap is None else min(size, _CANDIDATES_PER_ROW * cap)
+    group_size = size if cap is None else min(size, per_row * cap)
     excluded, counter = _read_excluded(config), run.create_counter()
     names = [run.path_column, "status", *counter.label_names, *_group_columns(run)]
     for table, value, file, position in _iter_values(config, run, other, names):
@@ -340,7 +341,7 @@ def _choose(config: SelectConfig, run: CommittedRun, candidates: pa.Table) -> In
     values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     vectors[has_vector] = normalize_embeddings(values.reshape(-1, width))
     if config.diverse:
-        return choose_centers(vectors, config.count, config.max_similarity, cap)
+        return choose_spread(vectors, config.count, config.max_similarity, cap)
     return choose_first(vectors, config.count, config.max_similarity, cap)
 
 

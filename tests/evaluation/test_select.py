@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls.errors import ConfigError, OutputError, RequestError
-from imgcls.evaluation.diversity import ClassCap, choose_centers, choose_first
+from imgcls.evaluation.diversity import ClassCap, choose_first, choose_spread
 from imgcls.evaluation.select import Selection, select
 from imgcls.inference.history import CompactConfig, compact
 from tests.conftest import draw
@@ -212,15 +212,50 @@ def test_wrong_numbers_and_a_second_selection_in_one_folder_are_refused(tmp_path
 # ------------------------------------------------------------------ the choice itself
 
 
-def test_centers_are_each_farthest_from_those_before() -> None:
-    vectors = unit(50)
-    chosen = choose_centers(vectors, 12, 1.0, ClassCap([""] * 50, None)).tolist()
-    assert chosen[0] == 0
-    similarity = vectors @ vectors.T
-    for number in range(1, 12):
-        nearest = similarity[:, chosen[:number]].max(1)
-        nearest[chosen[:number]] = np.inf
-        assert chosen[number] == int(nearest.argmin())
+def cluster(sizes: list[int]) -> npt.NDArray[np.float32]:
+    """Vectors in tight groups around orthogonal directions, one group after the other."""
+    centers = np.repeat(np.eye(len(sizes), 8, dtype=np.float32), sizes, axis=0)
+    noise = np.random.default_rng(0).normal(scale=0.002, size=centers.shape)
+    vectors = (centers + noise).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+def test_chosen_rows_are_spread_over_the_groups_of_similar_images() -> None:
+    sizes = [60, 30, 20, 10]
+    group = np.repeat(np.arange(4), sizes)
+    chosen = choose_spread(cluster(sizes), 4, 1.0, ClassCap([""] * 120, None))
+    assert chosen[0] == 0  # the most uncertain row
+    assert set(group[chosen].tolist()) == {0, 1, 2, 3}  # the first 4 rows are all of group 0
+    again = choose_spread(cluster(sizes), 4, 1.0, ClassCap([""] * 120, None))
+    assert again.tolist() == chosen.tolist()
+
+
+def test_more_uncertain_rows_are_chosen_more_often_than_others_as_far_away() -> None:
+    vectors = unit(2000, 64)  # all about as far from each other
+    chosen = choose_spread(vectors, 200, 1.0, ClassCap([""] * 2000, None))
+    assert len(set(chosen.tolist())) == 200
+    assert 0.62 < (chosen < 1000).mean() < 0.88  # 0.75 expected, of equal weights 0.5
+
+
+def test_equal_rows_are_chosen_only_where_they_may_be() -> None:
+    vectors = np.repeat(unit(3), 2, axis=0)
+    assert len(choose_spread(vectors, 6, 0.98, ClassCap([""] * 6, None))) == 3
+    every = choose_spread(vectors, 6, 1.0, ClassCap([""] * 6, None))
+    assert sorted(every.tolist()) == [0, 1, 2, 3, 4, 5]
+    capped = choose_spread(vectors, 6, 1.0, ClassCap(["a", "b"] * 3, 1))
+    assert sorted(row % 2 for row in capped.tolist()) == [0, 1]
+    assert choose_spread(vectors[:0], 6, 1.0, ClassCap([], None)).tolist() == []
+
+
+def test_diverse_rows_are_of_the_most_uncertain_ones(tmp_path: Path) -> None:
+    table = with_embeddings(drawn(ROWS), unit(ROWS))
+    folder = run(tmp_path, table)
+    found = choose(tmp_path, folder, count=20, diverse=True)
+    most = np.argsort(-margins(table), kind="stable")[:100]
+    assert set(found.rows["row"].to_pylist()) < set(most.tolist())
+    assert found.rows["row"].to_pylist() != most[:20].tolist()
+    assert found.candidates == 100
 
 
 def test_the_first_rows_are_taken_but_for_those_equal_to_earlier_ones() -> None:
