@@ -316,10 +316,8 @@ def train_and_test(
 ) -> float:
     import imgcls
 
-    imgcls.train(
-        **{"data.train": str(labels), "output": str(bundle), "overwrite": True, "seed": seed},
-        **settings,
-    )
+    request: dict[str, Any] = {"data.train": str(labels), "output": str(bundle), **settings}
+    imgcls.train(**request, overwrite=True, seed=seed)
     test = imgcls.label(
         manifest=str(options.test),
         model=str(bundle),
