@@ -349,8 +349,8 @@ def forget_pending_request(router: PowerOfTwoChoicesRequestRouter, request: Any)
 def hide_controller_messages() -> None:
     """Do not print that the last calls of Ray Serve's controller have failed.
 
-    At its shutdown the controller ends itself before it answers. For Ray that is a failure, which it
-    prints to the standard output of the program; no setting prevents it.
+    At its shutdown the controller ends itself before it answers. For Ray that is a failure, which
+    it prints to the standard output of the program; no setting prevents it.
     """
     module: Any = ray._private.worker
     original = module.print_to_stdstream
