@@ -7,6 +7,8 @@ import os
 os.environ["RAY_AUTH_MODE"] = "disabled"
 # a test process and its commands per core: with more threads each would wait for the others'
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# where a worker has several threads, they sleep while they wait for one that has no core
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # one process less per training; the test of a drained node turns it on
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
