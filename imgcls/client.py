@@ -124,8 +124,7 @@ class Client:
             Also return the score of each class, as a dict with the class names as keys.
         explain : bool
             Also return the class activation map of each image for its best class: a dict
-            ``explanation`` with the ``label`` and a data URI ``image``, a JPEG. For few images per
-            request.
+            ``explanation`` with the ``label`` and a data URI ``image``, a JPEG. For few images.
 
         Returns
         -------

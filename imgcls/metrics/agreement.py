@@ -106,8 +106,7 @@ def krippendorffs_alpha(
     values : ndarray of int, shape (N,)
         What was decided, from 0 to V - 1.
     distances : callable, optional
-        Function that returns the distances of one value to all V values, shape (V,). Default: 0
-        for equal values, else 1 (nominal).
+        Returns the distances of a value to all V values, shape (V,). Default: nominal, 0 or 1.
 
     Returns
     -------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -135,10 +136,17 @@ def _resolve_setup(config: TrainConfig, run: CommittedRun, source: Bundle) -> Tr
     )
 
 
-def _fit_and_publish(
-    setup: TrainSetup, run: CommittedRun, lease: Lease, interruption: Interruption
-) -> tuple[TrainResult, Mapping[str, Any]]:
-    """The result, and the state of the metric loggers."""
+@dataclass(frozen=True)
+class _Features:
+    """Embeddings of the rows of a manifest, by split; `failures` are the rows without one."""
+
+    train: ProbeFeatures
+    val: ProbeFeatures
+    recorder: PredictionRecorder
+    failures: tuple[DecodeFailure, ...]
+
+
+def _read_features(setup: TrainSetup, run: CommittedRun, interruption: Interruption) -> _Features:
     config, examples, began = setup.config, setup.examples, time.monotonic()
     vectors, index, reasons = gather_embeddings(run, examples.rows.column("url"))
     lacking = examples.rows.take(pa.array(list(reasons), pa.int64())).to_pylist()
@@ -170,8 +178,17 @@ def _fit_and_publish(
         ProbeFeatures(torch.from_numpy(vectors[index[used]]), examples.targets.encode(codes[used]))
         for used in ((index >= 0) & ~held, (index >= 0) & held)
     )
-    del vectors  # 2 GB for a million images
-    head, epoch = _fit_head(setup, train, val, recorder)
+    return _Features(train, val, recorder, failures)
+
+
+def _fit_and_publish(
+    setup: TrainSetup, run: CommittedRun, lease: Lease, interruption: Interruption
+) -> tuple[TrainResult, Mapping[str, Any]]:
+    """The result, and the state of the metric loggers."""
+    config, began = setup.config, time.monotonic()
+    features = _read_features(setup, run, interruption)
+    recorder, failures = features.recorder, features.failures
+    head, epoch = _fit_head(setup, features.train, features.val, recorder)
     interruption.check()
     linear_probe.install_head(setup.network, head)
     precision = "+".join(run.success_record["precision"])
