@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,7 @@ class Task:
 
     @property
     def manifest(self) -> Path:
-        path = self.folder / "train.csv"
-        with path.open("w", newline="") as stream:
-            csv.writer(stream).writerows([("path", "label"), *self.rows])
-        return path
+        return write_rows(self.folder / "train.csv", self.rows)
 
 
 @dataclass(frozen=True)
@@ -101,6 +98,14 @@ def draw_rows(folder: Path, count: int, seed: int) -> list[tuple[str, str]]:
             (str(file.absolute()), place.name) for file in rng.sample(files, min(count, len(files)))
         ]
     return rows
+
+
+def write_rows(path: Path, rows: Sequence[tuple[str, ...]]) -> Path:
+    """A manifest of paths, or of paths and labels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([("path", "label")[: len(rows[0])], *rows])
+    return path
 
 
 def compute_features(options: argparse.Namespace) -> Features:

@@ -36,7 +36,6 @@ Student's t distribution.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +46,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.few_shot import draw_rows, run_imgcls
+from benchmarks.few_shot import draw_rows, run_imgcls, write_rows
 from benchmarks.machine import read_cpu
 
 RULES: dict[str, dict[str, Any]] = {
@@ -343,14 +342,6 @@ def draw_others(truth: Mapping[str, str], rows: Rows, count: int, seed: int) -> 
     known = {path for path, _ in rows}
     others = [path for path in truth if path not in known]
     return random.Random(f"{seed} {len(rows)}").sample(others, count)
-
-
-def write_rows(path: Path, rows: Sequence[tuple[str, ...]]) -> Path:
-    """A manifest of paths, or of paths and labels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as stream:
-        csv.writer(stream).writerows([("path", "label")[: len(rows[0])], *rows])
-    return path
 
 
 def describe(name: str, values: Sequence[float], against: Sequence[float] | None = None) -> str:
