@@ -21,6 +21,7 @@ _MIN_CROP_PCT = 0.965
 """Of torchvision's training recipe of 2021. The 0.875 of the recipe before it removes image borders
 that random crops of half the area and more have shown in training.
 """
+_NORM_WINDOWS, _MAX_NORM_MOMENTUM = 20, 0.1
 
 
 def resolve_snapshot(config: ModelConfig) -> ModelConfig:
@@ -174,6 +175,22 @@ def _set_dropout(network: nn.Module, rate: float) -> None:
             head.register_forward_pre_hook(
                 lambda module, args: (F.dropout(args[0], rate, module.training), *args[1:])
             )
+
+
+def limit_norm_windows(network: nn.Module, steps: int) -> None:
+    """Average running statistics over at most a twentieth of a training from random weights.
+
+    With momentum m, batch normalization averages over about the last 1 / m steps: 100 in
+    MobileNetV3. In a training of a few hundred steps those are statistics of other weights: the
+    network learns its training images, and in evaluation predicts one class for all images. No
+    momentum is raised above 0.1, torch's default.
+
+    steps: of the whole training
+    """
+    least = min(_MAX_NORM_MOMENTUM, _NORM_WINDOWS / steps)
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+            module.momentum = max(module.momentum, least)
 
 
 def check_can_train(network: nn.Module, preprocess: Preprocess, rows: int) -> None:

@@ -31,6 +31,7 @@ from imgcls.training.data.cached import CachedImages
 from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.data.targets import TargetTable
 from imgcls.training.epoch_metrics import EpochMetrics, SelectionMetric, TrainLoopResult
+from imgcls.training.network import limit_norm_windows
 from imgcls.training.optim import linear_probe, strategy
 from imgcls.training.optim.lr_finder import LrFinder
 from imgcls.training.optim.optimizer import set_learning_rates
@@ -116,6 +117,9 @@ class Trainer:
         self.train: ImageDataset = spec.images.load_split(held=False)
         self.val: ImageDataset = spec.images.load_split(held=True)
         self.targets: TargetTable = spec.targets
+        self.steps = steps_per_epoch(len(self.train), config.images_per_step, self.workers)
+        if spec.strategy == "scratch":
+            limit_norm_windows(network, self.steps * config.num_epochs)
         self.train_step = TrainStep(
             config,
             spec.strategy,
@@ -125,7 +129,6 @@ class Trainer:
             network,
             context,
         )
-        self.steps = steps_per_epoch(len(self.train), config.images_per_step, self.workers)
         self.control = ControlSync(
             channel, self.device, save_interval_s=60 * config.checkpoint_minutes
         )

@@ -18,6 +18,7 @@ from imgcls.training.config import ModelConfig
 from imgcls.training.network import (
     build_initial_network,
     check_can_train,
+    limit_norm_windows,
     resolve_model,
     set_regularization,
 )
@@ -169,3 +170,22 @@ def test_stochastic_depth_grows_from_none_to_what_was_asked_for() -> None:
 def test_stochastic_depth_is_refused_where_there_is_none() -> None:
     with pytest.raises(BundleError, match=r"model\.stochastic_depth: resnet18 has none"):
         set_regularization(built("resnet18"), ModelConfig(name="resnet18", stochastic_depth=0.1))
+
+
+@pytest.mark.parametrize(
+    ("momentum", "steps", "limited"),
+    [
+        (0.01, 100, 0.1),  # at most torch's default
+        (0.01, 400, 0.05),
+        (0.01, 4000, 0.01),
+        (0.1, 10, 0.1),
+        (0.3, 100, 0.3),
+        (None, 100, None),  # the mean over all steps
+    ],
+)
+def test_running_statistics_are_averaged_over_at_most_a_twentieth_of_a_training(
+    momentum: float | None, steps: int, limited: float | None
+) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum))
+    limit_norm_windows(network, steps)
+    assert [network[1].momentum] == [limited]

@@ -181,6 +181,20 @@ def test_a_probe_then_finetune_run_has_the_probe_as_epoch_0(
     assert [post for post in made.channel.posts if isinstance(post, EpochMetrics)] == reported
 
 
+def test_a_short_training_from_random_weights_ends_with_running_statistics_of_its_images(
+    build_trainer: Callable[..., Trainer],
+) -> None:
+    network = build_network()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.001
+    history = (
+        build_trainer(network, "scratch", epochs=20, optim={"lr": 1e-2}).run(lambda _: None).history
+    )
+    assert history[-1].train_accuracy > 0.95
+    assert history[-1].val_accuracy > 0.95
+
+
 @pytest.mark.parametrize(
     ("strategy", "settings"),
     [("probe", {}), ("scratch", {"epochs": 3, "optim": {"lr": 1e-2, "ema": 0.5}})],
