@@ -1,10 +1,11 @@
 """Throughput of `imgcls predict` against the limits of this machine and against other tools.
 
     python -m benchmarks.labeling [--models resnet18] [--images imagenet] [--rows 4000]
-                                  [--repeats 3] [--peers all] [--no-limits] [--engines auto]
+                                  [--repeats 3] [--peers all] [--limits all] [--engines auto]
 
 Over the same files, in turn, in one run, and reported as medians, in images per second:
-  limits  decoding alone by each route, the network alone, both together, in bare processes
+  limits  decoding alone by each route, the network alone, both together, in bare processes, with
+          the first of --engines ("auto": OpenVINO where it is installed)
   imgcls  `imgcls predict` as a user runs it; the whole command, and after start-up
   peers   Ray Data, Daft, timm, a DataLoader loop, Hugging Face's pipeline, OpenVINO and ONNX
           Runtime, each as documented and tuned; the whole program, from its imports to its output
@@ -42,7 +43,10 @@ from benchmarks.workloads import (
     mean_size,
     write_manifest,
 )
+from imgcls.models.bundle import EngineName
+from imgcls.models.openvino_package import is_openvino_installed
 
+LIMITS = ("none", "both", "all")
 OWN_PRECISIONS = ("fp32", "bf16")
 """Precisions that imgcls has on CPUs, other than int8."""
 
@@ -65,7 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", nargs="*", default=["all"], help="all, tuned, or names of peers")
     parser.add_argument("--peer-repeats", type=int, default=1, help="some take minutes")
-    parser.add_argument("--no-limits", action="store_true", help="do not measure the limits")
+    parser.add_argument("--limits", choices=LIMITS, default="all", help="both: no single steps")
     parser.add_argument("--engines", nargs="+", default=["auto"], help="of imgcls; first: compared")
     parser.add_argument("--source", type=Path, default=SAMPLE, help="a folder of photographs")
     parser.add_argument(
@@ -97,11 +101,13 @@ def measure(model: str, kind: str, folder: Path, options: argparse.Namespace) ->
     if any(peers.PEERS[name].engine != "torch" for name in names):
         exported_peers.export_network(bundle)
     forward, chosen = choose_precisions(names, bundle)
-    own = find_own_precision()
+    own, engine = find_own_precision(), choose_limit_engine(options.engines)
     rates: list[Rate] = []
     for repeat in range(options.repeats):
-        if not options.no_limits:
-            measure_limits(rates, bundle, manifest, own, everything=repeat == 0)
+        for what in choose_limits(options.limits, is_first=repeat == 0):
+            value = limits.measure(what, bundle, manifest, own, engine)
+            used = "" if what.startswith("decode") else own
+            note(rates, Rate(f"limit: {what}", used, value))
         labels = {}
         for precision in dict.fromkeys([own, *chosen.values()]):
             if precision not in OWN_PRECISIONS:
@@ -120,6 +126,7 @@ def measure(model: str, kind: str, folder: Path, options: argparse.Namespace) ->
     print(f"\n{format_table(rates, cpu)}\n", flush=True)
     record = {
         "model": model, "images": kind, "rows": options.rows, "engines": options.engines,
+        "limit_engine": engine,
         "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "forward_images_per_cpu_second": forward,
     }  # fmt: skip
@@ -127,15 +134,24 @@ def measure(model: str, kind: str, folder: Path, options: argparse.Namespace) ->
     print(f"written to {place}.parquet and .png\n")
 
 
-def measure_limits(
-    rates: list[Rate], bundle: Path, manifest: Path, precision: str, *, everything: bool
-) -> None:
-    """Measure the limits of this machine; without `everything`, only those of both steps."""
-    for what in limits.WHAT:
-        if everything or what.startswith("both"):
-            value = limits.measure(what, bundle, manifest, precision)
-            used = "" if what.startswith("decode") else precision
-            note(rates, Rate(f"limit: {what}", used, value))
+def choose_limits(wanted: str, *, is_first: bool) -> list[str]:
+    """The limits to measure in a repeat; those of single steps only in the first one.
+
+    wanted: of `LIMITS`
+    """
+    everything = wanted == "all" and is_first
+    return [
+        what
+        for what in limits.WHAT
+        if wanted != "none" and (everything or what.startswith("both"))
+    ]
+
+
+def choose_limit_engine(engines: list[EngineName]) -> EngineName:
+    """The engine of the limits: the first one, and the fastest that is installed for "auto"."""
+    if engines[0] == "auto":
+        return "openvino" if is_openvino_installed() else "torch"
+    return engines[0]
 
 
 def measure_engines(

@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.machine import CORES
 from benchmarks.workloads import read_manifest
 from imgcls.cluster.session import build_malloc_env
+from imgcls.models.bundle import EngineName
 
 BATCH = 32
 WHAT = (
@@ -27,22 +28,29 @@ WHAT = (
 )
 """What is measured: the network alone, decoding alone, and both, each by several routes:
 
-ours            JPEGs scaled in the frequency domain; the network with its convolutions fused
+ours            the decoder and an engine of imgcls
 by torchvision  JPEGs decoded whole, torchvision's antialiased resize of tensors; its network as it
                 is, at the same precision and channels last
 by Pillow       JPEGs decoded whole, then the model's documented transforms
 """
 
 
-def measure(what: str, bundle: Path, manifest: Path, precision: str) -> float:
-    """Images per second of one process per core, start-up and warm-up left out."""
+def measure(
+    what: str, bundle: Path, manifest: Path, precision: str, engine: EngineName = "torch"
+) -> float:
+    """Images per second of one process per core, start-up and warm-up left out.
+
+    engine: of imgcls, for its own routes
+    """
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(CORES + 1)
     kept = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     os.environ.update(build_malloc_env()["env_vars"])
     try:
         processes = [
-            context.Process(target=_work, args=(what, bundle, manifest, precision, index, barrier))
+            context.Process(
+                target=_work, args=(what, bundle, manifest, precision, engine, index, barrier)
+            )
             for index in range(CORES)
         ]
         for process in processes:
@@ -59,7 +67,13 @@ def measure(what: str, bundle: Path, manifest: Path, precision: str) -> float:
 
 
 def _work(
-    what: str, bundle: Path, manifest: Path, precision: str, index: int, barrier: Barrier
+    what: str,
+    bundle: Path,
+    manifest: Path,
+    precision: str,
+    engine: EngineName,
+    index: int,
+    barrier: Barrier,
 ) -> None:
     import torch
 
@@ -67,10 +81,12 @@ def _work(
     from imgcls.models.classifier import Classifier
 
     torch.set_num_threads(1)
-    classifier = Classifier.load(str(bundle), precision=precision)
+    by_us = " by " not in what
+    classifier = Classifier.load(
+        str(bundle), precision=precision, engine=engine if by_us else "torch"
+    )
     paths = read_manifest(manifest)[index::CORES]
     decoder = _decoder(what, classifier)
-    by_us = " by " not in what
     classify = classifier.classify if by_us else _plainly(classifier)
     stack: Callable[[Any], Any] = decode.stack_images if by_us else torch.stack
     forward_alone, decode_alone = what.startswith("forward"), what.startswith("decode")

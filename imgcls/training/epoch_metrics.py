@@ -118,17 +118,42 @@ class TrainLoopResult:
     lr_curve: tuple[tuple[float, float], ...] = ()
 
 
-def format_probe_note(
+def format_selection_note(
     history: Sequence[EpochMetrics], best: EpochMetrics, *, lr: float
 ) -> str | None:
-    """The warning about fine-tuning that did not improve on its linear probe; None otherwise.
+    """The warning about the kept epoch; None without one.
+
+    Fine-tuning did not improve on its linear probe, or the epoch with the best loss has a lower
+    accuracy than another one.
 
     best: the epoch whose weights are kept
     lr:   optim.lr, for the advice
     """
-    probe, last = history[0], history[-1]
-    if probe.phase != "probe" or len(history) == 1:
+    note = None
+    if history[0].phase == "probe" and len(history) > 1:
+        note = _format_probe_note(history, best, lr)
+    return note or _format_accuracy_note(history, best)
+
+
+def _format_accuracy_note(history: Sequence[EpochMetrics], best: EpochMetrics) -> str | None:
+    """Two standard errors are the least difference of accuracies that is shown."""
+    other = max(history, key=lambda each: each.val_accuracy)
+    if best.val_mean_average_precision is not None or best.val_rows == 0:
         return None
+    variance = sum(p * (1 - p) for p in (best.val_accuracy, other.val_accuracy)) / best.val_rows
+    if other.val_accuracy - best.val_accuracy <= 2 * math.sqrt(variance):
+        return None
+    return (
+        f"{best.name} has the best val loss ({best.val_loss:.3f}), but {other.name} a higher val "
+        f"acc ({other.val_accuracy:.1%}, not {best.val_accuracy:.1%}); pass --best-by val_accuracy "
+        "to keep the more accurate one"
+    )
+
+
+def _format_probe_note(
+    history: Sequence[EpochMetrics], best: EpochMetrics, lr: float
+) -> str | None:
+    probe, last = history[0], history[-1]
     remedy = (
         "Fine-tuning overfits few images, or changes the weights too much: lower optim.lr "
         f"({lr:g}), freeze lower layers (finetune.unfreeze_every), add images, or train only the "

@@ -41,7 +41,7 @@ from imgcls.training.config import (
 from imgcls.training.data.cached import CachedImages
 from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.driver_channel import open_driver_channel
-from imgcls.training.epoch_metrics import EpochMetrics, TrainLoopResult, format_probe_note
+from imgcls.training.epoch_metrics import EpochMetrics, TrainLoopResult, format_selection_note
 from imgcls.training.head_training import train_head
 from imgcls.training.loggers import base
 from imgcls.training.publish import find_finished, publish_bundle, write_lr_curve
@@ -297,7 +297,7 @@ class _Run:
 
     def _log_best(self, outcome: TrainLoopResult, best: EpochMetrics) -> None:
         assert self.config.optim.lr is not None
-        note = format_probe_note(outcome.history, best, lr=self.config.optim.lr)
+        note = format_selection_note(outcome.history, best, lr=self.config.optim.lr)
         if note is not None:
             log.emit("note", note)
         log.show(

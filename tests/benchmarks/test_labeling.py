@@ -67,7 +67,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any,
 
 def run(source: Path, peers: list[str], **options: Any) -> None:
     usual = {
-        "rows": 4, "repeats": 1, "peer_repeats": 1, "no_limits": True, "engines": ["auto"],
+        "rows": 4, "repeats": 1, "peer_repeats": 1, "limits": "none", "engines": ["auto"],
         "daft_packages": source,
     }  # fmt: skip
     folder = source / "run"
@@ -108,6 +108,16 @@ def test_peers_are_repeated_as_often_as_asked_and_the_first_engine_is_compared(
     assert "imgcls, after start-up" in shown
     assert "imgcls --engine openvino, whole job" in shown
     assert "imgcls --engine openvino, after start-up" not in shown  # too few rows
+
+
+def test_limits_are_those_of_the_engine_that_is_compared() -> None:
+    assert labeling.choose_limits("none", is_first=True) == []
+    both = ["both", "both by torchvision"]
+    assert labeling.choose_limits("both", is_first=True) == both
+    assert labeling.choose_limits("all", is_first=False) == both
+    assert set(labeling.choose_limits("all", is_first=True)) > {*both, "forward", "decode"}
+    assert labeling.choose_limit_engine(["auto", "torch"]) == "openvino"
+    assert labeling.choose_limit_engine(["torch", "auto"]) == "torch"
 
 
 def test_names_stand_for_several_peers() -> None:

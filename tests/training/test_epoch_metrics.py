@@ -1,4 +1,4 @@
-"""The line of an epoch in the log, the choice of the best epoch, and the note about the probe."""
+"""The line of an epoch in the log, the choice of the best epoch, and the note about it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from imgcls.training.epoch_metrics import EpochMetrics, format_probe_note
+from imgcls.training.epoch_metrics import EpochMetrics, format_selection_note
 
 
 def epoch(number: int = 1, accuracy: float = 0.5, loss: float = 1.0) -> EpochMetrics:
@@ -67,7 +67,7 @@ def test_fine_tuning_that_does_not_improve_on_its_probe_gets_a_note_with_advice(
     epochs: list[tuple[float, float]], best: int, expected: str | None
 ) -> None:
     history = [build_epoch(number, *numbers) for number, numbers in enumerate(epochs)]
-    note = format_probe_note(history, history[best], lr=3e-4)
+    note = format_selection_note(history, history[best], lr=3e-4)
     if expected is None:
         assert note is None
     else:
@@ -77,6 +77,29 @@ def test_fine_tuning_that_does_not_improve_on_its_probe_gets_a_note_with_advice(
         assert "--strategy probe" in note
 
 
-def test_without_a_probe_there_is_no_note() -> None:
-    history = [build_epoch(1, 0.1, 1.0), build_epoch(2, 0.5, 0.9)]
-    assert format_probe_note(history, history[0], lr=3e-4) is None
+@pytest.mark.parametrize(
+    ("epochs", "best", "expected"),
+    [
+        ([(0.1, 1.0), (0.5, 0.9)], 0, None),
+        # as of an untrained network, which gives every class the same probability
+        (
+            [(2.3, 0.1), (4.5, 0.6)],
+            0,
+            "epoch 1 has the best val loss (2.300), but epoch 2 a higher val acc (60.0%, not "
+            "10.0%); pass --best-by val_accuracy to keep the more accurate one",
+        ),
+        ([(2.3, 0.1), (4.5, 0.4)], 0, None),  # of 10 images, one and four
+        ([(2.3, 0.1), (4.5, 0.6)], 1, None),
+    ],
+)
+def test_an_epoch_that_is_more_accurate_than_the_one_with_the_best_loss_is_named(
+    epochs: list[tuple[float, float]], best: int, expected: str | None
+) -> None:
+    history = [build_epoch(number + 1, *numbers) for number, numbers in enumerate(epochs)]
+    assert format_selection_note(history, history[best], lr=3e-4) == expected
+
+
+def test_several_labels_are_not_judged_by_their_accuracy() -> None:
+    history = [build_epoch(1, 2.3, 0.1), build_epoch(2, 4.5, 0.6)]
+    history = [replace(each, val_mean_average_precision=0.5) for each in history]
+    assert format_selection_note(history, history[0], lr=3e-4) is None
