@@ -46,7 +46,7 @@ from benchmarks.workloads import (
 from imgcls.models.bundle import EngineName
 from imgcls.models.openvino_package import is_openvino_installed
 
-LIMITS = ("none", "both", "all")
+LIMITS = ("none", "engine", "all")
 OWN_PRECISIONS = ("fp32", "bf16")
 """Precisions that imgcls has on CPUs, other than int8."""
 
@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", nargs="*", default=["all"], help="all, tuned, or names of peers")
     parser.add_argument("--peer-repeats", type=int, default=1, help="some take minutes")
-    parser.add_argument("--limits", choices=LIMITS, default="all", help="both: no single steps")
+    parser.add_argument("--limits", choices=LIMITS, default="all", help="engine: both steps")
     parser.add_argument("--engines", nargs="+", default=["auto"], help="of imgcls; first: compared")
     parser.add_argument("--source", type=Path, default=SAMPLE, help="a folder of photographs")
     parser.add_argument(
@@ -139,12 +139,11 @@ def choose_limits(wanted: str, *, is_first: bool) -> list[str]:
 
     wanted: of `LIMITS`
     """
-    everything = wanted == "all" and is_first
-    return [
-        what
-        for what in limits.WHAT
-        if wanted != "none" and (everything or what.startswith("both"))
-    ]
+    if wanted == "none":
+        return []
+    if wanted == "engine":
+        return ["both"]
+    return [what for what in limits.WHAT if is_first or what.startswith("both")]
 
 
 def choose_limit_engine(engines: list[EngineName]) -> EngineName:

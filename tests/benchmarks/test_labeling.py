@@ -112,10 +112,9 @@ def test_peers_are_repeated_as_often_as_asked_and_the_first_engine_is_compared(
 
 def test_limits_are_those_of_the_engine_that_is_compared() -> None:
     assert labeling.choose_limits("none", is_first=True) == []
-    both = ["both", "both by torchvision"]
-    assert labeling.choose_limits("both", is_first=True) == both
-    assert labeling.choose_limits("all", is_first=False) == both
-    assert set(labeling.choose_limits("all", is_first=True)) > {*both, "forward", "decode"}
+    assert labeling.choose_limits("engine", is_first=True) == ["both"]
+    assert labeling.choose_limits("all", is_first=False) == ["both", "both by torchvision"]
+    assert set(labeling.choose_limits("all", is_first=True)) > {"both", "forward", "decode"}
     assert labeling.choose_limit_engine(["auto", "torch"]) == "openvino"
     assert labeling.choose_limit_engine(["torch", "auto"]) == "torch"
 

@@ -70,6 +70,15 @@ def test_fp32_outputs_are_those_of_torch(tmp_path: Path, name: str, options: Any
     assert scored.embedding is None
 
 
+def test_images_that_run_in_parts_have_the_outputs_of_single_ones(converted: Classifier) -> None:
+    pixels = torch.from_numpy(random_batch(converted, 2 * openvino_engine.IMAGES_PER_THREAD + 3))
+    logits, features = converted._engine.run(pixels, features=True)
+    alone = [converted._engine.run(pixels[i : i + 1], features=True) for i in range(len(pixels))]
+    for seen, parts in zip((logits, features), zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(seen, torch.cat(parts), rtol=0, atol=0)
+    assert converted._engine.run(pixels, features=False)[1] is None
+
+
 @pytest.mark.skipif(not has_native_bf16(CPU), reason="this CPU has no bfloat16 instructions")
 def test_bf16_outputs_are_near_those_in_fp32(small: Bundle, converted: Classifier) -> None:
     rough = Classifier(small, precision="bf16", engine="openvino", device="cpu")
