@@ -238,12 +238,14 @@ class _HeadFit:
             loss = train.task.compute_loss(logits, targets, weights=self._class_weights)
             loss = loss / self.rows
             loss.backward()
-            total = loss.detach()
             assert weight.grad is not None
             assert bias.grad is not None
-            for part in (total, weight.grad, bias.grad):
-                self._reduce(part)
-            total = total + penalty / 2 * weight.detach().square().sum()
+            # one message: the time of a small one does not depend on its length
+            sums = torch.cat([loss.detach().view(1), weight.grad.flatten(), bias.grad])
+            sizes = (1, weight.numel(), bias.numel())
+            loss_sum, weight_grad, bias.grad = self._reduce(sums).split(sizes)
+            weight.grad = weight_grad.view_as(weight)
+            total: torch.Tensor = loss_sum + penalty / 2 * weight.detach().square().sum()
             weight.grad.add_(weight.detach(), alpha=penalty)
             return total
 
