@@ -49,7 +49,7 @@ def measure(
     try:
         processes = [
             context.Process(
-                target=_work, args=(what, bundle, manifest, precision, engine, index, barrier)
+                target=_work, args=(barrier, what, bundle, manifest, precision, engine, index)
             )
             for index in range(CORES)
         ]
@@ -66,14 +66,23 @@ def measure(
     return len(read_manifest(manifest)) / (time.perf_counter() - start)
 
 
-def _work(
+def _work(barrier: Barrier, *job: Any) -> None:
+    """Run a job; the other processes end, too, when one fails."""
+    try:
+        _run_job(barrier, *job)
+    except Exception:
+        barrier.abort()
+        raise
+
+
+def _run_job(
+    barrier: Barrier,
     what: str,
     bundle: Path,
     manifest: Path,
     precision: str,
     engine: EngineName,
     index: int,
-    barrier: Barrier,
 ) -> None:
     import torch
 

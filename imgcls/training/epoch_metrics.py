@@ -123,30 +123,36 @@ def format_selection_note(
 ) -> str | None:
     """The warning about the kept epoch; None without one.
 
-    Fine-tuning did not improve on its linear probe, or the epoch with the best loss has a lower
-    accuracy than another one.
+    Another epoch is more accurate than the one with the best loss, or fine-tuning did not improve
+    on its linear probe.
 
     best: the epoch whose weights are kept
     lr:   optim.lr, for the advice
     """
-    note = None
-    if history[0].phase == "probe" and len(history) > 1:
+    note = _format_accuracy_note(history, best)
+    if note is None and history[0].phase == "probe" and len(history) > 1:
         note = _format_probe_note(history, best, lr)
-    return note or _format_accuracy_note(history, best)
+    return note
 
 
 def _format_accuracy_note(history: Sequence[EpochMetrics], best: EpochMetrics) -> str | None:
-    """Two standard errors are the least difference of accuracies that is shown."""
+    """The note about an epoch that is more accurate than the kept one by two standard errors.
+
+    The errors are those of (k + 1) of (n + 2) images, which are not 0 for none and all of them.
+    """
     other = max(history, key=lambda each: each.val_accuracy)
-    if best.val_mean_average_precision is not None or best.val_rows == 0:
+    rows = best.val_rows
+    is_single_label = best.val_mean_average_precision is None
+    if other.phase == "probe" or not is_single_label or rows == 0:
         return None
-    variance = sum(p * (1 - p) for p in (best.val_accuracy, other.val_accuracy)) / best.val_rows
-    if other.val_accuracy - best.val_accuracy <= 2 * math.sqrt(variance):
+    shares = [(each.val_accuracy * rows + 1) / (rows + 2) for each in (best, other)]
+    error = math.sqrt(sum(share * (1 - share) for share in shares) / (rows + 2))
+    if other.val_accuracy - best.val_accuracy <= 2 * error:
         return None
     return (
-        f"{best.name} has the best val loss ({best.val_loss:.3f}), but {other.name} a higher val "
-        f"acc ({other.val_accuracy:.1%}, not {best.val_accuracy:.1%}); pass --best-by val_accuracy "
-        "to keep the more accurate one"
+        f"{best.name} is kept for its val loss ({best.val_loss:.3f}), but {other.name} has a "
+        f"higher val acc ({other.val_accuracy:.1%}; {best.name} {best.val_accuracy:.1%}); pass "
+        "--best-by val_accuracy to keep the more accurate one"
     )
 
 

@@ -178,14 +178,14 @@ def _set_dropout(network: nn.Module, rate: float) -> None:
 
 
 def limit_norm_windows(network: nn.Module, steps: int) -> None:
-    """Average running statistics over at most a twentieth of a training from random weights.
+    """Average running statistics over at most a twentieth of a training, or over ten steps.
 
-    With momentum m, batch normalization averages over about the last 1 / m steps: 100 in
-    MobileNetV3. In a training of a few hundred steps those are statistics of other weights: the
-    network learns its training images, and in evaluation predicts one class for all images. No
-    momentum is raised above 0.1, torch's default.
+    With momentum m, batch normalization averages over about the last 1 / m forward passes: 100 in
+    MobileNetV3. In a training from scratch with a few hundred of them, those are statistics of
+    other weights: the network learns its training images, and in evaluation predicts one class for
+    all images. No momentum is raised above 0.1, torch's default.
 
-    steps: of the whole training
+    steps: forward passes of the whole training
     """
     least = min(_MAX_NORM_MOMENTUM, _NORM_WINDOWS / steps)
     for module in network.modules():

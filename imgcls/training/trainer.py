@@ -119,7 +119,7 @@ class Trainer:
         self.targets: TargetTable = spec.targets
         self.steps = steps_per_epoch(len(self.train), config.images_per_step, self.workers)
         if spec.strategy == "scratch":
-            limit_norm_windows(network, self.steps * config.num_epochs)
+            limit_norm_windows(network, self.steps * config.num_epochs * config.scale.accumulate)
         self.train_step = TrainStep(
             config,
             spec.strategy,

@@ -58,6 +58,11 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any,
     monkeypatch.setattr(labeling, "measure_imgcls", measure_imgcls)
     monkeypatch.setattr(labeling, "measure_peer", measure_peer)
     monkeypatch.setattr(
+        labeling.limits,
+        "measure",
+        lambda what, bundle, manifest, *how: calls.append(("limit", what, *how)) or 10.0,
+    )
+    monkeypatch.setattr(
         labeling,
         "write_results",
         lambda rates, record, *_: calls.append(("results", record)) or tmp_path / "results",
@@ -110,12 +115,24 @@ def test_peers_are_repeated_as_often_as_asked_and_the_first_engine_is_compared(
     assert "imgcls --engine openvino, after start-up" not in shown  # too few rows
 
 
-def test_limits_are_those_of_the_engine_that_is_compared() -> None:
+def test_limits_are_those_of_the_engine_that_is_compared(
+    measured: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, [], limits="engine", engines=["openvino", "torch"])
+    assert [call for call in measured if call[0] == "limit"] == [
+        ("limit", "both", "bf16", "openvino")
+    ]
+    assert "limits: engine openvino" in capsys.readouterr().out
+
+
+def test_limits_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert labeling.choose_limits("none", is_first=True) == []
     assert labeling.choose_limits("engine", is_first=True) == ["both"]
     assert labeling.choose_limits("all", is_first=False) == ["both", "both by torchvision"]
     assert set(labeling.choose_limits("all", is_first=True)) > {"both", "forward", "decode"}
-    assert labeling.choose_limit_engine(["auto", "torch"]) == "openvino"
+    for is_installed, engine in ((True, "openvino"), (False, "torch")):
+        monkeypatch.setattr(labeling, "is_openvino_installed", lambda found=is_installed: found)
+        assert labeling.choose_limit_engine(["auto", "torch"]) == engine
     assert labeling.choose_limit_engine(["torch", "auto"]) == "torch"
 
 

@@ -70,13 +70,25 @@ def test_fp32_outputs_are_those_of_torch(tmp_path: Path, name: str, options: Any
     assert scored.embedding is None
 
 
-def test_images_that_run_in_parts_have_the_outputs_of_single_ones(converted: Classifier) -> None:
-    pixels = torch.from_numpy(random_batch(converted, 2 * openvino_engine.IMAGES_PER_THREAD + 3))
-    logits, features = converted._engine.run(pixels, features=True)
-    alone = [converted._engine.run(pixels[i : i + 1], features=True) for i in range(len(pixels))]
+def test_images_that_run_in_parts_have_the_outputs_of_single_ones(
+    converted: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Any = converted._engine
+    size, compiled, parts_seen = engine._part_rows, engine._compiled, []
+
+    def run(inputs: Any) -> Any:
+        parts_seen.append(len(inputs))
+        return compiled(inputs)
+
+    monkeypatch.setattr(engine, "_compiled", run)
+    pixels = torch.from_numpy(random_batch(converted, 2 * size + 3))
+    logits, features = engine.run(pixels, features=True)
+    assert size == openvino_engine.IMAGES_PER_THREAD * torch.get_num_threads()
+    assert parts_seen == [size, size, 3]
+    alone = [engine.run(pixels[i : i + 1], features=True) for i in range(len(pixels))]
     for seen, parts in zip((logits, features), zip(*alone, strict=True), strict=True):
         torch.testing.assert_close(seen, torch.cat(parts), rtol=0, atol=0)
-    assert converted._engine.run(pixels, features=False)[1] is None
+    assert engine.run(pixels, features=False)[1] is None
 
 
 @pytest.mark.skipif(not has_native_bf16(CPU), reason="this CPU has no bfloat16 instructions")

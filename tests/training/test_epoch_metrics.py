@@ -78,28 +78,30 @@ def test_fine_tuning_that_does_not_improve_on_its_probe_gets_a_note_with_advice(
 
 
 @pytest.mark.parametrize(
-    ("epochs", "best", "expected"),
+    ("epochs", "best", "is_named"),
     [
-        ([(0.1, 1.0), (0.5, 0.9)], 0, None),
-        # as of an untrained network, which gives every class the same probability
-        (
-            [(2.3, 0.1), (4.5, 0.6)],
-            0,
-            "epoch 1 has the best val loss (2.300), but epoch 2 a higher val acc (60.0%, not "
-            "10.0%); pass --best-by val_accuracy to keep the more accurate one",
-        ),
-        ([(2.3, 0.1), (4.5, 0.4)], 0, None),  # of 10 images, one and four
-        ([(2.3, 0.1), (4.5, 0.6)], 1, None),
+        ([(0.1, 1.0), (0.5, 0.9)], 0, False),
+        ([(2.3, 0.1), (4.5, 0.7)], 0, True),  # the first as untrained, one class for all images
+        ([(2.3, 0.1), (4.5, 0.4)], 0, False),  # of 10 images, one and four
+        ([(2.3, 0.0), (4.5, 0.3)], 0, False),
+        ([(2.3, 0.1), (4.5, 0.7)], 1, False),
     ],
 )
+@pytest.mark.parametrize("first", [0, 1], ids=["probe", "epoch"])
 def test_an_epoch_that_is_more_accurate_than_the_one_with_the_best_loss_is_named(
-    epochs: list[tuple[float, float]], best: int, expected: str | None
+    epochs: list[tuple[float, float]], best: int, is_named: bool, first: int
 ) -> None:
-    history = [build_epoch(number + 1, *numbers) for number, numbers in enumerate(epochs)]
-    assert format_selection_note(history, history[best], lr=3e-4) == expected
+    history = [build_epoch(first + number, *numbers) for number, numbers in enumerate(epochs)]
+    note = format_selection_note(history, history[best], lr=3e-4)
+    name = "epoch 1" if first else "the probe"
+    expected = (
+        f"{name} is kept for its val loss (2.300), but epoch {first + 1} has a higher val acc "
+        f"(70.0%; {name} 10.0%); pass --best-by val_accuracy to keep the more accurate one"
+    )
+    assert (note == expected) == is_named
 
 
-def test_several_labels_are_not_judged_by_their_accuracy() -> None:
-    history = [build_epoch(1, 2.3, 0.1), build_epoch(2, 4.5, 0.6)]
+def test_a_more_accurate_epoch_of_several_labels_is_not_named() -> None:
+    history = [build_epoch(1, 2.3, 0.1), build_epoch(2, 4.5, 0.9)]
     history = [replace(each, val_mean_average_precision=0.5) for each in history]
     assert format_selection_note(history, history[0], lr=3e-4) is None

@@ -183,7 +183,7 @@ def test_stochastic_depth_is_refused_where_there_is_none() -> None:
         (None, 100, None),  # the mean over all steps
     ],
 )
-def test_running_statistics_are_averaged_over_at_most_a_twentieth_of_a_training(
+def test_running_statistics_are_averaged_over_a_twentieth_of_a_training_or_ten_steps(
     momentum: float | None, steps: int, limited: float | None
 ) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum))

@@ -240,7 +240,7 @@ class _HeadFit:
             loss.backward()
             assert weight.grad is not None
             assert bias.grad is not None
-            # one message: the time of a small one does not depend on its length
+            # one all-reduce, not three
             sums = torch.cat([loss.detach().view(1), weight.grad.flatten(), bias.grad])
             sizes = (1, weight.numel(), bias.numel())
             loss_sum, weight_grad, bias.grad = self._reduce(sums).split(sizes)
