@@ -2,9 +2,9 @@
 
 One process with one thread, the same batch of 32 for all, batch by batch in turns (OpenVINO runs
 each batch in parts of 8); images per CPU second of the process, the median of the rounds and the
-quartiles. The networks have random weights:
-their speed does not depend on them. Set ONEDNN_MAX_CPU_ISA=AVX2 to measure torch and OpenVINO as on
-a CPU with AVX2 only; ONNX Runtime ignores it.
+quartiles. The networks have random weights: their speed does not depend on them. Set
+ONEDNN_MAX_CPU_ISA=AVX2 to measure torch and OpenVINO as on a CPU with AVX2 only; ONNX Runtime
+ignores it.
 """
 
 from __future__ import annotations

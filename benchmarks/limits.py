@@ -35,9 +35,7 @@ by Pillow       JPEGs decoded whole, then the model's documented transforms
 """
 
 
-def measure(
-    what: str, bundle: Path, manifest: Path, precision: str, engine: EngineName = "torch"
-) -> float:
+def measure(what: str, bundle: Path, manifest: Path, precision: str, engine: EngineName) -> float:
     """Images per second of one process per core, start-up and warm-up left out.
 
     engine: of imgcls, for its own routes
