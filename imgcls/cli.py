@@ -32,7 +32,7 @@ COMMANDS = {
         "imgcls.inference.students.train_student",
         "imgcls train --data.train demo/digits-train.csv --model.name small_cnn --epochs 2 "
         "--augment.hflip 0 --output demo/small",
-        uses_workers=True,
+        workers="training",
     ),
     "tune": Command(
         "search hyperparameters over many trainings",
@@ -40,7 +40,7 @@ COMMANDS = {
         "imgcls.training.tune.tune",
         "imgcls tune --config jobs/tune.yaml --data.train demo/digits-train.csv "
         "--tune.trials 2 --epochs 1 --augment.hflip 0 --output demo/search",
-        uses_workers=True,
+        workers="training",
     ),
     "predict": Command(
         "label the images of a manifest with a bundle and commit the table",
@@ -48,14 +48,14 @@ COMMANDS = {
         "imgcls.inference.predict.predict",
         "imgcls predict --manifest demo/digits-test.csv --model demo/bundle --output "
         "demo/labels --scores --embeddings",
-        uses_workers=True,
+        workers="labeling",
     ),
     "embed": Command(
         "compute the embeddings of images, with any backbone",
         "imgcls.inference.config.EmbedConfig",
         "imgcls.inference.embed.embed",
         "imgcls embed demo/digits-test.csv --model demo/bundle --output demo/embedded",
-        uses_workers=True,
+        workers="labeling",
     ),
     "relabel": Command(
         "label a run with another head or by labeled images, from its embeddings",
@@ -122,7 +122,7 @@ COMMANDS = {
         "imgcls.serving.config.ServeConfig",
         "imgcls.serving.serve.serve",
         "imgcls serve --model demo/bundle",
-        uses_workers=True,
+        workers="labeling",
     ),
     "key new": Command(
         "create an API key for `serve`",
@@ -166,7 +166,7 @@ COMMANDS = {
         "imgcls.curation.check.check",
         "imgcls manifest check demo/digits-train.csv --against demo/digits-test.csv "
         "--output demo/check",
-        uses_workers=True,
+        workers="labeling",
     ),
     "labels import": Command(
         "merge labels from a labeling tool onto a manifest",
@@ -219,7 +219,7 @@ COMMANDS = {
         "imgcls.demo.DemoConfig",
         "imgcls.demo.demo",
         "imgcls demo",
-        uses_workers=True,
+        workers="training",
     ),
     "completion": Command(
         "print a completion script for bash, zsh or fish",
@@ -368,8 +368,9 @@ def _run(name: str, argv: Sequence[str], handler: log.CommandHandler) -> int:
             return 0
         settings = config.load(model, argv)
         handler.is_json = getattr(settings, "log", "text") == "json"
-        if command.uses_workers:
-            importlib.import_module("imgcls.cluster.worker_forks").prepare_forks()
+        if command.workers is not None:
+            forks = importlib.import_module("imgcls.cluster.worker_forks")
+            forks.prepare_forks(training=command.workers == "training")
         with pause_collector():
             function = command.load_function()
         function(settings)

@@ -32,15 +32,15 @@ Shell = Literal["bash", "zsh", "fish"]
 class Command:
     """A command: what it is for, its configuration and its function by dotted name, an example.
 
-    example:      runs after `imgcls demo`, in a clone of the repository
-    uses_workers: whether Ray starts workers that import torch for it
+    example: runs after `imgcls demo`, in a clone of the repository
+    workers: what the workers do that import torch, if Ray starts any
     """
 
     summary: str
     config: str
     function: str
     example: str
-    uses_workers: bool = False
+    workers: Literal["labeling", "training"] | None = None
 
     def load_model(self) -> type[Section]:
         """Import the configuration model, but not the command's function."""

@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 
 from imgcls import cli
+from imgcls.cluster.worker_forks import MALLOC_SETTINGS
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parent.parent
@@ -75,12 +76,14 @@ class RayCluster:
             "--include-log-monitor=false",
             f"--dashboard-port={dashboard_port}", "--object-store-memory=500000000",
         ]  # fmt: skip
+        # so that the workers of labeling have the environment of all others
+        settings = MALLOC_SETTINGS if fork else {}
         process = subprocess.Popen(
             command,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **settings, **(env or {})},
         )
         running = cls(f"127.0.0.1:{port}", process, folder)
         running.dashboard = f"http://127.0.0.1:{dashboard_port}" if dashboard else None

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +163,34 @@ def start_without_services() -> Iterator[None]:
 
 
 SLOW_START = "The current node timed out during startup"
+
+
+def import_for_forks(modules: Iterable[str]) -> bool:
+    """Import modules in a process that will be forked; returns whether forks draw different ids.
+
+    Ray draws ids from a native generator, of which every fork would have the same state. It is in
+    its initial state, seeded when it is first used, as long as nothing draws from it. So the ids of
+    the actor classes that modules define come from the operating system here.
+    """
+    actor: Any = ray.actor
+    class_id = actor.ActorClassID
+    actor.ActorClassID = SimpleNamespace(from_random=lambda: class_id(os.urandom(class_id.size())))
+    try:
+        for name in modules:
+            importlib.import_module(name)
+    finally:
+        actor.ActorClassID = class_id
+    return len({_draw_id_in_fork() for _ in range(2)}) == 2
+
+
+def _draw_id_in_fork() -> bytes:
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.write(writer, ray.UniqueID.from_random().binary())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as stream:
+        return stream.read()
 
 
 @contextlib.contextmanager

@@ -1,11 +1,16 @@
-"""Workers of Ray as forks of one process that has imported torch.
+"""Workers of Ray as forks of one process that has imported torch and Ray.
 
-A worker imports pandas, torch and this package before its first task: 4 of the 5 CPU seconds until
-its first prediction, in every worker of every job. Here one process imports them, during the start
-of Ray, and each worker of the session is a fork of it, which imports what is left, Ray itself.
+A worker imports pandas, torch, Ray and this package before its first task: nearly all of its CPU
+time until its first prediction, in every worker of every job. Here one process imports them, and
+each worker of the session is a fork of it.
+
+Ray's native code reads the environment when it is imported, the job of the worker among it. So a
+first process imports all but Ray, during the start of Ray, and a fork of it for each job imports
+Ray in the environment of the job's workers. A worker whose environment differs is a fork of the
+first process and imports Ray itself.
 
 Ray starts a worker by `sys.executable`. Within `fork_workers` that is a script: it sends its
-arguments, environment and open files to the process that forks, and ends; Ray knows a worker by the
+arguments, environment and open files to a process that forks, and ends; Ray knows a worker by the
 id among the arguments. Where no process answers, the script starts the worker itself, as without
 this module.
 """
@@ -27,6 +32,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +51,25 @@ IMPORTED = (
     "s3fs",
     "yaml",
 )
-"""Not Ray: its native code reads the environment, which differs by worker, when it is imported."""
+"""What does not read the environment of a job."""
+RAY_INTERNALS = "imgcls.cluster.ray_internals"
+IMPORTED_WITH_RAY = ("imgcls.inference.stages", "imgcls.inference.workers", "ray.data")
+TRAINING = ("imgcls.training.ray_trainer", "torch._dynamo")
+"""Imported, too, where workers train: every optimizer imports torch's compiler."""
+NO_JOB, FIRST_JOB = "ffffffff", "01000000"
+"""RAY_JOB_ID of workers that are started before a job needs them, and of a session's first job."""
+READ_LATER = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC")
+"""Variables of the workers of a training that are read when they are needed, not imported."""
+IDLE_TIMEOUT_S = 60
+"""A job's process ends when no worker has been asked for during this time."""
 WORKER, SETUP = "default_worker.py", "setup_worker.py"
 SCRIPT = """import json, os, signal, socket, sys
 words = sys.argv[1:]
-if os.path.basename(words[0]) in ({worker!r}, {setup!r}):
+is_worker = os.path.basename(words[0]) in ({worker!r}, {setup!r})
+for name in [os.environ.get("RAY_JOB_ID", {no_job!r}), {first!r}] * 2 if is_worker else []:
     try:
         with socket.socket(socket.AF_UNIX) as server:
-            server.connect({address!r})
+            server.connect({folder!r} + "/" + name)
             socket.send_fds(server, [b"files"], [0, 1, 2])
             request = {{
                 "words": words,
@@ -69,7 +86,10 @@ if os.path.basename(words[0]) in ({worker!r}, {setup!r}):
         pass
 os.execv({python!r}, [{python!r}, *words])
 """
-"""What asks for a fork, in 20 ms."""
+"""What asks for a fork, in 20 ms: the process of the job; the first process, which may start that
+of the job; and both again."""
+FIRST = "first"
+"""Name of the socket of the first process; that of a job's process is the id of the job."""
 MAX_ADDRESS = 107
 """Maximum length of a socket's path in Linux."""
 MALLOC_SETTINGS = {
@@ -86,8 +106,9 @@ BACKLOG = 512
 
 @dataclass(frozen=True)
 class WorkerForks:
-    """The process that forks the workers of a session, and a folder of its own.
+    """The processes that fork the workers of a session, and a folder of their own.
 
+    process: the first of them; the others are its children, in its process group
     program: what Ray is to start instead of Python
     """
 
@@ -96,8 +117,9 @@ class WorkerForks:
     program: str
 
     def end(self) -> None:
-        """End the process; its forks are not affected, and later workers are started by Ray."""
-        self.process.kill()
+        """End the processes; workers are not affected, and later ones are started by Ray."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -106,15 +128,17 @@ _prepared: list[WorkerForks] = []
 """At most one, that no session uses yet."""
 
 
-def prepare_forks() -> None:
+def prepare_forks(*, training: bool) -> None:
     """Start what will fork workers, for the private session that this process may start.
 
     So the modules are imported while the driver plans. To be ended by `discard_forks` if unused.
+
+    training: whether workers will train
     """
     ray = sys.modules.get("ray")
     is_joined = ray is not None and ray.is_initialized()
     if not is_joined and os.environ.get("RAY_ADDRESS") in (None, "", "local") and not _prepared:
-        forks = start_forks()
+        forks = start_forks(training=training)
         if forks is not None:
             _prepared.append(forks)
 
@@ -134,9 +158,10 @@ def discard_forks() -> None:
 def fork_workers() -> Iterator[WorkerForks | None]:
     """Within the block, a session of Ray that this process starts will fork its workers.
 
-    Yields what forks them, or None as `start_forks` does.
+    Yields what forks them, or None as `start_forks` does. It is the one that was prepared or, if
+    there is none, one for any work.
     """
-    forks = _prepared.pop() if _prepared else start_forks()
+    forks = _prepared.pop() if _prepared else start_forks(training=True)
     if forks is None:
         yield None
         return
@@ -151,8 +176,10 @@ def fork_workers() -> Iterator[WorkerForks | None]:
         sys.executable = python
 
 
-def start_forks() -> WorkerForks | None:
-    """Start the process that forks workers; it ends with this process at the latest.
+def start_forks(*, training: bool) -> WorkerForks | None:
+    """Start the processes that fork workers; they end with this process at the latest.
+
+    training: whether workers will train
 
     None where workers are not forked: on other systems than Linux, with GPUs, where it has not been
     tried, and where temporary files cannot be written or run, or have long paths.
@@ -162,7 +189,7 @@ def start_forks() -> WorkerForks | None:
     folder = ""
     try:
         folder = tempfile.mkdtemp(prefix="imgcls-forks-")
-        forks = _start_in(folder)
+        forks = _start_in(folder, training)
     except OSError:  # Ray reports what it cannot do without
         forks = None
     if forks is None:
@@ -170,12 +197,14 @@ def start_forks() -> WorkerForks | None:
     return forks
 
 
-def _start_in(folder: str) -> WorkerForks | None:
-    """Start the process with its files in a folder; None if it could not be used from there."""
-    python, address, program = sys.executable, f"{folder}/socket", Path(folder, "python")
-    script = Path(folder, "request.py")
+def _start_in(folder: str, training: bool) -> WorkerForks | None:
+    """Start the processes with their files in a folder; None if that cannot be used."""
+    python, program, script = sys.executable, Path(folder, "python"), Path(folder, "request.py")
     script.write_text(
-        SCRIPT.format(python=python, worker=WORKER, setup=SETUP, address=address), encoding="utf-8"
+        SCRIPT.format(
+            python=python, worker=WORKER, setup=SETUP, folder=folder, first=FIRST, no_job=NO_JOB
+        ),
+        encoding="utf-8",
     )
     program.write_text(
         f'#!/bin/sh\nexec {shlex.quote(python)} -ISs {shlex.quote(str(script))} "$@"\n',
@@ -183,14 +212,20 @@ def _start_in(folder: str) -> WorkerForks | None:
     )
     program.chmod(0o700)
     # no program may be run from some folders
-    if len(address) > MAX_ADDRESS or not os.access(program, os.X_OK):
+    if len(f"{folder}/{NO_JOB}") > MAX_ADDRESS or not os.access(program, os.X_OK):
         return None
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        words = map(str, (listener.fileno(), os.getpid(), folder, json.dumps(sys.path)))
+    with listen(folder, FIRST) as listener:
+        start = {
+            "listener": listener.fileno(),
+            "parent": os.getpid(),
+            "folder": folder,
+            "modules": [*IMPORTED_WITH_RAY, *(TRAINING if training else ())],
+            # Ray gives the workers that it starts early to labeling, but few of those of a training
+            "early": FIRST_JOB if training else None,
+            "path": sys.path,
+        }
         process = subprocess.Popen(
-            [python, __file__, *words],
+            [python, __file__, json.dumps(start)],
             pass_fds=[listener.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -201,19 +236,80 @@ def _start_in(folder: str) -> WorkerForks | None:
     return WorkerForks(process, folder, str(program))
 
 
-# ---------------------------------------------------------------------- in the process that forks
+def listen(folder: str, name: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{folder}/{name}")
+    listener.listen(BACKLOG)
+    return listener
 
 
-def main(listener: socket.socket, parent: int, folder: str) -> None:
-    """Import the modules and fork a worker per request, until the parent process has ended."""
+# -------------------------------------------------------------------- in the processes that fork
+
+
+def main(listener: socket.socket, parent: int, folder: str, modules: list[str], early: str) -> None:
+    """Start a process for each job, and fork the workers that it does not fork.
+
+    modules: what such a process imports
+    early:   job of which the process is started when Ray asks for the first worker
+    """
+    gc.disable()
     for name in IMPORTED:
         importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # a collection in a worker would copy the pages of all that is imported
+    freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
-    while os.getppid() == parent:
+    process = os.getpid()
+    for connection, request, files in iter_requests(listener, parent):
+        environment = read_environment(request)
+        job = request["environment"].get("RAY_JOB_ID", NO_JOB)
+        served = early or NO_JOB if job == NO_JOB else job
+        is_started = environment is None or served == NO_JOB or os.path.exists(f"{folder}/{served}")
+        if environment is not None and not is_started:
+            with listen(folder, served) as job_listener:
+                if os.fork() == 0:
+                    listener.close()
+                    connection.close()
+                    for file in files:
+                        os.close(file)
+                    environment["RAY_JOB_ID"] = served
+                    fork_for_job(job_listener, process, environment, modules)
+                    return
+        if is_started or served != job:  # otherwise the program asks the process of the job
+            fork_worker(listener, connection, request, files)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def fork_for_job(
+    listener: socket.socket, parent: int, environment: dict[str, str], modules: list[str]
+) -> None:
+    """Import Ray in an environment, and fork a worker per request that has the same environment."""
+    set_environment(environment)
+    gc.disable()
+    if not importlib.import_module(RAY_INTERNALS).import_for_forks(modules):
+        return  # and leave the socket, so that no other process is started for the job
+    freeze()
+    for connection, request, files in iter_requests(listener, parent, IDLE_TIMEOUT_S):
+        if read_environment(request) == environment:
+            fork_worker(listener, connection, request, files)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(listener.getsockname())
+
+
+def freeze() -> None:
+    """Leave all objects out of later collections, which would copy the pages that they are on."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+
+
+def iter_requests(
+    listener: socket.socket, parent: int, timeout_s: float = float("inf")
+) -> Iterator[tuple[socket.socket, dict[str, Any], list[int]]]:
+    """Requests and their open files, until the parent process has ended or none came for a time."""
+    last = time.monotonic()
+    while os.getppid() == parent and time.monotonic() - last < timeout_s:
         if not select.select([listener], [], [], 1)[0]:
             continue
+        last = time.monotonic()
         connection, _ = listener.accept()
         with connection:
             try:
@@ -222,17 +318,38 @@ def main(listener: socket.socket, parent: int, folder: str) -> None:
                     request = json.load(stream)
             except (OSError, ValueError):  # the program that asked has ended
                 continue
-            if os.fork() == 0:
-                break
+            yield connection, request, files
             for file in files:
                 os.close(file)
-            with contextlib.suppress(OSError):
-                connection.sendall(b"1")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    listener.close()
-    become_worker(request, files)
+
+
+def fork_worker(
+    listener: socket.socket, connection: socket.socket, request: dict[str, Any], files: list[int]
+) -> None:
+    """Fork a worker and confirm it."""
+    if os.fork() == 0:
+        listener.close()
+        connection.close()
+        become_worker(request, files)
+        sys.exit()
+    with contextlib.suppress(OSError):
+        connection.sendall(b"1")
+
+
+def read_environment(request: dict[str, Any]) -> dict[str, str] | None:
+    """The environment that a worker imports Ray in; None if Ray itself is to prepare it."""
+    environment, words = request["environment"], request["words"]
+    if Path(words[0]).name == SETUP:
+        variables, _ = read_setup(words[1:])
+        if variables is None:
+            return None
+        environment = environment | variables
+    return {name: value for name, value in environment.items() if name not in READ_LATER}
+
+
+def set_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def become_worker(request: dict[str, Any], files: list[int]) -> None:
@@ -244,8 +361,7 @@ def become_worker(request: dict[str, Any], files: list[int]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
     os.chdir(request["folder"])
-    os.environ.clear()
-    os.environ.update(request["environment"])
+    set_environment(request["environment"])
     os.setpriority(os.PRIO_PROCESS, 0, request["niceness"])
     random.seed()
     importlib.import_module("numpy").random.seed()
@@ -283,5 +399,12 @@ def read_setup(words: list[str]) -> tuple[dict[str, str] | None, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.path[:] = json.loads(sys.argv[4])
-    main(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), sys.argv[3])
+    start = json.loads(sys.argv[1])
+    sys.path[:] = start["path"]
+    main(
+        socket.socket(fileno=start["listener"]),
+        start["parent"],
+        start["folder"],
+        start["modules"],
+        start["early"],
+    )

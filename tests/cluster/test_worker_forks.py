@@ -17,7 +17,17 @@ import numpy as np
 import psutil
 import pytest
 
-from imgcls.cluster.worker_forks import SETUP, WORKER, WorkerForks, fork_workers, read_setup
+from imgcls.cluster.worker_forks import (
+    FIRST_JOB,
+    NO_JOB,
+    SETUP,
+    WORKER,
+    WorkerForks,
+    fork_workers,
+    iter_requests,
+    listen,
+    read_setup,
+)
 from tests.processes import REPOSITORY, wait_for
 
 DESCRIBE = """
@@ -30,8 +40,14 @@ about = {
     "torch": "torch" in sys.modules, "ray": "ray" in sys.modules, "parent": os.getppid(),
     "drawn": [random.random(), np.random.random()],
 }
+if about["ray"]:
+    import ray
+    about["drawn"].append(ray.UniqueID.from_random().hex())
 print(json.dumps(about), flush=True)
 """
+
+JOB = {"RAY_JOB_ID": FIRST_JOB, "PATH": os.environ["PATH"]}
+"""Environment of a worker."""
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +69,7 @@ def describe(program: str, folder: Path, *words: str, script: str = WORKER, **op
     """What a worker sees that is started by a program; its output is read until it ends."""
     (folder / WORKER).write_text(DESCRIBE)
     command = [program, str(folder / script), *words]
+    options = {"cwd": folder.parent, **options}
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, **options)
     return json.loads(done.stdout)
 
@@ -65,24 +82,70 @@ def test_a_worker_is_a_fork_with_arguments_environment_and_signals_of_its_own(
         program,
         tmp_path,
         "--worker-id=1",
-        cwd=tmp_path,
-        env={"RAY_JOB_ID": "7", "PATH": os.environ["PATH"]},
+        env=JOB | {"RAY_RAYLET_PID": "7"},
         preexec_fn=lambda: (os.nice(3), signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})),
     )
-    assert about["parent"] == forks.process.pid
+    assert psutil.Process(about["parent"]).ppid() == forks.process.pid
     assert about["torch"]
-    assert not about["ray"], "its native code would have read the environment of another process"
     assert about["words"] == [str(tmp_path / WORKER), "--worker-id=1"]
     assert about["name"] == "__main__"
-    assert about["folder"] == str(tmp_path)
-    assert about["environment"].items() >= {"RAY_JOB_ID": "7"}.items()
+    assert about["folder"] == str(tmp_path.parent)
+    assert about["environment"].items() >= {"RAY_RAYLET_PID": "7"}.items()
     assert "RAY_AUTH_MODE" not in about["environment"]
     assert about["niceness"] == os.getpriority(os.PRIO_PROCESS, 0) + 3
     assert about["blocked"] == [signal.SIGINT]
     assert about["group"], "Ray kills the process group of a worker that has ended"
-    other = describe(program, tmp_path)
-    assert other["drawn"][0] != about["drawn"][0] != random.random()
-    assert other["drawn"][1] != about["drawn"][1] != np.random.random()
+    others = [describe(program, tmp_path, env=JOB | {"RAY_RAYLET_PID": "7"}) for _ in range(2)]
+    assert {other["parent"] for other in others} == {about["parent"]}
+    drawn = [*about["drawn"], *(draw for other in others for draw in other["drawn"])]
+    assert len({*drawn, random.random(), np.random.random()}) == 11
+
+
+def test_ray_is_imported_in_the_environment_of_the_job(
+    started: tuple[WorkerForks, str], tmp_path: Path
+) -> None:
+    """Its native code would keep what it has read in another environment."""
+    forks, program = started
+    same = JOB | {"RAY_RAYLET_PID": "7"}
+    alike = describe(program, tmp_path, env=same | {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"})
+    assert alike["ray"]
+    assert alike["environment"]["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] == "0"
+    for environment in (
+        same | {"RAY_RAYLET_PID": "8"},
+        same | {"RAY_JOB_ID": NO_JOB},
+        same | {"RAY_object_timeout_milliseconds": "3"},
+    ):
+        other = describe(program, tmp_path, env=environment)
+        assert other["parent"] == forks.process.pid
+        assert other["torch"]
+        assert not other["ray"]
+        assert len(other["drawn"]) == 2
+
+
+def test_a_process_of_which_forks_would_draw_the_same_ids_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "drawing.py").write_text("import ray; ray.UniqueID.from_random()")
+    (tmp_path / "defining.py").write_text("import ray\n@ray.remote\nclass Actor: pass")
+    script = (
+        "from imgcls.cluster.ray_internals import import_for_forks\n"
+        "print(import_for_forks(['defining', 'defining']), import_for_forks(['drawing']))\n"
+        "import defining\n"
+        "print(len(defining.Actor.__ray_metadata__.class_id.binary()))"
+    )
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.stdout.split() == ["True", "False", "28"]
+
+
+def test_a_job_that_asks_for_no_more_workers_keeps_no_process(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, listen(folder, FIRST_JOB) as listener:
+        assert list(iter_requests(listener, os.getppid(), timeout_s=0.01)) == []
+        assert list(iter_requests(listener, os.getpid())) == [], "its parent has ended"
 
 
 def test_variables_of_a_runtime_environment_are_set(
@@ -93,7 +156,7 @@ def test_variables_of_a_runtime_environment_are_set(
     settings = json.dumps({"env_vars": {"A": "1"}, "py_executable": sys.executable})
     words = [str(tmp_path / WORKER), "--language=PYTHON", "--runtime-env-hash=5"]
     context = f"--serialized-runtime-env-context={settings}"
-    about = describe(program, tmp_path, *words, context, script=SETUP)
+    about = describe(program, tmp_path, *words, context, script=SETUP, env=JOB)
     assert about["parent"] == forks.process.pid
     assert about["environment"]["A"] == "1"
     assert about["words"] == [str(tmp_path / WORKER), "--runtime-env-hash=5"]
@@ -188,15 +251,15 @@ def list_forking():
     return [p.pid for p in psutil.Process().children() if "worker_forks" in " ".join(p.cmdline())]
 
 os.environ["RAY_ADDRESS"] = "127.0.0.1:6379"
-prepare_forks()
+prepare_forks(training=True)
 assert not list_forking(), "a session that is joined starts its workers itself"
 os.environ["RAY_ADDRESS"] = "local"  # other tests may have a cluster on this machine
-prepare_forks()
-prepare_forks()
+prepare_forks(training=True)
+prepare_forks(training=True)
 (unused,) = list_forking()
 discard_forks()
 assert not list_forking()
-prepare_forks()
+prepare_forks(training=True)
 (prepared,) = list_forking()
 
 import ray
@@ -213,7 +276,7 @@ parent, title, torch = ray.get(describe.remote())
 assert list_forking() == [parent] == [prepared]
 assert title.startswith("ray::"), title
 assert torch
-prepare_forks()
+prepare_forks(training=True)
 assert list_forking() == [prepared], "this process has a session"
 session.end_session(0)
 assert not list_forking()
