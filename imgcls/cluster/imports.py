@@ -10,9 +10,7 @@ import atexit
 import contextlib
 import functools
 import gc
-import importlib.abc
 import sys
-import threading
 from collections.abc import Iterator
 
 
@@ -30,32 +28,6 @@ def pause_collector() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-@contextlib.contextmanager
-def refuse_imports(*names: str) -> Iterator[None]:
-    """Within the block, this thread cannot import some packages for the first time.
-
-    For libraries that import large packages for what they may be used for, and do without where
-    these are not installed.
-
-    Raises ModuleNotFoundError, in the import of a package.
-    """
-    finder = _RefusingFinder(names, threading.get_ident())
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-
-
-class _RefusingFinder(importlib.abc.MetaPathFinder):
-    def __init__(self, names: tuple[str, ...], thread: int) -> None:
-        self._names, self._thread = names, thread
-
-    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
-        if fullname in self._names and threading.get_ident() == self._thread:
-            raise ModuleNotFoundError(f"{fullname} is not imported here", name=fullname)
 
 
 @functools.cache

@@ -185,12 +185,15 @@ def import_for_forks(modules: Iterable[str]) -> bool:
 
 def _draw_id_in_fork() -> bytes:
     reader, writer = os.pipe()
-    if os.fork() == 0:
+    process = os.fork()
+    if process == 0:
         os.write(writer, ray.UniqueID.from_random().binary())
         os._exit(0)
     os.close(writer)
     with open(reader, "rb") as stream:
-        return stream.read()
+        drawn = stream.read()
+    os.waitpid(process, 0)
+    return drawn
 
 
 @contextlib.contextmanager

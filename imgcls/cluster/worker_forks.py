@@ -5,9 +5,9 @@ time until its first prediction, in every worker of every job. Here one process 
 each worker of the session is a fork of it.
 
 Ray's native code reads the environment when it is imported, the job of the worker among it. So a
-first process imports all but Ray, during the start of Ray, and a fork of it for each job imports
-Ray in the environment of the job's workers. A worker whose environment differs is a fork of the
-first process and imports Ray itself.
+first process imports all but Ray, during the start of Ray. The workers of a training import most,
+so a fork of that process imports Ray for them, in the environment of the session's job. A worker
+whose environment differs is a fork of the first process and imports Ray itself.
 
 Ray starts a worker by `sys.executable`. Within `fork_workers` that is a script: it sends its
 arguments, environment and open files to a process that forks, and ends; Ray knows a worker by the
@@ -32,7 +32,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,20 +52,17 @@ IMPORTED = (
 )
 """What does not read the environment of a job."""
 RAY_INTERNALS = "imgcls.cluster.ray_internals"
-IMPORTED_WITH_RAY = ("imgcls.inference.stages", "imgcls.inference.workers", "ray.data")
-TRAINING = ("imgcls.training.ray_trainer", "torch._dynamo")
-"""Imported, too, where workers train: every optimizer imports torch's compiler."""
-NO_JOB, FIRST_JOB = "ffffffff", "01000000"
-"""RAY_JOB_ID of workers that are started before a job needs them, and of a session's first job."""
+IMPORTED_WITH_RAY = ("imgcls.training.ray_trainer", "torch._dynamo")
+"""Every optimizer imports torch's compiler."""
+FIRST_JOB = "01000000"
+"""RAY_JOB_ID of a session's first job, which is the only one of a private session."""
 READ_LATER = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC")
 """Variables of the workers of a training that are read when they are needed, not imported."""
-IDLE_TIMEOUT_S = 60
-"""A job's process ends when no worker has been asked for during this time."""
 WORKER, SETUP = "default_worker.py", "setup_worker.py"
 SCRIPT = """import json, os, signal, socket, sys
 words = sys.argv[1:]
 is_worker = os.path.basename(words[0]) in ({worker!r}, {setup!r})
-for name in [os.environ.get("RAY_JOB_ID", {no_job!r}), {first!r}] * 2 if is_worker else []:
+for name in [os.environ.get("RAY_JOB_ID", ""), {first!r}] if is_worker else []:
     try:
         with socket.socket(socket.AF_UNIX) as server:
             server.connect({folder!r} + "/" + name)
@@ -86,10 +82,9 @@ for name in [os.environ.get("RAY_JOB_ID", {no_job!r}), {first!r}] * 2 if is_work
         pass
 os.execv({python!r}, [{python!r}, *words])
 """
-"""What asks for a fork, in 20 ms: the process of the job; the first process, which may start that
-of the job; and both again."""
+"""What asks for a fork, in 20 ms: the process with Ray, if the job has one, and then the first."""
 FIRST = "first"
-"""Name of the socket of the first process; that of a job's process is the id of the job."""
+"""Name of the socket of the first process; that of the process with Ray is the id of the job."""
 MAX_ADDRESS = 107
 """Maximum length of a socket's path in Linux."""
 MALLOC_SETTINGS = {
@@ -108,7 +103,7 @@ BACKLOG = 512
 class WorkerForks:
     """The processes that fork the workers of a session, and a folder of their own.
 
-    process: the first of them; the others are its children, in its process group
+    process: the first of them; the one with Ray is its child, in its process group
     program: what Ray is to start instead of Python
     """
 
@@ -201,9 +196,7 @@ def _start_in(folder: str, training: bool) -> WorkerForks | None:
     """Start the processes with their files in a folder; None if that cannot be used."""
     python, program, script = sys.executable, Path(folder, "python"), Path(folder, "request.py")
     script.write_text(
-        SCRIPT.format(
-            python=python, worker=WORKER, setup=SETUP, folder=folder, first=FIRST, no_job=NO_JOB
-        ),
+        SCRIPT.format(python=python, worker=WORKER, setup=SETUP, folder=folder, first=FIRST),
         encoding="utf-8",
     )
     program.write_text(
@@ -212,16 +205,14 @@ def _start_in(folder: str, training: bool) -> WorkerForks | None:
     )
     program.chmod(0o700)
     # no program may be run from some folders
-    if len(f"{folder}/{NO_JOB}") > MAX_ADDRESS or not os.access(program, os.X_OK):
+    if len(f"{folder}/{FIRST_JOB}") > MAX_ADDRESS or not os.access(program, os.X_OK):
         return None
     with listen(folder, FIRST) as listener:
         start = {
             "listener": listener.fileno(),
             "parent": os.getpid(),
             "folder": folder,
-            "modules": [*IMPORTED_WITH_RAY, *(TRAINING if training else ())],
-            # Ray gives the workers that it starts early to labeling, but few of those of a training
-            "early": FIRST_JOB if training else None,
+            "training": training,
             "path": sys.path,
         }
         process = subprocess.Popen(
@@ -246,11 +237,10 @@ def listen(folder: str, name: str) -> socket.socket:
 # -------------------------------------------------------------------- in the processes that fork
 
 
-def main(listener: socket.socket, parent: int, folder: str, modules: list[str], early: str) -> None:
-    """Start a process for each job, and fork the workers that it does not fork.
+def main(listener: socket.socket, parent: int, folder: str, *, training: bool) -> None:
+    """Fork a worker per request, until the parent process has ended.
 
-    modules: what such a process imports
-    early:   job of which the process is started when Ray asks for the first worker
+    training: with the first request of a worker, start the process that imports Ray
     """
     gc.disable()
     for name in IMPORTED:
@@ -259,39 +249,31 @@ def main(listener: socket.socket, parent: int, folder: str, modules: list[str], 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     process = os.getpid()
     for connection, request, files in iter_requests(listener, parent):
-        environment = read_environment(request)
-        job = request["environment"].get("RAY_JOB_ID", NO_JOB)
-        served = early or NO_JOB if job == NO_JOB else job
-        is_started = environment is None or served == NO_JOB or os.path.exists(f"{folder}/{served}")
-        if environment is not None and not is_started:
-            with listen(folder, served) as job_listener:
+        fork_worker(listener, connection, request, files)
+        if training and Path(request["words"][0]).name == WORKER:
+            training = False
+            with listen(folder, FIRST_JOB) as with_ray:
                 if os.fork() == 0:
-                    listener.close()
-                    connection.close()
-                    for file in files:
+                    for file in (listener.detach(), connection.detach(), *files):
                         os.close(file)
-                    environment["RAY_JOB_ID"] = served
-                    fork_for_job(job_listener, process, environment, modules)
-                    return
-        if is_started or served != job:  # otherwise the program asks the process of the job
-            fork_worker(listener, connection, request, files)
+                    fork_with_ray(with_ray, process, read_environment(request))
+                    sys.exit()
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def fork_for_job(
-    listener: socket.socket, parent: int, environment: dict[str, str], modules: list[str]
-) -> None:
-    """Import Ray in an environment, and fork a worker per request that has the same environment."""
+def fork_with_ray(listener: socket.socket, parent: int, environment: dict[str, str] | None) -> None:
+    """Import Ray in an environment of its first job, and fork the workers that have the same."""
+    environment = {**(environment or {}), "RAY_JOB_ID": FIRST_JOB}
     set_environment(environment)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     gc.disable()
-    if not importlib.import_module(RAY_INTERNALS).import_for_forks(modules):
-        return  # and leave the socket, so that no other process is started for the job
+    if not importlib.import_module(RAY_INTERNALS).import_for_forks(IMPORTED_WITH_RAY):
+        return
     freeze()
-    for connection, request, files in iter_requests(listener, parent, IDLE_TIMEOUT_S):
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for connection, request, files in iter_requests(listener, parent):
         if read_environment(request) == environment:
             fork_worker(listener, connection, request, files)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(listener.getsockname())
 
 
 def freeze() -> None:
@@ -302,14 +284,12 @@ def freeze() -> None:
 
 
 def iter_requests(
-    listener: socket.socket, parent: int, timeout_s: float = float("inf")
+    listener: socket.socket, parent: int
 ) -> Iterator[tuple[socket.socket, dict[str, Any], list[int]]]:
-    """Requests and their open files, until the parent process has ended or none came for a time."""
-    last = time.monotonic()
-    while os.getppid() == parent and time.monotonic() - last < timeout_s:
+    """Connections, requests and their open files, until the parent process has ended."""
+    while os.getppid() == parent:
         if not select.select([listener], [], [], 1)[0]:
             continue
-        last = time.monotonic()
         connection, _ = listener.accept()
         with connection:
             try:
@@ -327,11 +307,14 @@ def fork_worker(
     listener: socket.socket, connection: socket.socket, request: dict[str, Any], files: list[int]
 ) -> None:
     """Fork a worker and confirm it."""
-    if os.fork() == 0:
+    worker = os.fork()
+    if worker == 0:
         listener.close()
         connection.close()
         become_worker(request, files)
         sys.exit()
+    with contextlib.suppress(OSError):
+        os.setpgid(worker, worker)  # before the group of this process can be killed
     with contextlib.suppress(OSError):
         connection.sendall(b"1")
 
@@ -340,8 +323,11 @@ def read_environment(request: dict[str, Any]) -> dict[str, str] | None:
     """The environment that a worker imports Ray in; None if Ray itself is to prepare it."""
     environment, words = request["environment"], request["words"]
     if Path(words[0]).name == SETUP:
-        variables, _ = read_setup(words[1:])
-        if variables is None:
+        try:
+            variables, (script, *_) = read_setup(words[1:])
+        except (AttributeError, TypeError, ValueError):  # the worker reports it
+            return None
+        if variables is None or Path(script).name != WORKER:
             return None
         environment = environment | variables
     return {name: value for name, value in environment.items() if name not in READ_LATER}
@@ -405,6 +391,5 @@ if __name__ == "__main__":
         socket.socket(fileno=start["listener"]),
         start["parent"],
         start["folder"],
-        start["modules"],
-        start["early"],
+        training=start["training"],
     )

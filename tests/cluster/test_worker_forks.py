@@ -19,13 +19,10 @@ import pytest
 
 from imgcls.cluster.worker_forks import (
     FIRST_JOB,
-    NO_JOB,
     SETUP,
     WORKER,
     WorkerForks,
     fork_workers,
-    iter_requests,
-    listen,
     read_setup,
 )
 from tests.processes import REPOSITORY, wait_for
@@ -46,19 +43,23 @@ if about["ray"]:
 print(json.dumps(about), flush=True)
 """
 
-JOB = {"RAY_JOB_ID": FIRST_JOB, "PATH": os.environ["PATH"]}
-"""Environment of a worker."""
+JOB = {"RAY_JOB_ID": FIRST_JOB, "RAY_RAYLET_PID": "7", "PATH": os.environ["PATH"]}
+"""Environment of the workers of a job."""
 
 
 @pytest.fixture(scope="module")
-def started() -> Iterator[tuple[WorkerForks, str]]:
-    """What forks workers, and the program that Ray would start them by."""
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WorkerForks, str]]:
+    """What has forked a worker without a job, and the program that Ray would start others by."""
     python = sys.executable
     with fork_workers() as forks:
         assert forks is not None
         program = sys.executable
     assert sys.executable == python != program
     try:
+        first = describe(
+            program, tmp_path_factory.mktemp("first"), env=JOB | {"RAY_JOB_ID": "f" * 8}
+        )
+        assert (first["parent"], first["ray"]) == (forks.process.pid, False)
         yield forks, program
     finally:
         forks.end()
@@ -82,7 +83,7 @@ def test_a_worker_is_a_fork_with_arguments_environment_and_signals_of_its_own(
         program,
         tmp_path,
         "--worker-id=1",
-        env=JOB | {"RAY_RAYLET_PID": "7"},
+        env=JOB,
         preexec_fn=lambda: (os.nice(3), signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})),
     )
     assert psutil.Process(about["parent"]).ppid() == forks.process.pid
@@ -95,7 +96,7 @@ def test_a_worker_is_a_fork_with_arguments_environment_and_signals_of_its_own(
     assert about["niceness"] == os.getpriority(os.PRIO_PROCESS, 0) + 3
     assert about["blocked"] == [signal.SIGINT]
     assert about["group"], "Ray kills the process group of a worker that has ended"
-    others = [describe(program, tmp_path, env=JOB | {"RAY_RAYLET_PID": "7"}) for _ in range(2)]
+    others = [describe(program, tmp_path, env=JOB) for _ in range(2)]
     assert {other["parent"] for other in others} == {about["parent"]}
     drawn = [*about["drawn"], *(draw for other in others for draw in other["drawn"])]
     assert len({*drawn, random.random(), np.random.random()}) == 11
@@ -106,14 +107,13 @@ def test_ray_is_imported_in_the_environment_of_the_job(
 ) -> None:
     """Its native code would keep what it has read in another environment."""
     forks, program = started
-    same = JOB | {"RAY_RAYLET_PID": "7"}
-    alike = describe(program, tmp_path, env=same | {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"})
+    alike = describe(program, tmp_path, env=JOB | {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"})
     assert alike["ray"]
     assert alike["environment"]["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] == "0"
     for environment in (
-        same | {"RAY_RAYLET_PID": "8"},
-        same | {"RAY_JOB_ID": NO_JOB},
-        same | {"RAY_object_timeout_milliseconds": "3"},
+        JOB | {"RAY_JOB_ID": "02000000"},
+        JOB | {"RAY_JOB_ID": "ffffffff"},
+        JOB | {"RAY_object_timeout_milliseconds": "3"},
     ):
         other = describe(program, tmp_path, env=environment)
         assert other["parent"] == forks.process.pid
@@ -142,12 +142,6 @@ def test_a_process_of_which_forks_would_draw_the_same_ids_is_not_used(tmp_path: 
     assert done.stdout.split() == ["True", "False", "28"]
 
 
-def test_a_job_that_asks_for_no_more_workers_keeps_no_process(tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder, listen(folder, FIRST_JOB) as listener:
-        assert list(iter_requests(listener, os.getppid(), timeout_s=0.01)) == []
-        assert list(iter_requests(listener, os.getpid())) == [], "its parent has ended"
-
-
 def test_variables_of_a_runtime_environment_are_set(
     started: tuple[WorkerForks, str], tmp_path: Path
 ) -> None:
@@ -157,7 +151,12 @@ def test_variables_of_a_runtime_environment_are_set(
     words = [str(tmp_path / WORKER), "--language=PYTHON", "--runtime-env-hash=5"]
     context = f"--serialized-runtime-env-context={settings}"
     about = describe(program, tmp_path, *words, context, script=SETUP, env=JOB)
-    assert about["parent"] == forks.process.pid
+    assert about["parent"] == forks.process.pid, "its environment is not that of the job"
+    same = {name: value for name, value in JOB.items() if name != "RAY_RAYLET_PID"}
+    context = context.replace('"A": "1"', '"RAY_RAYLET_PID": "7"')
+    alike = describe(program, tmp_path, *words, context, script=SETUP, env=same)
+    assert alike["ray"]
+    assert psutil.Process(alike["parent"]).ppid() == forks.process.pid
     assert about["environment"]["A"] == "1"
     assert about["words"] == [str(tmp_path / WORKER), "--runtime-env-hash=5"]
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from imgcls.cluster.imports import refuse_imports
 from imgcls.data.storage import filesystem
 
 if TYPE_CHECKING:
@@ -50,11 +49,9 @@ class TensorBoardLogger:
         """Nothing to check: the output folder is known to be writable."""
 
     def start(self, settings: Mapping[str, Any], first: int) -> str:
-        # the clients of stores, for paths on them: the files are written to a local folder here
-        with refuse_imports("boto3", "google.cloud.storage"):
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import SessionLog
-            from tensorboardX.summary import text
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.summary import text
 
         if not self.state:
             # files of a training that this one replaces
