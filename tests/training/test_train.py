@@ -525,7 +525,8 @@ def test_a_diverging_run_keeps_the_weights_from_before_and_names_their_file(
     output = tmp_path / "bundle"
     # each of the 14 steps of an epoch doubles the weights, which is too much by the second
     grow = {"lr": 100, "weight_decay": 0.03, "warmup": 0, "schedule": "constant"}
-    reason = r"train_loss is NaN or infinite in epoch [23]\. Lower"
+    # found when the workers next agree on what to do, or at the end of the epoch
+    reason = r"train_loss is (NaN or infinite|nan|inf) in epoch [23]\. Lower"
     with pytest.raises(RunFailed, match=reason) as ended:
         train(config(digits, output, optim=grow, precision="fp32"))
     kept = str(ended.value).rpartition("The best weights so far are in ")[2]
