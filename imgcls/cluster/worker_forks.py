@@ -1,8 +1,8 @@
-"""Workers of Ray as forks of one process that has imported torch and Ray.
+"""Workers of Ray as forks of a process that has imported torch, and for a training Ray, too.
 
 A worker imports pandas, torch, Ray and this package before its first task: nearly all of its CPU
-time until its first prediction, in every worker of every job. Here one process imports them, and
-each worker of the session is a fork of it.
+time until its first prediction, in every worker of every job. Here a process imports them once, and
+the workers of the session are forks of it.
 
 Ray's native code reads the environment when it is imported, the job of the worker among it. So a
 first process imports all but Ray, during the start of Ray. The workers of a training import most,
@@ -250,20 +250,20 @@ def main(listener: socket.socket, parent: int, folder: str, *, training: bool) -
     process = os.getpid()
     for connection, request, files in iter_requests(listener, parent):
         fork_worker(listener, connection, request, files)
-        if training and Path(request["words"][0]).name == WORKER:
+        environment = read_environment(request)
+        if training and environment is not None and Path(request["words"][0]).name == WORKER:
             training = False
             with listen(folder, FIRST_JOB) as with_ray:
                 if os.fork() == 0:
                     for file in (listener.detach(), connection.detach(), *files):
                         os.close(file)
-                    fork_with_ray(with_ray, process, read_environment(request))
+                    fork_with_ray(with_ray, process, environment | {"RAY_JOB_ID": FIRST_JOB})
                     sys.exit()
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def fork_with_ray(listener: socket.socket, parent: int, environment: dict[str, str] | None) -> None:
-    """Import Ray in an environment of its first job, and fork the workers that have the same."""
-    environment = {**(environment or {}), "RAY_JOB_ID": FIRST_JOB}
+def fork_with_ray(listener: socket.socket, parent: int, environment: dict[str, str]) -> None:
+    """Import Ray in an environment, and fork a worker per request that has the same."""
     set_environment(environment)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     gc.disable()

@@ -244,7 +244,7 @@ def test_the_forking_process_ends_with_its_parent() -> None:
 SESSION = """
 import os, sys
 import psutil
-from imgcls.cluster.worker_forks import discard_forks, prepare_forks
+from imgcls.cluster.worker_forks import READ_LATER, discard_forks, prepare_forks
 
 def list_forking():
     return [p.pid for p in psutil.Process().children() if "worker_forks" in " ".join(p.cmdline())]
@@ -275,6 +275,16 @@ parent, title, torch = ray.get(describe.remote())
 assert list_forking() == [parent] == [prepared]
 assert title.startswith("ray::"), title
 assert torch
+
+@ray.remote(runtime_env={"env_vars": dict.fromkeys(READ_LATER, "1")})
+class OfTraining:
+    def describe(self):
+        parent = psutil.Process(os.getppid())
+        return parent.pid, parent.ppid(), [os.environ[name] for name in READ_LATER]
+
+with_ray, first, values = ray.get(OfTraining.remote().describe.remote())
+assert with_ray != first == prepared, "Ray is imported once for the workers of a training"
+assert values == ["1"] * len(READ_LATER)
 prepare_forks(training=True)
 assert list_forking() == [prepared], "this process has a session"
 session.end_session(0)
