@@ -17,6 +17,7 @@ this module.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -358,7 +359,19 @@ def become_worker(request: dict[str, Any], files: list[int]) -> None:
             os.execv(sys.executable, [sys.executable, *sys.argv])
         os.environ.update(environment)
         sys.argv = command
+    atexit.register(leave)
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def leave() -> None:
+    """End this process without freeing memory that it shares with other forks until it writes.
+
+    As the exit handler that was registered first, it runs last.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(0)
 
 
 def read_setup(words: list[str]) -> tuple[dict[str, str] | None, list[str]]:

@@ -102,6 +102,24 @@ def test_a_worker_is_a_fork_with_arguments_environment_and_signals_of_its_own(
     assert len({*drawn, random.random(), np.random.random()}) == 11
 
 
+def test_a_worker_ends_with_its_output_and_exit_handlers_but_frees_nothing(
+    started: tuple[WorkerForks, str], tmp_path: Path
+) -> None:
+    """To free what it shares with other forks, it would copy that first."""
+    (tmp_path / WORKER).write_text(
+        "import atexit\n"
+        "class Kept:\n"
+        "    def __del__(self): print('freed', flush=True)\n"
+        "kept = Kept()\n"
+        "atexit.register(lambda: print('handled'))\n"
+        "print('done')\n"
+    )
+    done = subprocess.run(
+        [started[1], str(tmp_path / WORKER)], stdout=subprocess.PIPE, check=True, env=JOB
+    )
+    assert done.stdout.split() == [b"done", b"handled"]
+
+
 def test_ray_is_imported_in_the_environment_of_the_job(
     started: tuple[WorkerForks, str], tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from imgcls.training.checkpoints import Checkpoints, TrainProgress
 from tests.conftest import save, write_manifest
 from tests.processes import RayCluster, started
 
-ROWS, BATCH = 400, 2
+ROWS, BATCH = 200, 2
 
 
 @pytest.fixture(scope="module")
