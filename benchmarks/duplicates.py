@@ -8,13 +8,13 @@ Each size runs in its own process; prints seconds, peak memory and the share of 
 from __future__ import annotations
 
 import argparse
-import multiprocessing as mp
 import resource
 import time
 
 import numpy as np
 
 from benchmarks.machine import read_cpu
+from benchmarks.processes import run_alone
 
 SIZES = (10_000, 100_000, 1_000_000)
 MAX_DISTANCE = 60
@@ -29,8 +29,7 @@ def main() -> None:
     print(f"CPU: {read_cpu()}", flush=True)
     print(f"{'hashes':>10}  {'seconds':>8}  {'peak MB':>8}  {'found':>7}")
     for count in options.hashes:
-        with mp.get_context("spawn").Pool(1) as pool:
-            seconds, peak, found = pool.apply(measured, (count, options.copies, options.bits))
+        seconds, peak, found = run_alone(measured, count, options.copies, options.bits)
         print(f"{count:>10,}  {seconds:>8.2f}  {peak:>8,.0f}  {found:>7.2%}", flush=True)
 
 

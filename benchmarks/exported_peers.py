@@ -40,12 +40,15 @@ def export_network(bundle: Path) -> None:
     """
     import openvino
     import torch
-    import torchvision
+
+    from imgcls.models import zoo
+    from imgcls.models.bundle import load_bundle
 
     job = read_job(bundle, Path(), Path(), "fp32", tuned=True)
     folder = get_export_folder(bundle)
     folder.mkdir()
-    module = torchvision.models.get_model(job.model, weights=None).eval()
+    spec = load_bundle(str(bundle)).spec
+    module = zoo.build_network(spec.architecture, len(spec.classes)).eval()
     module.load_state_dict(job.load_weights())
     example = torch.rand(2, 3, job.crop, job.crop)
     with warnings.catch_warnings():

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import multiprocessing as mp
 import re
 import signal
 import socket
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import read_cpu
+from benchmarks.processes import run_alone
 from benchmarks.workloads import SAMPLE, make_bundle, photographs
 
 CLIENTS, SECONDS = 64, 60
@@ -91,8 +91,7 @@ def print_latencies(measured: dict[str, Any], batch: str | None) -> None:
 
 def measure_classifier(bundle: str, files: list[str], seconds: float) -> float:
     """Throughput of the classifier alone, in one process that may use all cores."""
-    with mp.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_classifier, (bundle, files, seconds))
+    return run_alone(_measure_classifier, bundle, files, seconds)
 
 
 def _measure_classifier(bundle: str, files: list[str], seconds: float) -> float:
@@ -188,8 +187,7 @@ def serve_plain(model: str, port: int) -> None:
 
 def measure_clients(port: int, files: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Measure for `options.seconds`, after a warm-up, with clients in another process."""
-    with mp.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_clients, (port, files, options.clients, options.seconds))
+    return run_alone(_measure_clients, port, files, options.clients, options.seconds)
 
 
 def _measure_clients(port: int, files: list[str], clients: int, seconds: float) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,17 @@ def test_nothing_is_measured_for_documented_peers(monkeypatch: pytest.MonkeyPatc
     rates, chosen = labeling.choose_precisions(["Daft", "timm"], Path("bundle"))
     assert rates == {}
     assert chosen == {"Daft": "fp32", "timm": "fp32"}
+
+
+def test_an_engine_that_crashes_is_measured_in_fp32_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(precisions, "_measure", crash_unless_alone)
+    found = precisions.measure_engines({"openvino", "onnxruntime"}, tmp_path)
+    assert found == {"openvino": {"fp32": 1.0}, "onnxruntime": {"fp32": 1.0}}
+
+
+def crash_unless_alone(engine: str, bundle: Path, precisions: tuple[str, ...]) -> dict[str, float]:
+    if len(precisions) > 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return {"fp32": 1.0}
