@@ -107,17 +107,18 @@ def test_a_worker_ends_with_its_output_and_exit_handlers_but_frees_nothing(
 ) -> None:
     """To free what it shares with other forks, it would copy that first."""
     (tmp_path / WORKER).write_text(
-        "import atexit\n"
+        "import atexit, weakref\n"
         "class Kept:\n"
         "    def __del__(self): print('freed', flush=True)\n"
         "kept = Kept()\n"
+        "weakref.finalize(kept, print, 'finalized')\n"
         "atexit.register(lambda: print('handled'))\n"
         "print('done')\n"
     )
     done = subprocess.run(
         [started[1], str(tmp_path / WORKER)], stdout=subprocess.PIPE, check=True, env=JOB
     )
-    assert done.stdout.split() == [b"done", b"handled"]
+    assert done.stdout.split() == [b"done", b"handled", b"finalized"]
 
 
 def test_ray_is_imported_in_the_environment_of_the_job(
