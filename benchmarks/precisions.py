@@ -50,6 +50,7 @@ def measure_engines(
             try:
                 found[engine] = run_alone(_measure, engine, bundle, CANDIDATES[engine])
             except BrokenProcessPool:  # as OpenVINO limited to AVX2 with MobileNetV3 in bf16
+                print(f"  the process of {engine} ended early: measured again in fp32 alone")
                 found[engine] = run_alone(_measure, engine, bundle, ("fp32",))
     return found
 

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parent.parent
 AXE = Path(os.environ.get("AXE") or REPOSITORY / ".venv/axe/node_modules/axe-core/axe.min.js")
 """axe-core, a checker of accessibility, which `make axe` installs."""
 PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome")
-"""The first has no windows, and takes half the CPU time of the others for a page."""
+"""The first takes about half of the CPU time of the second."""
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, PROGRAMS)), None)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -96,6 +97,8 @@ MALLOC_SETTINGS = {
 """Environment of glibc's allocator: the number of arenas, and two thresholds in bytes."""
 DEFAULTS = {"OMP_NUM_THREADS": "1"} | MALLOC_SETTINGS
 """Variables that are read when a process starts. Ray sets the first for a worker with one CPU."""
+ROTATION = "RAY_ROTATION_MAX_BYTES"
+"""Variable that makes Ray rotate the logs of workers."""
 BACKLOG = 512
 """Requests that may wait while the modules are imported."""
 
@@ -122,6 +125,8 @@ class WorkerForks:
 
 _prepared: list[WorkerForks] = []
 """At most one, that no session uses yet."""
+_worker: list[int] = []
+"""Id of this process, once it is a worker."""
 
 
 def prepare_forks(*, training: bool) -> None:
@@ -342,6 +347,7 @@ def set_environment(environment: dict[str, str]) -> None:
 
 def become_worker(request: dict[str, Any], files: list[int]) -> None:
     """Run the script that Ray had started, as it would run in a process of its own."""
+    _worker.append(os.getpid())
     os.setpgid(0, 0)  # Ray kills the group of a worker that has ended
     for number, file in enumerate(files):
         os.dup2(file, number)
@@ -364,13 +370,18 @@ def become_worker(request: dict[str, Any], files: list[int]) -> None:
 
 
 def leave() -> None:
-    """The last exit handler: free nothing of what this process shares with other forks.
+    """The last exit handler of a worker: free nothing of what it shares with other forks.
 
-    Freeing would copy it first: a third of the CPU time of a short training's workers.
+    Freeing would copy it first: a third of the CPU time of a short training's workers. The exit
+    status, which Ray does not read, is 0.
     """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+    # where Ray rotates logs, a thread of this process writes them until it ends as usual
+    if _worker != [os.getpid()] or ROTATION in os.environ:
+        return
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
+    ctypes.CDLL(None).fflush(None)
     os._exit(0)
 
 
