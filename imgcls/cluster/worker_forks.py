@@ -378,8 +378,8 @@ def leave() -> None:
     # where Ray rotates logs, a thread of this process writes them until it ends as usual
     if _worker != [os.getpid()] or ROTATION in os.environ:
         return
-    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-        with contextlib.suppress(AttributeError, OSError, ValueError):
+    for stream in filter(None, (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)):
+        with contextlib.suppress(OSError, ValueError):
             stream.flush()
     ctypes.CDLL(None).fflush(None)
     os._exit(0)

@@ -19,6 +19,7 @@ import pytest
 
 from imgcls.cluster.worker_forks import (
     FIRST_JOB,
+    ROTATION,
     SETUP,
     WORKER,
     WorkerForks,
@@ -115,10 +116,26 @@ def test_a_worker_ends_with_its_output_and_exit_handlers_but_frees_nothing(
         "atexit.register(lambda: print('handled'))\n"
         "print('done')\n"
     )
-    done = subprocess.run(
-        [started[1], str(tmp_path / WORKER)], stdout=subprocess.PIPE, check=True, env=JOB
+    command = [started[1], str(tmp_path / WORKER)]
+    out = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=JOB).stdout
+    assert out.split() == [b"done", b"handled", b"finalized"]
+    rotating = JOB | {ROTATION: "1000"}
+    out = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=rotating).stdout
+    assert out.split()[:3] == [b"done", b"handled", b"finalized"]
+    assert out.split()[3:] == [b"freed"], "Ray needs the usual end"
+
+
+def test_a_process_that_a_worker_forks_ends_as_usual(
+    started: tuple[WorkerForks, str], tmp_path: Path
+) -> None:
+    (tmp_path / WORKER).write_text(
+        "import os, sys\n"
+        "child = os.fork()\n"
+        "if child == 0: sys.exit(3)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
-    assert done.stdout.split() == [b"done", b"handled", b"finalized"]
+    command = [started[1], str(tmp_path / WORKER)]
+    assert subprocess.run(command, stdout=subprocess.PIPE, check=True, env=JOB).stdout == b"3\n"
 
 
 def test_ray_is_imported_in_the_environment_of_the_job(
