@@ -14,6 +14,7 @@ import importlib
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ from typing import Any, ClassVar, Literal
 import grpc
 import ray
 
+from imgcls import errors
 from imgcls.cluster import ray_internals, worker_forks
 from imgcls.cluster.worker_forks import MALLOC_SETTINGS, WorkerForks
 from imgcls.data.environment import set_env_defaults
@@ -325,5 +327,25 @@ def unwrap_ray_errors() -> Iterator[None]:
 
 
 def find_cause(error: ray.exceptions.RayError) -> BaseException:
-    """The error that a task raised, else Ray's own."""
-    return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    """The error that a task raised, or an actor while it was created; else Ray's own."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        cause: BaseException = error.cause
+        return cause
+    if isinstance(error, ray.exceptions.ActorDiedError) and error.actor_init_failed:
+        return _read_creation_error(str(error)) or error
+    return error
+
+
+CHAINED = re.compile(r"^(?:The above exception was|During handling of) .*$", re.MULTILINE)
+"""The line in a traceback between an error and a later one."""
+
+
+def _read_creation_error(text: str) -> ImgclsError | None:
+    """The error that ended the creation of an actor, of which Ray keeps only the traceback."""
+    *_, text = CHAINED.split(text)
+    found = list(re.finditer(r"^imgcls\.errors\.(\w+): ", text, re.MULTILINE))
+    kind = getattr(errors, found[-1][1], None) if found else None
+    if isinstance(kind, type) and issubclass(kind, ImgclsError):
+        return kind(text[found[-1].end() :].strip())
+    lines = text.strip().splitlines()
+    return RunFailed(f"a worker failed while it started: {lines[-1]}") if lines else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -156,6 +157,48 @@ def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(joined: None) -
         unwrap_ray_errors(),
     ):
         dataset.materialize()
+
+
+class Failing:
+    """An actor whose creation fails after another error, which is in the traceback, too."""
+
+    def __init__(self, error: Exception) -> None:
+        try:
+            raise RunFailed("the first one")
+        except RunFailed as first:
+            raise error from first
+
+    def answer(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (RequestError("no bfloat16 here; use fp32"), RequestError, "no bfloat16 here; use fp32"),
+        (StorageCredentials("gone\nand more"), StorageCredentials, "gone\nand more"),
+        (ValueError("odd"), RunFailed, "a worker failed while it started: ValueError: odd"),
+    ],
+)
+def test_an_error_in_the_creation_of_a_worker_comes_through(
+    joined: None, error: Exception, kind: type[Exception], text: str
+) -> None:
+    actor: Any = ray.remote(Failing).remote(error)
+    with pytest.raises(ray.exceptions.ActorDiedError) as caught:
+        ray.get(actor.answer.remote())
+    cause = session.find_cause(caught.value)
+    assert (type(cause), str(cause)) == (kind, text)
+
+
+def test_a_killed_worker_has_no_error_of_ours(joined: None) -> None:
+    actor: Any = ray.remote(Killed).remote()
+    with pytest.raises(ray.exceptions.RayActorError) as caught:
+        ray.get(actor.end.remote())
+    assert session.find_cause(caught.value) is caught.value
+
+
+class Killed:
+    def end(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_session_that_does_not_start_in_time_is_a_failure_with_a_remedy() -> None:
