@@ -73,11 +73,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.enable()
 
 
-def pytest_sessionfinish() -> None:
-    """Leave all objects out of the searches for garbage at the end of pytest and of Python."""
-    gc.freeze()
-
-
 def end_cluster(config: pytest.Config) -> None:
     """Kill the shared cluster after the last file that uses it: idle, it takes 6 % of a core."""
     if CLUSTER in config.stash:
