@@ -26,13 +26,6 @@ DIALECT = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 """Words of the dialect, and words that have a standard term: evaluate, report, print, log."""
-PHRASES = re.compile(
-    r"\b(?:for\W+f?\W*ever|of\W+f?\W*late|so\W+f?\W*(?:long|many|often)|per\W+f?\W*cent)\b",
-    re.IGNORECASE,
-)
-"""Those of them that are several words, which may be in adjacent strings."""
-ESCAPE = re.compile(r"\\(?:x..|u.{4}|U.{8}|N\{[^}]*\}|[0-7]{1,3}|.)")
-"""Escapes of Python's strings."""
 
 BRITISH = re.compile(
     r"""(?<!\w)(?:
@@ -106,22 +99,9 @@ def list_files() -> list[Path]:
     return sorted(path for path in files if path != Path(__file__))
 
 
-def list_suspects(files: list[Path]) -> list[Path]:
-    """Those of the files with a word, in a text or not, that is not to be used in texts."""
-    words, phrases = {}, set()
-    for path in files:
-        source = ESCAPE.sub(" ", path.read_text())
-        split = re.sub(r"_|(?<=[a-z])(?=[A-Z])", " ", source)
-        words[path] = set(re.findall(r"\w+", f"{source} {split}"))
-        if PHRASES.search(source) or PHRASES.search(split):
-            phrases.add(path)
-    wrong = {word for word in set().union(*words.values()) if find_in_text(word)}
-    return sorted({path for path in files if words[path] & wrong} | phrases)
-
-
 def test_texts_are_plain_american_english() -> None:
     found = []
-    for path in list_suspects(list_files()):
+    for path in list_files():
         found += find_words(path)
     assert not found, "use standard American English:\n" + "\n".join(found)
 
@@ -147,4 +127,3 @@ def test_words_of_names_strings_docstrings_and_comments_are_found(
     file = tmp_path / "module.py"
     file.write_text(source)
     assert [word for _, text in find_texts(file) for word in find_in_text(text)] == words
-    assert list_suspects([file]) == [file]

@@ -332,7 +332,7 @@ def find_cause(error: ray.exceptions.RayError) -> BaseException:
         cause: BaseException = error.cause
         return cause
     if isinstance(error, ray.exceptions.ActorDiedError) and error.actor_init_failed:
-        return _read_creation_error(str(error)) or error
+        return _read_creation_error(str(error))
     return error
 
 
@@ -340,12 +340,12 @@ CHAINED = re.compile(r"^(?:The above exception was|During handling of) .*$", re.
 """The line in a traceback between an error and a later one."""
 
 
-def _read_creation_error(text: str) -> ImgclsError | None:
+def _read_creation_error(text: str) -> ImgclsError:
     """The error that ended the creation of an actor, of which Ray keeps only the traceback."""
     *_, text = CHAINED.split(text)
     found = list(re.finditer(r"^imgcls\.errors\.(\w+): ", text, re.MULTILINE))
     kind = getattr(errors, found[-1][1], None) if found else None
     if isinstance(kind, type) and issubclass(kind, ImgclsError):
         return kind(text[found[-1].end() :].strip())
-    lines = text.strip().splitlines()
-    return RunFailed(f"a worker failed while it started: {lines[-1]}") if lines else None
+    *_, last = text.strip().split("\n")
+    return RunFailed(f"a worker failed while it started: {last}")

@@ -67,13 +67,19 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WorkerFo
     assert not Path(forks.folder).exists()
 
 
-def describe(program: str, folder: Path, *words: str, script: str = WORKER, **options: Any) -> Any:
-    """What a worker sees that is started by a program; its output is read until it ends."""
-    (folder / WORKER).write_text(DESCRIBE)
+def run_worker(
+    program: str, folder: Path, source: str, *words: str, script: str = WORKER, **options: Any
+) -> str:
+    """The output of a worker that is started by a program, which is read until it ends."""
+    (folder / WORKER).write_text(source)
     command = [program, str(folder / script), *words]
     options = {"cwd": folder.parent, **options}
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, **options)
-    return json.loads(done.stdout)
+    return subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, **options).stdout
+
+
+def describe(program: str, folder: Path, *words: str, script: str = WORKER, **options: Any) -> Any:
+    """What a worker sees that is started by a program."""
+    return json.loads(run_worker(program, folder, DESCRIBE, *words, script=script, **options))
 
 
 def test_a_worker_is_a_fork_with_arguments_environment_and_signals_of_its_own(
@@ -107,7 +113,7 @@ def test_a_worker_ends_with_its_output_and_exit_handlers_but_frees_nothing(
     started: tuple[WorkerForks, str], tmp_path: Path
 ) -> None:
     """To free what it shares with other forks, it would copy that first."""
-    (tmp_path / WORKER).write_text(
+    source = (
         "import atexit, weakref\n"
         "class Kept:\n"
         "    def __del__(self): print('freed', flush=True)\n"
@@ -116,26 +122,24 @@ def test_a_worker_ends_with_its_output_and_exit_handlers_but_frees_nothing(
         "atexit.register(lambda: print('handled'))\n"
         "print('done')\n"
     )
-    command = [started[1], str(tmp_path / WORKER)]
-    out = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=JOB).stdout
-    assert out.split() == [b"done", b"handled", b"finalized"]
-    rotating = JOB | {ROTATION: "1000"}
-    out = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=rotating).stdout
-    assert out.split()[:3] == [b"done", b"handled", b"finalized"]
-    assert out.split()[3:] == [b"freed"], "Ray needs the usual end"
+    _, program = started
+    out = run_worker(program, tmp_path, source, env=JOB)
+    assert out.split() == ["done", "handled", "finalized"]
+    out = run_worker(program, tmp_path, source, env=JOB | {ROTATION: "1000"})
+    assert out.split()[:3] == ["done", "handled", "finalized"]
+    assert out.split()[3:] == ["freed"], "Ray needs the usual end"
 
 
 def test_a_process_that_a_worker_forks_ends_as_usual(
     started: tuple[WorkerForks, str], tmp_path: Path
 ) -> None:
-    (tmp_path / WORKER).write_text(
+    source = (
         "import os, sys\n"
         "child = os.fork()\n"
         "if child == 0: sys.exit(3)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
-    command = [started[1], str(tmp_path / WORKER)]
-    assert subprocess.run(command, stdout=subprocess.PIPE, check=True, env=JOB).stdout == b"3\n"
+    assert run_worker(started[1], tmp_path, source, env=JOB) == "3\n"
 
 
 def test_ray_is_imported_in_the_environment_of_the_job(
