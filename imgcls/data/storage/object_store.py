@@ -95,7 +95,18 @@ def call_store(
 
 def _start_request(store: Store, request: Coroutine[Any, Any, T]) -> Future[T]:
     """Start a request on the event loop of the store's file system."""
-    return asyncio.run_coroutine_threadsafe(request, store.file_system.loop)
+    return asyncio.run_coroutine_threadsafe(_run_request(request), store.file_system.loop)
+
+
+async def _run_request(request: Coroutine[Any, Any, T]) -> T:
+    """The result of a request, whose error asyncio does not print when the request is canceled.
+
+    A request that fails after its future was canceled has an error that is read nowhere.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await request
 
 
 def get_object(url: str, allowance: ReadAllowance = UNLIMITED) -> bytes:
