@@ -119,13 +119,13 @@ def _check_request(config: TrainConfig, teacher: TeacherConfig, output: str, run
             "teacher.mode hard: needs images without labels; set teacher.manifest to a manifest "
             "of them"
         )
-    described = read_description(teacher.path).spec
-    if filesystem.absolute(teacher.path) == output:
+    bundle = read_description(teacher.path)
+    if filesystem.absolute(bundle.url) == output:
         raise ConfigError("output: is the bundle of the teacher; pass another --output")
     examples = read_examples(config.data, config.task)
     strategy = resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
     check_teacher_keys(teacher, examples.targets.task, strategy)
-    check_teacher_classes(teacher.path, described.task, described.classes, examples)
+    check_teacher_classes(teacher.path, bundle.spec.task, bundle.spec.classes, examples)
     networks.resolve_model(networks.resolve_snapshot(config.model))
     layout.check_output_writable(output)
     has_bundle = filesystem.exists(filesystem.join(output, BUNDLE_FILE))

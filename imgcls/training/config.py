@@ -131,7 +131,8 @@ class TeacherConfig(Section):
 
     path: str
     """Committed run of `imgcls predict --scores`, whose images are added to the training images. Or
-    a bundle; the images of teacher.manifest are predicted with it first."""
+    a bundle, also as models:/NAME@ALIAS or models:/NAME/VERSION in the MLflow model registry; the
+    images of teacher.manifest are predicted with it first."""
     manifest: ManifestConfig | None = None
     """Images to predict with the bundle, with or without labels. Default: those of data.train."""
     mode: TeacherMode = "soft"

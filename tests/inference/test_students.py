@@ -12,14 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 import imgcls
-from imgcls.errors import ConfigError, OutputError, RequestError
+from imgcls.errors import BundleError, ConfigError, OutputError, RequestError
 from imgcls.inference import students
-from imgcls.models.bundle import load_bundle
+from imgcls.models.bundle import load_bundle, read_description
 from imgcls.runs import layout
 from imgcls.runs.committed import open_run
 from imgcls.training.config import TrainConfig
 from imgcls.training.train import train
 from tests.conftest import write_manifest
+from tests.mlflow_store import ModelStore
 
 ROWS, LABELED = 40, 18
 
@@ -126,6 +127,26 @@ def test_what_the_training_would_refuse_is_refused_before_the_labeling(
     (Path(request["output"]) / "bundle.json").write_text("{}")
     with pytest.raises(OutputError, match="already holds a bundle"):
         imgcls.train(**request)
+
+
+def test_a_teacher_can_be_a_version_of_the_model_registry(
+    joined: None,
+    model_store: ModelStore,
+    request_of: Callable[..., dict[str, Any]],
+    color_bundle: Path,
+) -> None:
+    model_store.register("teacher", color_bundle, "champion")
+    request = request_of(teacher={"path": "models:/teacher@champion", "mode": "hard"}, epochs=1)
+    with pytest.raises(BundleError, match="versions: 1; aliases: champion"):
+        imgcls.train(**request | {"teacher": {"path": "models:/teacher@other"}})
+    registered = read_description("models:/teacher@champion").url
+    with pytest.raises(ConfigError, match="output: is the bundle of the teacher"):
+        imgcls.train(**request | {"output": registered})
+    result = imgcls.train(**request)
+    run = json.loads((Path(request["output"]) / students.TEACHER_FOLDER / "_run.json").read_text())
+    assert run["registered_model"]["uri"] == "models:/teacher@champion"
+    made = load_bundle(result.bundle).spec.provenance["teacher"]
+    assert made["bundle_sha256"] == load_bundle(str(color_bundle)).sha256
 
 
 def test_a_search_takes_a_run_and_refuses_a_bundle(

@@ -15,7 +15,7 @@ from imgcls.data.manifests.image_urls import resolve_urls
 from imgcls.data.storage import filesystem
 from imgcls.errors import OK, RequestError
 from imgcls.formatting import format_counts
-from imgcls.models.bundle import BUNDLE_FILE
+from imgcls.models.bundle import BUNDLE_FILE, is_registry_uri
 from imgcls.runs.committed import CommittedRun, iter_tables, open_run
 from imgcls.training.config import TeacherConfig
 from imgcls.training.data.targets import NO_LABEL, Float16Matrix, compute_log_scores
@@ -52,7 +52,9 @@ class TeacherRows:
 
 def is_teacher_bundle(teacher: TeacherConfig) -> bool:
     """Whether the teacher is a bundle, not a run."""
-    return filesystem.exists(filesystem.join(filesystem.absolute(teacher.path), BUNDLE_FILE))
+    return is_registry_uri(teacher.path) or filesystem.exists(
+        filesystem.join(filesystem.absolute(teacher.path), BUNDLE_FILE)
+    )
 
 
 def open_teacher_run(teacher: TeacherConfig) -> CommittedRun:
