@@ -225,6 +225,7 @@ def _save_calibrated(
         **fitted.record,
     }
     spec = spec.model_copy(update={"provenance": spec.provenance | {"calibration": record}})
+    spec = _forget_int8_accuracy(bundle.spec, spec)
     made = save_bundle(
         config.output,
         spec,
@@ -233,6 +234,17 @@ def _save_calibrated(
         ood_arrays=ood_arrays,
     )
     return made, ood
+
+
+def _forget_int8_accuracy(old: BundleSpec, new: BundleSpec) -> BundleSpec:
+    """The new description without the measured accuracy of int8 where it decides otherwise."""
+    deciding = {"vector_scaling"}
+    if new.task == "multilabel":
+        deciding |= {"temperature", "threshold", "thresholds"}
+    if new.int8 is None or all(getattr(old, name) == getattr(new, name) for name in deciding):
+        return new
+    forgotten = {"agreement": None, "accuracy": None, "accuracy_fp32": None}
+    return new.model_copy(update={"int8": new.int8.model_copy(update=forgotten)})
 
 
 def _check_purpose(config: CalibrateConfig, bundle: Bundle) -> None:

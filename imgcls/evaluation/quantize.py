@@ -113,6 +113,7 @@ def _log_result(
     calibration: Int8Calibration, bundle: Bundle, int8: Classifier, pixels: Sequence[Pixels]
 ) -> None:
     """Log what int8 costs, how much faster it is, and which settings it makes wrong."""
+    assert calibration.agreement is not None
     spec, usual = bundle.spec, Classifier(bundle, device="cpu")
     gain = _time_batch(usual, pixels) / _time_batch(int8, pixels)
     low, high = wilson_interval(round(calibration.agreement * len(pixels)), len(pixels))
@@ -153,7 +154,6 @@ def calibrate_bundle(
         ranges=ranges,
         calibration_images=len(pixels),
         judged_images=judged_images,
-        agreement=0.0,
     )
     spec = bundle.spec.model_copy(update={"int8": calibration})
     return replace(bundle, spec=spec, unsaved_int8=model)

@@ -88,9 +88,9 @@ class Int8Calibration(Section):
     """Number of images that the ranges were measured on."""
     judged_images: int
     """Number of other images, for the accuracy."""
-    agreement: UnitFloat
+    agreement: UnitFloat | None = None
     """Fraction of these with the same predicted label as in fp32; for multilabel, with exactly the
-    same predicted labels."""
+    same predicted labels. None where the bundle was calibrated since and decides otherwise."""
     accuracy: UnitFloat | None = None
     """Accuracy in int8 on the labeled ones; for multilabel, the fraction of the known classes of
     all images that the thresholds decide correctly."""
@@ -102,6 +102,11 @@ class Int8Calibration(Section):
 
         accuracy: what the accuracy is called
         """
+        if self.agreement is None:
+            return (
+                "its accuracy was not measured since `imgcls calibrate` changed the decisions; run "
+                "`imgcls model quantize` on the new bundle to measure it"
+            )
         text = f"{self.agreement:.1%} of {self.judged_images:,} images labeled as in fp32"
         if self.accuracy is not None and self.accuracy_fp32 is not None:
             text += f"; {accuracy} {self.accuracy:.1%}, in fp32 {self.accuracy_fp32:.1%}"

@@ -31,6 +31,7 @@ from imgcls.models.acceptance import NEVER_ACCEPT
 from imgcls.models.bundle import (
     Bundle,
     BundleSpec,
+    Int8Calibration,
     load_bundle,
     load_bundle_weights,
     load_ood_detector,
@@ -162,6 +163,7 @@ def bundle(tmp_path: Path) -> Bundle:
     spec = BundleSpec(
         format_version=2, task="multilabel", architecture=architecture, classes=list(CLASSES),
         preprocess=zoo.get_default_preprocess(architecture), threshold=0.3, temperature=2.0,
+        int8=Int8Calibration(ranges={}, calibration_images=1, judged_images=1, agreement=1),
     )  # fmt: skip
     network = zoo.build_network(architecture, len(CLASSES))
     return save_bundle(str(tmp_path / "bundle"), spec, network.state_dict())
@@ -315,6 +317,9 @@ def test_the_best_f1_of_all_labels(bundle: Bundle, tmp_path: Path) -> None:
     [chosen] = result.thresholds
     assert result.bundle.spec.thresholds == {}
     assert chosen.threshold == result.bundle.spec.threshold
+    int8 = result.bundle.spec.int8
+    assert int8 is not None
+    assert "was not measured since" in int8.describe_cost()
     logits, targets = draw_cells(4_000)
     scores = compute_new_scores(bundle, result.bundle, 3 * logits)
 
