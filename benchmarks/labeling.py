@@ -133,7 +133,7 @@ def measure(model: str, kind: str, folder: Path, options: argparse.Namespace) ->
     print(f"\n{format_table(rates, cpu)}\n", flush=True)
     record = {
         "model": model, "images": kind, "rows": options.rows, "engines": options.engines,
-        "limit_engine": engine,
+        "limit_engine": engine if options.limits != "none" else None,
         "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "forward_images_per_cpu_second": forward,
     }  # fmt: skip

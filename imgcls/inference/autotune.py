@@ -16,7 +16,7 @@ import ray
 from imgcls import log
 from imgcls.cluster.autoscaler import WaitTimeout
 from imgcls.cluster.interrupts import Interruption
-from imgcls.cluster.session import build_malloc_env, is_private_session
+from imgcls.cluster.session import build_malloc_env, find_cause, is_private_session
 from imgcls.errors import RunFailed, first_line
 from imgcls.execution.config import ScaleConfig
 from imgcls.execution.placement import WORKER_CPUS, Placement
@@ -127,7 +127,7 @@ def tune_settings(
         )
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError) as error:
         # a task or an actor, by an image for example: in the run, only its row has an error
-        log.emit("note", f"not benchmarked, the worker crashed: {first_line(error)}")
+        log.emit("note", f"not benchmarked, the worker crashed: {first_line(find_cause(error))}")
         return usual
     tuned, reasons = choose_settings(result, images.rows)
     if engine != "auto":
