@@ -82,6 +82,12 @@ def end_cluster(config: pytest.Config) -> None:
             config.stash[CLUSTER].kill()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Converted networks are kept for the tests of this process, not for the user."""
+    os.environ["IMGCLS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def command_output() -> Iterator[None]:
     """What the functions of commands log is shown as the command shows it."""

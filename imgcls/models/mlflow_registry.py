@@ -35,6 +35,7 @@ from imgcls.errors import (
     request_error,
 )
 from imgcls.models.bundle import BUNDLE_FILE, REGISTRY_PREFIX
+from imgcls.models.cache_folder import find_cache_folder
 
 HASH_TAG = "imgcls.bundle_sha256"
 """Tag of a version: the hash of its bundle."""
@@ -259,7 +260,7 @@ def _download(package: ModuleType, place: str, version: Any, source: str) -> str
     """
     known = (package.get_registry_uri(), version.name, version.version, version.creation_timestamp)
     digest = hashlib.sha256(repr(known).encode()).hexdigest()[:24]
-    folder = os.path.join(find_model_cache(), f"{version.name}-{version.version}-{digest}")
+    folder = os.path.join(find_cache_folder("models"), f"{version.name}-{version.version}-{digest}")
     if os.path.isdir(folder):
         return folder
     with filesystem.translate_os_errors(folder):
@@ -293,9 +294,3 @@ def _move_download(files: str, folder: str) -> None:
         except OSError:
             if not os.path.isdir(folder):
                 raise
-
-
-def find_model_cache() -> str:
-    """Folder of downloaded models: `models/` in IMGCLS_CACHE, by default in ~/.cache/imgcls."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(os.environ.get("IMGCLS_CACHE") or os.path.join(home, "imgcls"), "models")

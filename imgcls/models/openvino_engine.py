@@ -1,4 +1,4 @@
-"""OpenVINO engine: the network of a bundle on a CPU, converted from PyTorch in memory.
+"""OpenVINO engine: the network of a bundle on a CPU, converted from PyTorch once.
 
 Normalization is part of the converted network. One network serves all batch sizes: the logits and
 features of an image depend neither on the size of its batch nor on its place in it.
@@ -7,10 +7,12 @@ features of an image depend neither on the size of its batch nor on its place in
 from __future__ import annotations
 
 import io
+import tempfile
 import threading
 import warnings
 import zipfile
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from imgcls.errors import BundleError
 from imgcls.models.bundle import Bundle, load_int8_model
 from imgcls.models.head import MIN_ROWS, HeadNetwork
 from imgcls.models.normalize import Normalizer
+from imgcls.models.openvino_cache import CachedNetwork
 from imgcls.models.openvino_package import import_openvino
 from imgcls.models.precision import RunPrecision
 from imgcls.models.torch_engine import load_network
@@ -31,7 +34,7 @@ _TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 """Maximum difference of logits from torch's in fp32, as a fraction of the largest. Measured on
 ImageNet networks: up to 2e-6 and 0.04."""
 MODEL_FILES = ("model.xml", "model.bin")
-"""Files of a quantized network: its graph and its weights."""
+"""Files of a network: its graph and its weights."""
 IMAGES_PER_THREAD = 8
 """Images that run at a time, per thread. Measured with one thread, 8 are between 7 % slower and
 19 % faster than 32."""
@@ -72,11 +75,25 @@ class OpenVinoEngine:
         self._compiled = compile_network(unpack_model(packed), precision)
 
     def _load_converted(self, bundle: Bundle, precision: RunPrecision) -> None:
+        cached = CachedNetwork(bundle, precision)
+        packed = cached.read()
+        if packed is None:
+            with cached.take_turn():
+                packed = cached.read()
+                if packed is None:
+                    cached.write(self._convert(bundle, precision))
+                    return
+        self._compiled = compile_network(unpack_model(packed), precision)
+
+    def _convert(self, bundle: Bundle, precision: RunPrecision) -> bytes:
+        """Convert, compile and check the network; returns it as `pack_model` does."""
         cpu = torch.device("cpu")
         network = HeadNetwork(load_network(bundle, cpu, torch.float32), in_fp32=False).eval()
-        preprocess = bundle.spec.preprocess
-        self._compiled = compile_network(convert_network(network, preprocess), precision)
-        self._check_logits(network, preprocess, precision)
+        packed = pack_model(convert_network(network, bundle.spec.preprocess))
+        # what was written and read, as in all processes that do not convert
+        self._compiled = compile_network(unpack_model(packed), precision)
+        self._check_logits(network, bundle.spec.preprocess, precision)
+        return packed
 
     def upload(self, batch: Pixels | torch.Tensor) -> torch.Tensor:
         """The batch as a tensor on the CPU."""
@@ -146,8 +163,20 @@ def convert_network(network: HeadNetwork, preprocess: Preprocess) -> Any:
     return steps.build()
 
 
+def pack_model(model: Any) -> bytes:
+    """A model as one file, the same bytes for the same model."""
+    target = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(target, "w") as packed:
+        graph = Path(folder, MODEL_FILES[0])
+        import_openvino().save_model(model, graph, compress_to_fp16=False)
+        for name in MODEL_FILES:
+            without_time = zipfile.ZipInfo(name)
+            packed.writestr(without_time, Path(folder, name).read_bytes())
+    return target.getvalue()
+
+
 def unpack_model(packed: bytes) -> Any:
-    """The model in the `INT8_FILE` of a bundle."""
+    """The model that `pack_model` packed, such as the `INT8_FILE` of a bundle."""
     with zipfile.ZipFile(io.BytesIO(packed)) as files:
         contents = [files.read(name) for name in MODEL_FILES]
     return import_openvino().Core().read_model(*contents)

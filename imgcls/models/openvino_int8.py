@@ -11,11 +11,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import tempfile
-import zipfile
 from collections.abc import Iterable
 from importlib import util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,12 +24,11 @@ from imgcls.errors import BundleError, RequestError
 from imgcls.models.bundle import Bundle, BundleSpec
 from imgcls.models.head import HeadNetwork
 from imgcls.models.openvino_engine import (
-    MODEL_FILES,
     compile_network,
     convert_network,
+    pack_model,
     summarize_error,
 )
-from imgcls.models.openvino_package import import_openvino
 from imgcls.models.precision import has_int8_instructions
 from imgcls.models.task import ScoreScaling
 from imgcls.models.tasks import find_task
@@ -47,7 +43,6 @@ def quantize_for_openvino(bundle: Bundle, batches: Iterable[Pixels]) -> bytes:
     batches: (N, 3, crop, crop) uint8 RGB, to measure the ranges of activations
     Raises RequestError without the package nncf, BundleError if the network cannot be quantized.
     """
-    openvino = import_openvino()
     if util.find_spec("nncf") is None:
         raise RequestError(
             "engine openvino: the package nncf, which quantizes for it, is not installed; run: pip "
@@ -63,9 +58,7 @@ def quantize_for_openvino(bundle: Bundle, batches: Iterable[Pixels]) -> bytes:
             f"bundle {bundle.url}: OpenVINO cannot quantize its network: {summarize_error(error)}; "
             "use --engine torch"
         ) from error
-    with tempfile.TemporaryDirectory() as folder:
-        openvino.save_model(model, Path(folder) / MODEL_FILES[0], compress_to_fp16=False)
-        return _pack([(Path(folder) / name).read_bytes() for name in MODEL_FILES])
+    return pack_model(model)
 
 
 def _quantize_for_this_cpu(model: Any, images: list[Pixels], spec: BundleSpec) -> Any:
@@ -107,12 +100,3 @@ def _quantize(model: Any, images: list[Pixels], overflow_fix: str) -> Any:
                 overflow_fix=nncf.OverflowFix(overflow_fix)
             ),
         )
-
-
-def _pack(contents: list[bytes]) -> bytes:
-    """One file of several, the same bytes for the same contents."""
-    target = io.BytesIO()
-    with zipfile.ZipFile(target, "w") as packed:
-        for name, content in zip(MODEL_FILES, contents, strict=True):
-            packed.writestr(zipfile.ZipInfo(name), content)  # without a time
-    return target.getvalue()

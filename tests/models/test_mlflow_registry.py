@@ -11,11 +11,11 @@ import pytest
 import imgcls
 from imgcls.errors import BundleError, RequestError, StorageError, StorageUnavailable
 from imgcls.models.bundle import load_bundle, load_bundle_weights, save_bundle
+from imgcls.models.cache_folder import find_cache_folder
 from imgcls.models.mlflow_registry import (
     HASH_TAG,
     _describe_endpoint,
     _move_download,
-    find_model_cache,
     parse_registry_uri,
     resolve_registered,
 )
@@ -46,7 +46,7 @@ def test_a_version_and_an_alias_mean_the_registered_bundle_where_it_lies(
     assert "/artifacts/" in found.url
     model_store.client.set_registered_model_alias("colors", "champion", second)
     assert load_bundle("models:/colors@champion").sha256 == newer.sha256
-    assert not Path(find_model_cache()).exists()  # nothing was downloaded
+    assert not Path(find_cache_folder("models")).exists()  # nothing was downloaded
 
 
 def test_a_classifier_of_the_registry_gives_the_labels_of_the_bundle(
@@ -67,8 +67,8 @@ def test_files_that_cannot_be_read_in_place_are_downloaded_once(
     tags = {HASH_TAG: load_bundle(str(color_bundle)).sha256}
     model_store.client.create_model_version("remote", source, run_id=known.run_id, tags=tags)
     found = load_bundle("models:/remote/2")
-    assert found.url.startswith(find_model_cache())
-    (folder,) = Path(find_model_cache()).iterdir()
+    assert found.url.startswith(find_cache_folder("models"))
+    (folder,) = Path(find_cache_folder("models")).iterdir()
     weights = folder / "data" / "bundle" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     load_bundle("models:/remote/2")

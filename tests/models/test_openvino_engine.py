@@ -13,8 +13,15 @@ import torch
 from torch import nn
 
 from imgcls.errors import BundleError, RequestError
-from imgcls.models import engines, openvino_engine, openvino_package, torch_engine
+from imgcls.models import (
+    engines,
+    openvino_cache,
+    openvino_engine,
+    openvino_package,
+    torch_engine,
+)
 from imgcls.models.bundle import Bundle, load_bundle
+from imgcls.models.cache_folder import find_cache_folder
 from imgcls.models.classifier import Classifier
 from imgcls.models.openvino_engine import ConversionError, OpenVinoEngine
 from imgcls.models.precision import has_native_bf16
@@ -166,7 +173,7 @@ def _branch(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(params=["svd", "batch size", "branch"])
 def unconvertible(
-    request: pytest.FixtureRequest, small: Bundle, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, small: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> tuple[Bundle, str]:
     """A bundle whose network OpenVINO cannot run, and the reason."""
     layer, reason = {
@@ -176,6 +183,7 @@ def unconvertible(
     }[request.param]
     torch.manual_seed(0)
     monkeypatch.setattr(openvino_engine, "load_network", lambda *_: _Network(layer).eval())
+    monkeypatch.setenv("IMGCLS_CACHE", str(tmp_path))
     return small, reason
 
 
@@ -187,11 +195,13 @@ def test_a_network_that_cannot_be_converted_is_refused_with_the_reason(
         OpenVinoEngine(bundle, "fp32")
     with pytest.raises(BundleError, match=rf"cannot run its network: .*({reason}).*--engine torch"):
         Classifier(bundle, precision="fp32", engine="openvino", device="cpu")
+    assert not list(Path(find_cache_folder(openvino_cache.FOLDER)).glob("*.zip"))
 
 
 def test_weights_that_do_not_fit_are_the_fault_of_the_bundle(
-    small: Bundle, monkeypatch: pytest.MonkeyPatch
+    small: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("IMGCLS_CACHE", str(tmp_path))
     monkeypatch.setattr(torch_engine, "load_bundle_weights", lambda bundle: {})
     with pytest.raises(BundleError, match="the weights do not fit"):
         Classifier(small, engine="openvino", device="cpu", precision="fp32")

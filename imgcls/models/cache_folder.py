@@ -1,0 +1,14 @@
+"""Folder of what is kept on this machine from one command to the next, as downloaded models."""
+
+from __future__ import annotations
+
+import os
+
+
+def find_cache_folder(kind: str) -> str:
+    """A subfolder of IMGCLS_CACHE, by default of ~/.cache/imgcls; it may not exist yet.
+
+    kind: name of the subfolder
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(os.environ.get("IMGCLS_CACHE") or os.path.join(home, "imgcls"), kind)
