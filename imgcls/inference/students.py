@@ -6,6 +6,7 @@ the run, see `training`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from imgcls import log
@@ -14,7 +15,8 @@ from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import use_settings
 from imgcls.errors import ConfigError, OutputError, OutputLocked
 from imgcls.inference.config import PredictConfig
-from imgcls.models.bundle import BUNDLE_FILE, read_description
+from imgcls.models.bundle import BUNDLE_FILE, Bundle, is_registry_uri, read_description
+from imgcls.models.mlflow_registry import pin_uri
 from imgcls.runs import layout
 from imgcls.training import network as networks
 from imgcls.training.config import TeacherConfig, TrainConfig
@@ -87,7 +89,9 @@ def _label_images(config: TrainConfig, teacher: TeacherConfig) -> TrainConfig:
 
     output = filesystem.absolute(config.output)
     run = filesystem.join(output, TEACHER_FOLDER)
-    _check_request(config, teacher, output, run)
+    stored = _find_stored_version(config, teacher, run)
+    bundle = read_description(teacher.path if stored is None or config.overwrite else stored)
+    _check_request(config, teacher, bundle, output, run)
     request = PredictConfig(
         manifest=teacher.manifest or config.data.train,
         model=teacher.path,
@@ -99,8 +103,10 @@ def _label_images(config: TrainConfig, teacher: TeacherConfig) -> TrainConfig:
         storage=config.storage,
     )
     log.show(f"teacher: predicting the images of {request.manifest.path} into {run}")
+    version = None if bundle.registered is None else bundle.registered.pinned_uri
+    has_moved = stored not in (None, version)
     try:
-        predict(request)
+        predict(request.model_copy(update={"overwrite": has_moved}))
     except OutputLocked:
         raise
     except OutputError:
@@ -111,7 +117,27 @@ def _label_images(config: TrainConfig, teacher: TeacherConfig) -> TrainConfig:
     return config.model_copy(update={"teacher": taught})
 
 
-def _check_request(config: TrainConfig, teacher: TeacherConfig, output: str, run: str) -> None:
+def _find_stored_version(config: TrainConfig, teacher: TeacherConfig, run: str) -> str | None:
+    """URI of the version of the teacher that the stored labels are of; None if there is none.
+
+    A training that is resumed uses this version, also if the alias has another one by then.
+    """
+    if not is_registry_uri(teacher.path):
+        return None
+    try:
+        stored = (layout.load_run(run) or {}).get("registered_model")
+    except OutputError:
+        if not config.overwrite:
+            raise
+        return None
+    if not isinstance(stored, Mapping) or stored.get("uri") != teacher.path:
+        return None
+    return pin_uri(stored)
+
+
+def _check_request(
+    config: TrainConfig, teacher: TeacherConfig, bundle: Bundle, output: str, run: str
+) -> None:
     """Raise a RequestError before the labeling where the training could not start after it."""
     check_teacher_settings(config)
     if teacher.mode == "hard" and teacher.manifest is None:
@@ -119,7 +145,6 @@ def _check_request(config: TrainConfig, teacher: TeacherConfig, output: str, run
             "teacher.mode hard: needs images without labels; set teacher.manifest to a manifest "
             "of them"
         )
-    bundle = read_description(teacher.path)
     if filesystem.absolute(bundle.url) == output:
         raise ConfigError("output: is the bundle of the teacher; pass another --output")
     examples = read_examples(config.data, config.task)

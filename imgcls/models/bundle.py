@@ -104,8 +104,8 @@ class Int8Calibration(Section):
         """
         if self.agreement is None:
             return (
-                "its accuracy was not measured since `imgcls calibrate` changed the decisions; run "
-                "`imgcls model quantize` on the new bundle to measure it"
+                "its accuracy is not known since `imgcls calibrate` changed the decisions; run "
+                "`imgcls evaluate --precision int8` to measure it"
             )
         text = f"{self.agreement:.1%} of {self.judged_images:,} images labeled as in fp32"
         if self.accuracy is not None and self.accuracy_fp32 is not None:

@@ -2,36 +2,38 @@
 
 The other workers of the machine and later commands read the file of the first worker. The name of
 a file is a hash of all that the conversion and its check depend on: weights, architecture,
-preprocessing, precision, versions of the packages, and the CPU. The least recently used files are
-removed.
+preprocessing, precision, the code of this package, versions of others, and the CPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
-import io
 import json
 import os
 import tempfile
-import zipfile
+import time
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
+from imgcls.errors import RequestError
 from imgcls.models.bundle import Bundle
 from imgcls.models.cache_folder import find_cache_folder
 from imgcls.models.cpu import read_cpu_flags
 from imgcls.models.precision import RunPrecision
 
 FOLDER = "openvino"
-CONVERSION = 1
-"""Version of `openvino_engine.convert_network`; another one converts all networks again."""
 MAX_FILES = 8
-_PACKAGES = (
-    "imgcls", "openvino", "torch", "torchvision", "timm", "transformers", "open_clip_torch",
-)  # fmt: skip
-_SUFFIX, _LOCK = ".zip", "lock"
+"""Number of networks that are kept, those that were used last."""
+MAX_WAIT_S = 60.0
+"""Maximum time to wait for the conversion by another process, in seconds."""
+MAX_DRAFT_S = 3600.0
+"""Age of a file that a killed process has left, in seconds."""
+_PACKAGES = ("openvino", "torch", "torchvision", "timm", "transformers", "open_clip_torch")
+_SUFFIX = ".zip"
 
 
 class CachedNetwork:
@@ -41,24 +43,24 @@ class CachedNetwork:
     """
 
     def __init__(self, bundle: Bundle, precision: RunPrecision) -> None:
-        self._folder = find_cache_folder(FOLDER)
-        self._path = os.path.join(self._folder, _compute_key(bundle, precision) + _SUFFIX)
+        try:
+            self._folder = Path(find_cache_folder(FOLDER))
+        except RequestError:
+            self._folder = Path(os.devnull)  # where no file can be
+        self._path = self._folder / (_compute_key(bundle, precision) + _SUFFIX)
 
     def read(self) -> bytes | None:
-        """The network as `openvino_engine.pack_model` made it; None if there is no whole one."""
+        """The network as `openvino_engine.pack_model` made it; None if there is none."""
         try:
-            with open(self._path, "rb") as file:
-                packed = file.read()
-            with zipfile.ZipFile(io.BytesIO(packed)) as files:
-                if files.testzip() is not None:
-                    return None
-            os.utime(self._path)
-        except (OSError, zipfile.BadZipFile):
+            packed = self._path.read_bytes()
+        except OSError:
             return None
+        with contextlib.suppress(OSError):  # of a folder that is read-only
+            os.utime(self._path)
         return packed
 
     def write(self, packed: bytes) -> None:
-        """Keep a network, and remove the least recently used files."""
+        """Keep a network, and remove those that were used least recently."""
         with contextlib.suppress(OSError):
             file, draft = tempfile.mkstemp(dir=self._folder, prefix=".draft-")
             try:
@@ -66,48 +68,75 @@ class CachedNetwork:
                     stream.write(packed)
                 os.replace(draft, self._path)
             finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(draft)
-            self._remove_oldest()
+                Path(draft).unlink(missing_ok=True)
+            self._remove_old_files()
 
     @contextlib.contextmanager
     def take_turn(self) -> Iterator[None]:
-        """Wait while another process of this machine converts; within the block, others wait.
+        """Wait while another process converts the network; within the block, others wait.
 
         Those that have waited do not wait for each other: the conversion may have failed.
         """
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
-                os.makedirs(self._folder, mode=0o700, exist_ok=True)
-                lock = stack.enter_context(open(os.path.join(self._folder, _LOCK), "ab"))
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                    fcntl.flock(lock, fcntl.LOCK_UN)
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                lock = stack.enter_context(self._path.with_suffix(".lock").open("ab"))
+                if _wait_for(lock.fileno()):
+                    stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)  # forks have the file, too
             yield
 
-    def _remove_oldest(self) -> None:
-        found = [each for each in os.scandir(self._folder) if each.name.endswith(_SUFFIX)]
-        for each in sorted(found, key=lambda entry: entry.stat().st_mtime)[:-MAX_FILES]:
-            os.unlink(each.path)
+    def _remove_old_files(self) -> None:
+        found = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime)
+        networks = [path for path in found if path.suffix == _SUFFIX]
+        oldest = time.time() - MAX_DRAFT_S
+        others = [path for path in found if path.suffix != _SUFFIX]
+        for path in networks[:-MAX_FILES]:
+            path.unlink()
+        for path in others:
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+
+
+def _wait_for(lock: int) -> bool:
+    """Wait until no other process has a lock; whether this one has it, as it did not wait."""
+    end = time.monotonic() + MAX_WAIT_S
+    has_waited = False
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            has_waited = True
+            time.sleep(0.05)
+            continue
+        if has_waited:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        return not has_waited
+    return False
 
 
 def _compute_key(bundle: Bundle, precision: RunPrecision) -> str:
-    spec = bundle.spec
     versions = {}
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     parts = {
-        "conversion": CONVERSION,
+        "code": _hash_code(),
         "weights": bundle.weights_sha256,
-        "architecture": spec.architecture.model_dump(mode="json"),
-        "outputs": spec.num_outputs,
-        "preprocess": spec.preprocess.model_dump(mode="json", exclude={"decode"}),
+        "architecture": bundle.spec.architecture.model_dump(mode="json"),
+        "outputs": bundle.spec.num_outputs,
+        "preprocess": bundle.spec.preprocess.model_dump(mode="json", exclude={"decode"}),
         "precision": precision,
         "versions": versions,
         "cpu": sorted(read_cpu_flags()),
         "limit": os.environ.get("ONEDNN_MAX_CPU_ISA"),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _hash_code() -> str:
+    """Hash of the modules that build, fuse and convert networks."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()

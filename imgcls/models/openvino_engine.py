@@ -6,6 +6,7 @@ features of an image depend neither on the size of its batch nor on its place in
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tempfile
 import threading
@@ -21,7 +22,7 @@ import torch
 from imgcls.data.decoding.decode import Pixels
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.errors import BundleError
-from imgcls.models.bundle import Bundle, load_int8_model
+from imgcls.models.bundle import Bundle, load_bundle_weights, load_int8_model
 from imgcls.models.head import MIN_ROWS, HeadNetwork
 from imgcls.models.normalize import Normalizer
 from imgcls.models.openvino_cache import CachedNetwork
@@ -76,24 +77,34 @@ class OpenVinoEngine:
 
     def _load_converted(self, bundle: Bundle, precision: RunPrecision) -> None:
         cached = CachedNetwork(bundle, precision)
+        if self._load_cached(cached, bundle, precision):
+            return
+        with cached.take_turn():
+            if not self._load_cached(cached, bundle, precision):
+                self._convert(cached, bundle, precision)
+
+    def _load_cached(self, cached: CachedNetwork, bundle: Bundle, precision: RunPrecision) -> bool:
+        """Whether the network is kept on this machine, and not damaged."""
         packed = cached.read()
         if packed is None:
-            with cached.take_turn():
-                packed = cached.read()
-                if packed is None:
-                    cached.write(self._convert(bundle, precision))
-                    return
-        self._compiled = compile_network(unpack_model(packed), precision)
+            return False
+        load_bundle_weights(bundle)  # verified, as in every process that loads a bundle
+        with contextlib.suppress(Exception):  # of many kinds: of the zip file and of OpenVINO
+            self._compiled = compile_network(unpack_model(packed), precision)
+            return True
+        return False
 
-    def _convert(self, bundle: Bundle, precision: RunPrecision) -> bytes:
-        """Convert, compile and check the network; returns it as `pack_model` does."""
+    def _convert(self, cached: CachedNetwork, bundle: Bundle, precision: RunPrecision) -> None:
         cpu = torch.device("cpu")
         network = HeadNetwork(load_network(bundle, cpu, torch.float32), in_fp32=False).eval()
-        packed = pack_model(convert_network(network, bundle.spec.preprocess))
-        # what was written and read, as in all processes that do not convert
-        self._compiled = compile_network(unpack_model(packed), precision)
+        model, packed = convert_network(network, bundle.spec.preprocess), None
+        with contextlib.suppress(OSError, RuntimeError):  # no room for temporary files
+            packed = pack_model(model)
+            model = unpack_model(packed)  # as in all processes that do not convert
+        self._compiled = compile_network(model, precision)
         self._check_logits(network, bundle.spec.preprocess, precision)
-        return packed
+        if packed is not None:
+            cached.write(packed)
 
     def upload(self, batch: Pixels | torch.Tensor) -> torch.Tensor:
         """The batch as a tensor on the CPU."""

@@ -14,6 +14,7 @@ from imgcls.data.manifests.discovery import resolve_source
 from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.data.storage import filesystem
 from imgcls.errors import ConfigError
+from imgcls.models.bundle import is_registry_uri
 from imgcls.training.config import TrainConfig
 
 SEARCH_FILE = "_tune.json"
@@ -194,7 +195,9 @@ def resolve_search_paths(config: TuneConfig) -> TuneConfig:
     teacher = config.teacher
     if teacher is not None:
         paths = {
-            "path": filesystem.absolute(teacher.path),
+            "path": (
+                teacher.path if is_registry_uri(teacher.path) else filesystem.absolute(teacher.path)
+            ),
             "manifest": absolute(teacher.manifest),
             "exclude": absolute(teacher.exclude),
         }

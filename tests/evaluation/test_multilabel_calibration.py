@@ -319,7 +319,7 @@ def test_the_best_f1_of_all_labels(bundle: Bundle, tmp_path: Path) -> None:
     assert chosen.threshold == result.bundle.spec.threshold
     int8 = result.bundle.spec.int8
     assert int8 is not None
-    assert "was not measured since" in int8.describe_cost()
+    assert "is not known since" in int8.describe_cost()
     logits, targets = draw_cells(4_000)
     scores = compute_new_scores(bundle, result.bundle, 3 * logits)
 

@@ -20,6 +20,7 @@ from imgcls.runs.committed import open_run
 from imgcls.training.config import TrainConfig
 from imgcls.training.train import train
 from tests.conftest import write_manifest
+from tests.inference.test_registered_runs import warm
 from tests.mlflow_store import ModelStore
 
 ROWS, LABELED = 40, 18
@@ -134,6 +135,8 @@ def test_a_teacher_can_be_a_version_of_the_model_registry(
     model_store: ModelStore,
     request_of: Callable[..., dict[str, Any]],
     color_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model_store.register("teacher", color_bundle, "champion")
     request = request_of(teacher={"path": "models:/teacher@champion", "mode": "hard"}, epochs=1)
@@ -143,10 +146,21 @@ def test_a_teacher_can_be_a_version_of_the_model_registry(
     with pytest.raises(ConfigError, match="output: is the bundle of the teacher"):
         imgcls.train(**request | {"output": registered})
     result = imgcls.train(**request)
-    run = json.loads((Path(request["output"]) / students.TEACHER_FOLDER / "_run.json").read_text())
-    assert run["registered_model"]["uri"] == "models:/teacher@champion"
     made = load_bundle(result.bundle).spec.provenance["teacher"]
     assert made["bundle_sha256"] == load_bundle(str(color_bundle)).sha256
+
+    def read_version() -> Any:
+        folder = Path(request["output"]) / students.TEACHER_FOLDER
+        return json.loads((folder / "_run.json").read_text())["registered_model"]
+
+    first = read_version()
+    assert (first["uri"], first["version"]) == ("models:/teacher@champion", "1")
+    model_store.register("teacher", warm(color_bundle, tmp_path / "warm"), "champion")
+    monkeypatch.setattr(students, "train", lambda config: config)
+    imgcls.train(**request)  # resumed: with the version that it began with
+    assert read_version() == first
+    imgcls.train(**request, overwrite=True)
+    assert read_version()["version"] == "2"
 
 
 def test_a_search_takes_a_run_and_refuses_a_bundle(

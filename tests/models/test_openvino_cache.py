@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from imgcls.errors import BundleError, RequestError
 from imgcls.models import openvino_cache, openvino_engine
 from imgcls.models.bundle import Bundle, load_bundle
+from imgcls.models.cache_folder import find_cache_folder
 from imgcls.models.classifier import Classifier
 from imgcls.models.openvino_cache import CachedNetwork
 from tests.models.test_classifier import bundle_of, random_batch
@@ -56,7 +60,11 @@ def flip(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
-@pytest.mark.parametrize("damage", [None, cut, flip])
+def replace_whole(_: bytes) -> bytes:
+    return b"no zip file"
+
+
+@pytest.mark.parametrize("damage", [None, cut, flip, replace_whole])
 def test_a_network_that_was_kept_gives_the_same_bytes_and_a_damaged_one_is_converted_again(
     small: Bundle,
     folder: Path,
@@ -75,41 +83,78 @@ def test_a_network_that_was_kept_gives_the_same_bytes_and_a_damaged_one_is_conve
     assert other.embedding is not None
     assert one.embedding.tobytes() == other.embedding.tobytes()
     assert len(conversions) == (1 if damage is None else 2)
-    assert sorted(each.name for each in folder.iterdir()) == [file.name, "lock"]
+    assert sorted(each.name for each in folder.iterdir()) == [f"{file.stem}.lock", file.name]
     assert CachedNetwork(small, "fp32").read() is not None
 
 
-def test_workers_that_start_together_convert_once(small: Bundle, conversions: list[float]) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(build, [small] * 4))
-    assert len(conversions) == 1
+def test_workers_that_start_together_convert_each_network_once(
+    small: Bundle, conversions: list[float]
+) -> None:
+    spec = small.spec.preprocess.model_copy(update={"mean": (0.1, 0.2, 0.3)})
+    other = replace(small, spec=small.spec.model_copy(update={"preprocess": spec}))
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(build, [small, other] * 3))
+    assert len(conversions) == 2
 
 
 def test_after_a_conversion_that_fails_the_others_do_not_wait_for_each_other(
     small: Bundle, folder: Path
 ) -> None:
-    cached = CachedNetwork(small, "fp32")
+    inside: list[int] = []
+
+    def take_turn(number: int) -> None:
+        with CachedNetwork(small, "fp32").take_turn():
+            inside.append(number)
+            while len(inside) < 2:  # until the other one is within its block, too
+                time.sleep(0.01)
+
     with ThreadPoolExecutor(2) as pool:
-
-        def take_turn(_: int) -> None:
-            with CachedNetwork(small, "fp32").take_turn():
-                ends.append(time.monotonic())
-                while len(ends) < 2:  # within the block of the other one
-                    time.sleep(0.01)
-
-        ends: list[float] = []
-        with cached.take_turn():
-            waiting = [pool.submit(take_turn, each) for each in range(2)]
+        with CachedNetwork(small, "fp32").take_turn():
+            waiting = [pool.submit(take_turn, number) for number in range(2)]
             time.sleep(0.2)
-            assert not ends
+            assert not inside
         for each in waiting:
             each.result(timeout=60)
-    assert cached.read() is None
+    assert CachedNetwork(small, "fp32").read() is None
+
+
+def test_a_process_that_does_not_end_its_conversion_is_not_waited_for_forever(
+    small: Bundle, conversions: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_cache, "MAX_WAIT_S", 0.2)
+    with CachedNetwork(small, "fp32").take_turn():
+        build(small)
+    assert len(conversions) == 1
+
+
+def test_the_weights_of_the_bundle_are_verified_also_where_the_network_is_kept(
+    small: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    build(small)
+    copy = tmp_path / "copy"
+    shutil.copytree(small.url, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(flip(weights.read_bytes()))
+    with pytest.raises(BundleError, match=r"model\.safetensors"):
+        build(replace(small, url=str(copy)))
+
+
+def test_a_folder_without_write_permission_is_read(
+    small: Bundle, folder: Path, conversions: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    build(small)
+    monkeypatch.setattr(os, "utime", refuse)  # root may write everywhere
+    build(small)
+    assert len(conversions) == 1
 
 
 def test_what_changes_the_outputs_is_another_network(
     small: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(openvino_cache, "MAX_FILES", 99)
     spec = small.spec
     preprocess = spec.preprocess.model_copy(update={"mean": (0.1, 0.2, 0.3)})
     others = [
@@ -121,12 +166,23 @@ def test_what_changes_the_outputs_is_another_network(
         CachedNetwork(small, "fp32").write(b"")
     for bundle in others:
         CachedNetwork(bundle, "fp32").write(b"")
+    architecture = spec.architecture.model_copy(update={"options": {"width": 5}})
+    others.append(replace(small, spec=spec.model_copy(update={"architecture": architecture})))
+    CachedNetwork(others[-1], "fp32").write(b"")
     CachedNetwork(small, "bf16").write(b"")
+    for name, changed in (
+        ("_hash_code", lambda: "of other code"),
+        ("read_cpu_flags", lambda: {"sse4_2"}),
+        ("_PACKAGES", ("torch",)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(openvino_cache, name, changed)
+            CachedNetwork(small, "fp32").write(b"")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     CachedNetwork(small, "fp32").write(b"")
     warm = replace(small, spec=spec.model_copy(update={"temperature": 2.0, "threshold": 0.5}))
     CachedNetwork(warm, "fp32").write(b"")  # the same network
-    assert len(list(folder.glob("*.zip"))) == len(others) + 3
+    assert len(list(folder.glob("*.zip"))) == len(others) + 6
 
 
 def test_the_least_recently_used_networks_are_removed(small: Bundle, folder: Path) -> None:
@@ -143,18 +199,37 @@ def test_the_least_recently_used_networks_are_removed(small: Bundle, folder: Pat
     for age, path in enumerate(sorted(folder.glob("*.zip"))):
         os.utime(path, (age, age))
     assert made[0].read() is not None  # used now
+    for name, age in ((".draft-now", 0), (".draft-lost", 7200)):
+        (folder / name).write_bytes(b"")
+        os.utime(folder / name, (time.time() - age,) * 2)
     made[-1].write(packed)
+    assert [each.name for each in folder.glob(".draft-*")] == [".draft-now"]
     assert len(list(folder.glob("*.zip"))) == openvino_cache.MAX_FILES
     assert made[0].read() is not None
     assert made[-1].read() is not None
 
 
+@pytest.mark.parametrize("problem", ["a file", "no home"])
 def test_a_folder_that_cannot_be_used_costs_only_the_conversion(
-    small: Bundle, conversions: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Bundle,
+    conversions: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    problem: str,
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("IMGCLS_CACHE", str(tmp_path / "file"))
+    monkeypatch.chdir(tmp_path)
+    if problem == "a file":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("IMGCLS_CACHE", str(tmp_path / "file"))
+    else:
+        for name in ("IMGCLS_CACHE", "XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)  # of no user
+        with pytest.raises(RequestError, match="no home folder; set IMGCLS_CACHE"):
+            find_cache_folder("models")
+    before = set(tmp_path.rglob("*"))
     found = build(small)
     assert found.classify(random_batch(found, 1)).scores.shape == (1, len(small.spec.classes))
     build(small)
     assert len(conversions) == 2
+    assert set(tmp_path.rglob("*")) == before

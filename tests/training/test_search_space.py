@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -11,7 +12,13 @@ from imgcls.cluster.session import Node
 from imgcls.config import build
 from imgcls.errors import ConfigError, RequestError
 from imgcls.training.scaling import WorkerPlan
-from imgcls.training.search_space import Axis, TuneConfig, build_trial_config, check_space
+from imgcls.training.search_space import (
+    Axis,
+    TuneConfig,
+    build_trial_config,
+    check_space,
+    resolve_search_paths,
+)
 from imgcls.training.tune import check_teacher_axes, resolve_concurrency
 
 
@@ -35,6 +42,17 @@ def test_values_are_drawn_from_the_whole_axis_and_nothing_else(axis: Any, within
     assert len(set(drawn)) > 1
     if "randint" in axis:
         assert set(drawn) == {2, 3}
+
+
+def test_paths_are_absolute_but_for_models_of_the_registry() -> None:
+    def resolve(path: str) -> str:
+        config = build(TuneConfig, {"data": "x", "output": "/out", "teacher": {"path": path}})
+        teacher = resolve_search_paths(config).teacher
+        assert teacher is not None
+        return teacher.path
+
+    assert resolve("models:/large@champion") == "models:/large@champion"
+    assert resolve("run") == os.path.abspath("run")
 
 
 def test_of_a_grid_each_value_is_tried() -> None:
