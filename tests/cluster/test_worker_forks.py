@@ -312,7 +312,9 @@ def describe():
     return parent.pid, this.cmdline()[0], "torch" in sys.modules
 
 parent, title, torch = ray.get(describe.remote())
-assert list_forking() == [parent] == [prepared]
+assert list_forking() == [prepared]
+# the process with Ray forks a worker that Ray starts a little later than its first one
+assert prepared in (parent, psutil.Process(parent).ppid())
 assert title.startswith("ray::"), title
 assert torch
 
