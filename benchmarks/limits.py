@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
@@ -18,6 +17,7 @@ from typing import Any
 from benchmarks.machine import CORES
 from benchmarks.workloads import read_manifest
 from imgcls.cluster.session import build_malloc_env
+from imgcls.data.environment import set_env_defaults
 from imgcls.models.bundle import EngineName
 
 BATCH = 32
@@ -42,9 +42,7 @@ def measure(what: str, bundle: Path, manifest: Path, precision: str, engine: Eng
     """
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(CORES + 1)
-    kept = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
-    os.environ.update(build_malloc_env()["env_vars"])
-    try:
+    with set_env_defaults(build_malloc_env()["env_vars"]):
         processes = [
             context.Process(
                 target=_work, args=(barrier, what, bundle, manifest, precision, engine, index)
@@ -53,10 +51,6 @@ def measure(what: str, bundle: Path, manifest: Path, precision: str, engine: Eng
         ]
         for process in processes:
             process.start()
-    finally:
-        for name in [name for name in os.environ if name.startswith("MALLOC_")]:
-            del os.environ[name]
-        os.environ.update(kept)
     barrier.wait()
     start = time.perf_counter()
     for process in processes:
@@ -86,8 +80,10 @@ def _run_job(
 
     from imgcls.data.decoding import decode
     from imgcls.models.classifier import Classifier
+    from imgcls.models.large_pages import reserve_large_pages
 
     torch.set_num_threads(1)
+    reserve_large_pages()
     by_us = " by " not in what
     classifier = Classifier.load(
         str(bundle), precision=precision, engine=engine if by_us else "torch"

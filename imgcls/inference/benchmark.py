@@ -160,9 +160,12 @@ def measure_rates(
 
     from imgcls.data.cuda import find_worker_device
     from imgcls.models.classifier import Classifier
+    from imgcls.models.large_pages import reserve_large_pages
 
     storage_settings.set_process_settings(images.storage)
     torch.set_num_threads(threads)
+    if planned == "cpu":
+        reserve_large_pages()
     bundle = load_bundle(images.bundle_url, needs_classes=False).with_decode(images.decode)
     precision: Any = images.precision
     device = find_worker_device(planned)

@@ -49,8 +49,11 @@ class _ModelLoader:
 
         from imgcls.data.cuda import find_worker_device
         from imgcls.models.classifier import Classifier
+        from imgcls.models.large_pages import reserve_large_pages
 
         torch.set_num_threads(threads)
+        if self.device == "cpu":
+            reserve_large_pages()
         build = functools.partial(
             Classifier,
             find_unchanged_bundle(spec.bundle_url, spec.bundle_sha256),
