@@ -277,7 +277,7 @@ def load_bundle(
         bundle = read_description(os.fspath(url))
         if needs_classes:
             check_has_classes(bundle)
-        _read_verified_weights(bundle)
+        read_verified_weights(bundle)
         load_int8_model(bundle)
         load_ood_detector(bundle)
     return bundle
@@ -358,7 +358,7 @@ def load_bundle_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
     from safetensors.torch import load
 
     with use_settings(bundle.storage):
-        return dict(load(_read_verified_weights(bundle)))
+        return dict(load(read_verified_weights(bundle)))
 
 
 def save_bundle(
@@ -465,7 +465,8 @@ def is_lfs_pointer(data: bytes) -> bool:
     return data.startswith(b"version https://git-lfs.github.com/spec/")
 
 
-def _read_verified_weights(bundle: Bundle) -> bytes:
+def read_verified_weights(bundle: Bundle) -> bytes:
+    """The weights' file; raises BundleError if it is missing, damaged, or not finite."""
     data = _read_verified(bundle, WEIGHTS_FILE, bundle.weights_sha256)
     check_finite_safetensors(data, f"bundle {bundle.url}: {WEIGHTS_FILE}")
     return data

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -32,7 +31,15 @@ MAX_WAIT_S = 60.0
 """Maximum time to wait for the conversion by another process, in seconds."""
 MAX_DRAFT_S = 3600.0
 """Age of a file that a killed process has left, in seconds."""
-_PACKAGES = ("openvino", "torch", "torchvision", "timm", "transformers", "open_clip_torch")
+_PACKAGES = (
+    "imgcls",
+    "openvino",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "open_clip_torch",
+)
 _SUFFIX = ".zip"
 
 
@@ -80,7 +87,9 @@ class CachedNetwork:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                lock = stack.enter_context(self._path.with_suffix(".lock").open("ab"))
+                path = self._path.with_suffix(".lock")
+                lock = stack.enter_context(path.open("ab"))
+                os.utime(path)  # it is not a file that a killed process has left
                 if _wait_for(lock.fileno()):
                     stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)  # forks have the file, too
             yield
@@ -120,7 +129,7 @@ def _compute_key(bundle: Bundle, precision: RunPrecision) -> str:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     parts = {
-        "code": _hash_code(),
+        "code": _CODE,
         "weights": bundle.weights_sha256,
         "architecture": bundle.spec.architecture.model_dump(mode="json"),
         "outputs": bundle.spec.num_outputs,
@@ -133,10 +142,13 @@ def _compute_key(bundle: Bundle, precision: RunPrecision) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-@functools.cache
 def _hash_code() -> str:
     """Hash of the modules that build, fuse and convert networks."""
     found = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()
+
+
+_CODE = _hash_code()
+"""Of the modules that this process has imported, which may be replaced while it runs."""

@@ -21,8 +21,9 @@ import torch
 
 from imgcls.data.decoding.decode import Pixels
 from imgcls.data.decoding.preprocess import Preprocess
+from imgcls.data.storage.storage_settings import use_settings
 from imgcls.errors import BundleError
-from imgcls.models.bundle import Bundle, load_bundle_weights, load_int8_model
+from imgcls.models.bundle import Bundle, load_int8_model, read_verified_weights
 from imgcls.models.head import MIN_ROWS, HeadNetwork
 from imgcls.models.normalize import Normalizer
 from imgcls.models.openvino_cache import CachedNetwork
@@ -88,19 +89,23 @@ class OpenVinoEngine:
         packed = cached.read()
         if packed is None:
             return False
-        load_bundle_weights(bundle)  # verified, as in every process that loads a bundle
+        is_loaded = False
         with contextlib.suppress(Exception):  # of many kinds: of the zip file and of OpenVINO
             self._compiled = compile_network(unpack_model(packed), precision)
-            return True
-        return False
+            is_loaded = True
+        del packed
+        if is_loaded:
+            with use_settings(bundle.storage):
+                read_verified_weights(bundle)  # as every process that loads a bundle
+        return is_loaded
 
     def _convert(self, cached: CachedNetwork, bundle: Bundle, precision: RunPrecision) -> None:
         cpu = torch.device("cpu")
         network = HeadNetwork(load_network(bundle, cpu, torch.float32), in_fp32=False).eval()
         model, packed = convert_network(network, bundle.spec.preprocess), None
         with contextlib.suppress(OSError, RuntimeError):  # no room for temporary files
-            packed = pack_model(model)
-            model = unpack_model(packed)  # as in all processes that do not convert
+            made = pack_model(model)
+            model, packed = unpack_model(made), made  # as in all processes that do not convert
         self._compiled = compile_network(model, precision)
         self._check_logits(network, bundle.spec.preprocess, precision)
         if packed is not None:

@@ -14,7 +14,12 @@ import pytest
 import imgcls
 from imgcls.errors import BundleError, ConfigError, OutputError, RequestError
 from imgcls.inference import students
-from imgcls.models.bundle import load_bundle, read_description
+from imgcls.models.bundle import (
+    load_bundle,
+    load_bundle_weights,
+    read_description,
+    save_bundle,
+)
 from imgcls.runs import layout
 from imgcls.runs.committed import open_run
 from imgcls.training.config import TrainConfig
@@ -155,12 +160,16 @@ def test_a_teacher_can_be_a_version_of_the_model_registry(
 
     first = read_version()
     assert (first["uri"], first["version"]) == ("models:/teacher@champion", "1")
-    model_store.register("teacher", warm(color_bundle, tmp_path / "warm"), "champion")
+    bundle = load_bundle(str(color_bundle))
+    other = bundle.spec.model_copy(update={"classes": ["ant", "bee", "cat"]})
+    save_bundle(str(tmp_path / "other"), other, load_bundle_weights(bundle))
+    model_store.register("teacher", tmp_path / "other", "champion")
     monkeypatch.setattr(students, "train", lambda config: config)
     imgcls.train(**request)  # resumed: with the version that it began with
     assert read_version() == first
+    model_store.register("teacher", warm(color_bundle, tmp_path / "warm"), "champion")
     imgcls.train(**request, overwrite=True)
-    assert read_version()["version"] == "2"
+    assert read_version()["version"] == "3"
 
 
 def test_a_search_takes_a_run_and_refuses_a_bundle(

@@ -35,6 +35,7 @@ from imgcls.inference import benchmark, workers
 from imgcls.inference.benchmark import BenchmarkInput, BenchmarkSpec
 from imgcls.inference.specs import ImageSpec, PredictSpec
 from imgcls.inference.stages import PreparedImages
+from imgcls.models import large_pages
 from imgcls.models.bundle import load_bundle
 from imgcls.models.openvino_engine import ConversionError
 from tests.execution.runs import plan_at, spec_of
@@ -116,8 +117,11 @@ def test_a_network_that_openvino_cannot_run_is_run_by_torch_unless_openvino_was_
         with pytest.raises(BundleError, match=r"aten::linalg_svd; use --engine torch"):
             workers.CpuWorker(spec, 1, "cpu")
         return
+    reserved: list[bool] = []
+    monkeypatch.setattr(large_pages, "reserve_large_pages", lambda: reserved.append(True))
     worker = workers.CpuWorker(spec, 1, "cpu")
     assert worker.details["engine"].startswith("torch ")
+    assert reserved
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,16 @@ def test_workers_that_start_together_convert_each_network_once(
 
 
 def test_after_a_conversion_that_fails_the_others_do_not_wait_for_each_other(
-    small: Bundle, folder: Path
+    small: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inside: list[int] = []
+    asked, wait = [], openvino_cache._wait_for
+
+    def note(lock: int) -> bool:
+        asked.append(lock)
+        return wait(lock)
+
+    monkeypatch.setattr(openvino_cache, "_wait_for", note)
 
     def take_turn(number: int) -> None:
         with CachedNetwork(small, "fp32").take_turn():
@@ -111,6 +118,8 @@ def test_after_a_conversion_that_fails_the_others_do_not_wait_for_each_other(
     with ThreadPoolExecutor(2) as pool:
         with CachedNetwork(small, "fp32").take_turn():
             waiting = [pool.submit(take_turn, number) for number in range(2)]
+            while len(asked) < 3:
+                time.sleep(0.01)
             time.sleep(0.2)
             assert not inside
         for each in waiting:
@@ -171,7 +180,7 @@ def test_what_changes_the_outputs_is_another_network(
     CachedNetwork(others[-1], "fp32").write(b"")
     CachedNetwork(small, "bf16").write(b"")
     for name, changed in (
-        ("_hash_code", lambda: "of other code"),
+        ("_CODE", "of other modules"),
         ("read_cpu_flags", lambda: {"sse4_2"}),
         ("_PACKAGES", ("torch",)),
     ):
