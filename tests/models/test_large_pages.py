@@ -22,7 +22,7 @@ def measure(name):
 
 size = 64 << 20
 if "kernel" in sys.argv:
-    given = mmap.mmap(-1, size)
+    given = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     given.madvise(mmap.MADV_HUGEPAGE)
     given.write(bytes(size))
 if "limited" in sys.argv:
