@@ -12,13 +12,13 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from imgcls.errors import RequestError
+from imgcls.data.storage import filesystem
+from imgcls.errors import RequestError, StorageError
 from imgcls.models.bundle import Bundle
 from imgcls.models.cache_folder import find_cache_folder
 from imgcls.models.cpu import read_cpu_flags
@@ -68,14 +68,8 @@ class CachedNetwork:
 
     def write(self, packed: bytes) -> None:
         """Keep a network, and remove those that were used least recently."""
-        with contextlib.suppress(OSError):
-            file, draft = tempfile.mkstemp(dir=self._folder, prefix=".draft-")
-            try:
-                with open(file, "wb") as stream:
-                    stream.write(packed)
-                os.replace(draft, self._path)
-            finally:
-                Path(draft).unlink(missing_ok=True)
+        with contextlib.suppress(OSError, StorageError):
+            filesystem.write(str(self._path), packed)
             self._remove_old_files()
 
     @contextlib.contextmanager
