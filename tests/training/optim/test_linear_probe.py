@@ -351,7 +351,31 @@ def test_a_head_fitted_to_several_is_what_the_network_computes(name: str) -> Non
     made.eval_network.eval()
     logits = torch.cat([made.predict_logits(b.pixels) for b in given if len(b.labels)])
     wanted = found.inputs @ head.weight.T + head.bias
-    torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+class WeightedHeads(nn.Module):
+    """A network with a weighted sum of heads whose inputs are almost the same for all images."""
+
+    SHARES = (0.1, 0.2, 0.3, 0.4)
+    class_heads = ("heads.0", "heads.1", "heads.2", "heads.3")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(8, CLASSES) for _ in self.SHARES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = 1 + 1e-4 * images.flatten(1)[:, :8]
+        outputs = [head(features) for head in self.heads]
+        return torch.stack([c * o for c, o in zip(self.SHARES, outputs, strict=True)]).sum(0)
+
+
+def test_coefficients_are_exact_for_heads_whose_inputs_hardly_vary() -> None:
+    network = WeightedHeads()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    shares = compute_head_coefficients(network, Preprocess(resize=SIDE, crop=SIDE))
+    assert shares == pytest.approx(WeightedHeads.SHARES, rel=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 class Squared(nn.Module):
