@@ -32,7 +32,7 @@ from imgcls.data.manifests.discovery import format_suffix_counts, get_suffix, lo
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import create_thread_pool, with_config_storage
 from imgcls.data.storage.store import FileInfo
-from imgcls.errors import OutputError, RequestError
+from imgcls.errors import OutputError, RequestError, StorageMissing
 from imgcls.runs.lease import LEASE_FOLDER, Lease
 
 _MAX_GROUPS = 64
@@ -93,6 +93,15 @@ def build_listing(config: ListingConfig, lease: Lease) -> int:
     )
     log.show(f"manifest   {rows:,} images: {output}")
     return rows
+
+
+def is_listing_of(folder: str, source: str, labels: bool) -> bool:
+    """Whether a folder has the listing, also an unfinished one, of this source."""
+    try:
+        stored = json.loads(filesystem.read(filesystem.join(folder, LISTING_FILE)))
+    except StorageMissing:
+        return False
+    return (stored["source"], stored["labels"]) == (filesystem.absolute(source), labels)
 
 
 def _plan_groups(config: ListingConfig, source: str, output: str) -> list[list[str]]:

@@ -68,6 +68,7 @@ def split_manifest(config: SplitConfig) -> dict[str, int]:
     files = list_part_files(config)
     ours = {name.partition("/")[0] for each in files.values() for name in each}
     stale = _check_output(output, ours, config.overwrite) - ours
+    _check_input(output, ours | stale, manifest)
     assigner = _choose_assigner(manifest, shares, config)
     totals = {part: _PartTotals() for part in shares}
     with _PartWriters(output, files) as writers:
@@ -87,6 +88,17 @@ def split_manifest(config: SplitConfig) -> dict[str, int]:
     log_label_variants(f"manifest {manifest.source}", labels_of_all)
     _log_summary(totals, shares, output)
     return {part: total.rows for part, total in totals.items()}
+
+
+def _check_input(output: str, removed: set[str], manifest: Manifest) -> None:
+    """Raise an OutputError where the output would replace the manifest that is to be read."""
+    folders = [filesystem.join(output, name) for name in removed]
+    for file in map(filesystem.absolute, manifest.files):
+        if any(file == each or file.startswith(f"{each}/") for each in folders):
+            raise OutputError(
+                f"output {output}: --overwrite would remove {file}, which is the manifest to "
+                "split; pass another --output"
+            )
 
 
 @dataclass

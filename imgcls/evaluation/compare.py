@@ -142,7 +142,8 @@ class _PairCounter:
 
     def __init__(self, a: CommittedRun, b: CommittedRun, config: CompareConfig) -> None:
         self.a = a
-        self.shared_classes = pa.array(sorted(set(a.classes) & set(b.classes)), pa.string())
+        names_a, names_b = (normalize_labels(pa.array(each.classes)) for each in (a, b))
+        self.shared_classes = names_a.filter(pc.is_in(names_a, value_set=names_b))
         self.slice_by = list(config.slice_by)
         column, self.joined_labels = resolve_labels(a, config.labels, config.on, required=True)
         assert column is not None

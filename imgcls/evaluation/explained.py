@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 OVERLAY_SIDE = 264
 """Maximum width and height of an overlay in the report, in pixels."""
 
-Overlays = Mapping[tuple[int, str], str]
-"""Overlays as data URIs, by row and class."""
+Overlays = Mapping[tuple[str, int, str], str]
+"""Overlays as data URIs, by path, row and class: several rows of a history have one number."""
 
 
 def open_explainer(run: CommittedRun, config: EvaluationOptions) -> Explainer | None:
@@ -55,7 +55,7 @@ def explain_mistakes(explainer: Explainer, run: CommittedRun, mistakes: pa.Table
     rows = [(each["path"], _list_classes(each, known)) for each in wanted]
     found = explain_rows(explainer, run, rows, OVERLAY_SIDE)
     return {
-        (each["row"], one.label): encode_data_uri(one.overlay())
+        (each["path"], each["row"], one.label): encode_data_uri(one.overlay())
         for each, explanations in zip(wanted, found, strict=True)
         for one in explanations
     }
@@ -76,14 +76,15 @@ def select_most_confident(mistakes: pa.Table, count: int) -> pa.Table:
 def list_overlays(overlays: Overlays, row: Mapping[str, Any]) -> list[dict[str, str]]:
     """The overlays of a row for the gallery of the report."""
     names = dict.fromkeys(row.get(key) for key in ("predicted_label", "label"))
+    image = row["path"], row["row"]
     return [
         {
             "label": name,
-            "image": overlays[row["row"], name],
+            "image": overlays[*image, name],
             "alt": f"{row['path']}, image regions that contribute to the score of {name}",
         }
         for name in names
-        if name is not None and (row["row"], name) in overlays
+        if name is not None and (*image, name) in overlays
     ]
 
 

@@ -183,21 +183,24 @@ class JoinedLabels(KeyedLabels):
         """(N,) label_score and label_rank; null without a prediction or a label that is a class."""
         code = encode_classes(pa.chunked_array([label]), self.classes)
         labeled = (code >= 0) & pc.equal(table["status"].cast(pa.string()), OK).to_numpy()
-        score, rank = np.zeros(len(code), np.float32), np.zeros(len(code), np.int32)
-        if "scores" in table.schema.names:
-            at = np.flatnonzero(labeled)
-            scores = take_scores(table["scores"], at)
-            score[at], rank[at] = SINGLE_LABEL.rank_labels(scores, code[at])
-            return pa.array(score, mask=~labeled), pa.array(rank, mask=~labeled)
         names = table["topk_labels"].combine_chunks()
         width = pc.max(pc.list_value_length(names)).as_py() or 0
         parent = pc.list_parent_indices(names).to_numpy()
         listed = pc.utf8_normalize(pc.list_flatten(names), form="NFC")  # as labels are
         same = pc.equal(listed, label.take(pa.array(parent)))
         at = np.flatnonzero(pc.fill_null(same, False).to_numpy(zero_copy_only=False))
-        rank[:] = width + 1
+        score, rank = np.zeros(len(code), np.float32), np.full(len(code), width + 1, np.int32)
+        has_scores = "scores" in table.schema.names
+        if has_scores:
+            rows = np.flatnonzero(labeled)
+            scores = take_scores(table["scores"], rows)
+            score[rows], below = SINGLE_LABEL.rank_labels(scores, code[rows])
+            lengths = pc.fill_null(pc.list_value_length(names), 0).to_numpy()
+            rank[rows] = np.maximum(below, lengths[rows] + 1)
+        # scores written as float16 have ties that those of the network had not
         rank[parent[at]] = at - np.searchsorted(parent, parent[at]) + 1
-        return pa.nulls(len(code), pa.float32()), pa.array(rank, mask=~labeled)
+        mask = ~labeled if has_scores else np.ones(len(code), bool)
+        return pa.array(score, mask=mask), pa.array(rank, mask=~labeled)
 
 
 def describe_source(config: LabelTableConfig) -> str:

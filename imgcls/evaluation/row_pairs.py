@@ -84,7 +84,10 @@ def _join_rows(
     import pandas as pd
 
     read = list(dict.fromkeys([on, *columns_b]))
-    table_b = pa.concat_tables(_iter_tables(b, read)).unify_dictionaries()
+    tables = list(_iter_tables(b, read))
+    if not tables:
+        raise RequestError(f"{b.url}: has no rows to compare with those of {a.url}")
+    table_b = pa.concat_tables(tables).unify_dictionaries()
     table_b = table_b.filter(pc.is_valid(table_b[on]))  # a row without a key has no counterpart
     are_paths = on == a.path_column == b.path_column
     index = pd.Index(normalize_join_keys(table_b[on], are_paths=are_paths).to_pandas())
@@ -104,8 +107,8 @@ def _join_rows(
         yield left.take(hit), table_b.take(taken)
     if seen == 0:
         raise RequestError(
-            f"{a.url} and {b.url} share no {on} (such as {index[0]!r}); check that both manifests "
-            "use the same form"
+            f"{a.url} and {b.url} share no {on} (such as {next(iter(index), None)!r}); check that "
+            "both manifests use the same form"
         )
     if seen < max(a.rows, b.rows):
         log.emit("note", f"{seen:,} rows are in both, of {a.rows:,} and {b.rows:,}")

@@ -39,7 +39,7 @@ def _read_scores(table: pa.Table) -> NDArray[np.float32]:
 
 
 def compute_margin(table: pa.Table, thresholds: Sequence[float]) -> Floats:
-    """One minus the difference of the two best scores.
+    """One minus the difference of the two best scores; NaN for a row with fewer than two.
 
     For multilabel, one minus the smallest distance of a score from the threshold of its class.
     Source: Scheffer, Decomain, Wrobel, "Active hidden Markov models for information extraction",
@@ -56,11 +56,13 @@ def compute_margin(table: pa.Table, thresholds: Sequence[float]) -> Floats:
         distance: Floats = np.abs(_read_scores(table) - limits).min(1).astype(np.float64)
         return 1 - distance
     lists = table["topk_scores"].combine_chunks()
+    has_two = pc.fill_null(pc.greater_equal(pc.list_value_length(lists), 2), False)
     first, second = (
-        pc.list_element(lists, place).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        pc.list_element(lists.filter(has_two), place).to_numpy(zero_copy_only=False)
         for place in (0, 1)
     )
-    value: Floats = 1 - (first - second)
+    value: Floats = np.full(len(lists), np.nan)
+    value[has_two.to_numpy(zero_copy_only=False)] = 1 - (first.astype(np.float64) - second)
     return value
 
 

@@ -242,6 +242,9 @@ def _write_run_record(output: str, runs: Sequence[CommittedRun], config: Compact
     orders = {url: order for each in runs for url, order in find_origins(each).items()}
     run["identity"]["merged"] = list(orders)
     run["origins"] = orders
+    run["same_classes"] = all(
+        each.has_same_classes and each.classes == last.classes for each in runs
+    )
     run["sequence"] = max(order[0] for order in orders.values())
     for name in ("since", "refused"):
         run.pop(name, None)

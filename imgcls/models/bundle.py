@@ -385,8 +385,8 @@ def save_bundle(
     found = None if ood_arrays is None else hashlib.sha256(ood_arrays).hexdigest()
     if found != (None if spec.ood is None else spec.ood.arrays_sha256):
         raise BundleError(f"bundle {url}: lacks the OOD detector that the description names")
-
-    data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
+    # safetensors refuses tensors that share memory, as layers of timm's CoaT do
+    data = save({key: value.detach().cpu().contiguous().clone() for key, value in state.items()})
     check_finite_safetensors(data, f"bundle {url}: weights to write")
     filesystem.write(filesystem.join(url, WEIGHTS_FILE), data)
     if int8_model is not None:

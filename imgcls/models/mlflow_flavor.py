@@ -68,7 +68,9 @@ class PyfuncClassifier:
                 "and path"
             )
         top_k = int((params or {}).get("top_k", DEFAULT_TOP_K))
-        images = list(model_input[given[0]])
+        absent: str | bytes = "" if given[0] == "path" else b""
+        column = model_input[given[0]]
+        images = list(column.astype(object).where(column.notna(), absent))
         made = self.classifier.predict(images, top_k=top_k, errors="return") if images else []
         columns = _list_columns(self.classifier.bundle)
         rows = [[column.read(each) for column in columns] for each in made]

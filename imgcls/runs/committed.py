@@ -80,12 +80,21 @@ class CommittedRun:
         return tuple(self.run_record["identity"].get("merged", ()))
 
     @property
+    def has_same_classes(self) -> bool:
+        """Whether all rows were predicted by bundles with the same classes in the same order.
+
+        Unknown, and so False, for a history that an earlier version compacted.
+        """
+        return not self.merged_runs or bool(self.run_record.get("same_classes"))
+
+    @property
     def has_scores(self) -> bool:
         """Whether the scores of all classes of this run were written.
 
-        A compacted history of bundles with different numbers of classes has lists of any length.
+        False for a compacted history of bundles with different classes, or with the same in another
+        order: which class a score is for depends on the row.
         """
-        if "scores" not in self.schema.names:
+        if "scores" not in self.schema.names or not self.has_same_classes:
             return False
         kind = self.schema.field("scores").type
         return bool(pa.types.is_fixed_size_list(kind) and kind.list_size == len(self.classes))
@@ -172,13 +181,27 @@ class CommittedRun:
             raise RequestError(f"{self.url}: is a history of several runs; pass one of them")
 
     def check_bundle(self, bundle: Bundle) -> None:
-        """Raise RequestError when another bundle made these predictions."""
+        """Raise RequestError when another bundle made these predictions, or some of them."""
+        if self.merged_runs and set(self._read_bundle_hashes()) != {bundle.sha256}:
+            raise RequestError(
+                f"{self.url}: is a history of runs, not all of which {bundle.url} made; pass one "
+                "of them"
+            )
         if bundle.sha256 != self.bundle_sha256:
             raise RequestError(
                 f"{self.url}: was made by another bundle ({self.bundle_sha256[:12]}) than "
                 f"{bundle.url} ({bundle.sha256[:12]}); pass the bundle that made it, or run "
                 "`imgcls predict` with this one first"
             )
+
+    def _read_bundle_hashes(self) -> list[str]:
+        """Hashes of the bundles that made the rows of a history."""
+        found: set[str] = set()
+        for url in self.files:
+            with filesystem.open_read(url) as stream:
+                column = pq.read_table(stream, columns=["bundle_sha256"])["bundle_sha256"]
+            found.update(column.unique().cast(pa.string()).to_pylist())
+        return sorted(found)
 
     def split_row_groups(self, rows: int) -> list[RowGroupRange]:
         """Split the table into pieces of about `rows` rows, each within one part."""

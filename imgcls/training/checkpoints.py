@@ -218,11 +218,12 @@ class Checkpoints:
             self._state_name(each.number, suffix) for each in kept for suffix in ("json", "pt")
         }
         best = [each.best for each in kept if each.best is not None]
-        names |= {IDENTITY_FILE, *best, *map(_name_predictions, best)}
+        names |= {*best, *map(_name_predictions, best)}
         newest = kept[0].number
         for name in filesystem.list_names(self.folder):
-            # files with a higher number belong to a state whose marker is not written yet
-            if name not in names and _parse_number(name) <= newest:
+            # files with a higher number belong to a state whose marker is not written yet; files
+            # without a number are not of a state
+            if name not in names and 0 < _parse_number(name) <= newest:
                 filesystem.remove(self._url(name))
         filesystem.remove_temporary_files(self.folder, older_than=60)
 

@@ -77,7 +77,7 @@ class ProbeConfig(Section):
     """Linear probe: the head on features that are computed once."""
 
     views: PositiveInt = 2
-    """Features per training image: center crop, mirrored (if augment.hflip > 0), random crops."""
+    """Features per training image: center crop, mirrored, random crops. 1 if augment.hflip is 0."""
     l2: NonNegativeFloat | None = None
     """L2 regularization strength of the linear probe. Default: chosen by the validation loss."""
 

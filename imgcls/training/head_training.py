@@ -266,7 +266,12 @@ def _fit_head(
     )
     seconds = time.perf_counter() - started
     return head, linear_probe.describe_probe(
-        train_metrics, val_metrics, views=1, feature_seconds=seconds, seconds=seconds
+        train_metrics,
+        val_metrics,
+        views=1,
+        failed=(0, 0),
+        feature_seconds=seconds,
+        seconds=seconds,
     )
 
 

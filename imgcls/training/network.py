@@ -177,9 +177,16 @@ def set_regularization(network: nn.Module, config: ModelConfig) -> None:
 
 def _set_dropout(network: nn.Module, rate: float) -> None:
     """Set the dropout layers next to the heads; a head without such a layer gets one."""
-    for name, head in zoo.find_heads(network).items():
+    heads = zoo.find_heads(network)
+    for name, head in heads.items():
         parent = network.get_submodule(name.rpartition(".")[0])
-        layers = [m for m in parent.children() if isinstance(m, nn.Dropout)]
+        children = [m for m in parent.children() if m is head or m not in heads.values()]
+        if parent is network:
+            # not its first layers, such as the dropout of a transformer's tokens
+            children = children[: children.index(head)]
+            last = [index for index, m in enumerate(children) if any(True for _ in m.parameters())]
+            children = children[last[-1] + 1 :] if last else children
+        layers = [m for m in children if isinstance(m, nn.Dropout)]
         for layer in layers:
             layer.p = rate
         if not layers:

@@ -13,7 +13,7 @@ from imgcls.config import Section, build
 from imgcls.data.manifests.discovery import resolve_source
 from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.data.storage import filesystem
-from imgcls.errors import ConfigError
+from imgcls.errors import ConfigError, OutputError, StorageMissing
 from imgcls.models.bundle import is_registry_uri
 from imgcls.training.config import TrainConfig
 
@@ -21,6 +21,7 @@ SEARCH_FILE = "_tune.json"
 RESULTS_FILE = "results.parquet"
 TRIALS_FOLDER = "trials"
 BEST_FOLDER = "best"
+STATE_FOLDER = "_tune"
 
 _IMAGE_KEYS = ("data.train", "data.val", "data.classes", "teacher")
 """Prefixes of keys that choose the images, their labels, or which of them are held out."""
@@ -212,6 +213,45 @@ def resolve_search_paths(config: TuneConfig) -> TuneConfig:
             "teacher": teacher,
             "model": config.model.model_copy(update={"weights": weights}),
         }
+    )
+
+
+def claim_search(
+    config: TuneConfig,
+    inputs: Mapping[str, Any],
+    registered_model: Mapping[str, Any] | None = None,
+) -> None:
+    """Record a search in its output folder; raise OutputError if that has another one.
+
+    config: with the version in `model.name` for a registered model
+    inputs: fingerprints of the manifests and of the initial weights
+    """
+    url = filesystem.join(config.output, SEARCH_FILE)
+    free = {"output", "overwrite", "scale", "track", "storage", "tune"}
+    if config.teacher is None:  # as earlier versions, whose searches are resumed
+        free.add("teacher")
+    earlier = config.model_dump_json(exclude=free) + config.tune.model_dump_json(
+        exclude={"max_concurrent"}
+    )
+    if registered_model is not None:
+        earlier += json.dumps({"registered_model": dict(registered_model)})
+    mine = earlier + json.dumps({"inputs": dict(inputs)}, sort_keys=True)
+    if config.overwrite:
+        for name in (BEST_FOLDER, TRIALS_FOLDER, STATE_FOLDER, RESULTS_FILE, SEARCH_FILE):
+            filesystem.remove(filesystem.join(config.output, name))
+    try:
+        there = filesystem.read(url).decode()
+    except StorageMissing:
+        filesystem.write(url, mine.encode())
+        return
+    if there in (mine, earlier):
+        return
+    changed = "settings, or of another version of imgcls"
+    if there.startswith(earlier):
+        changed = "images, labels or initial weights: they have changed since"
+    raise OutputError(
+        f"output {config.output}: has a search with other {changed}. Rerun its command to resume "
+        "it, pass --overwrite to replace it, or pass another --output."
     )
 
 

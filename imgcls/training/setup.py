@@ -135,11 +135,8 @@ def resolve_setup(config: TrainConfig, registered_model: ModelRecord | None = No
 def check_task(config: TrainConfig, examples: Examples, strategy: Strategy) -> None:
     """Raise ConfigError for settings that the task does not have."""
     loss, task = config.loss, examples.targets.task
-    if strategy == "probe" and (loss.negative_gamma is not None or loss.negative_margin):
-        raise ConfigError(
-            "loss.negative_gamma, loss.negative_margin: have no effect on a linear probe; remove "
-            "them, or pass another --strategy"
-        )
+    if strategy == "probe":
+        _check_probe(config)
     if task == "single_label":
         if loss.negative_gamma is not None or loss.negative_margin:
             name = "negative_margin" if loss.negative_gamma is None else "negative_gamma"
@@ -158,6 +155,34 @@ def check_task(config: TrainConfig, examples: Examples, strategy: Strategy) -> N
         raise ConfigError(
             "data.sampling balanced: is for one label per image; weight the positives of rare "
             "classes with loss.class_weights balanced instead"
+        )
+    positives = examples.count_per_class(held=True)
+    negatives = examples.count_negatives(held=True)
+    assert negatives is not None
+    has_both = any(map(min, positives, negatives))
+    if config.best_by == "val_mean_average_precision" and not has_both:
+        raise ConfigError(
+            "best_by val_mean_average_precision: no class has validation images with and without "
+            "it; pass --best-by val_loss, or more validation images (data.val, data.val_fraction)"
+        )
+
+
+def _check_probe(config: TrainConfig) -> None:
+    """Raise ConfigError for settings that a linear probe would ignore."""
+    loss = config.loss
+    ignored = {
+        "loss.negative_gamma": loss.negative_gamma is not None,
+        "loss.negative_margin": loss.negative_margin,
+        "loss.focal_gamma": loss.focal_gamma,
+        "loss.label_smoothing": loss.label_smoothing,
+        "data.sampling balanced": config.data.sampling == "balanced",
+    }
+    names = [name for name, is_set in ignored.items() if is_set]
+    if names:
+        verb = "has" if len(names) == 1 else "have"
+        raise ConfigError(
+            f"{', '.join(names)}: {verb} no effect on a linear probe; remove the setting (rare "
+            "classes can be weighted by loss.class_weights), or pass another --strategy"
         )
 
 

@@ -26,6 +26,7 @@ from imgcls.errors import (
     OutputError,
     RunFailed,
     StorageMissing,
+    TooManyErrors,
 )
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
@@ -256,6 +257,8 @@ class _Run:
                 plots=[SAMPLES_PLOT],
             )
             self._log_best(outcome, best)
+            for epoch in outcome.history:  # the thread of the channel may not have come this far
+                loggers.log_epoch(epoch.epoch, epoch.get_numbers())
             loggers.finish({f"best_{k}": v for k, v in best.get_numbers().items()}, files)
             self.logger_state = loggers.state
         filesystem.remove(self.checkpoints.folder)
@@ -290,6 +293,8 @@ class _Run:
                 f"({self.config.optim.lr:g}) or raise optim.warmup{precision}.{kept}"
             )
         if outcome.failure_kind == "failures":
+            if outcome.problem is not None:
+                raise TooManyErrors(f"{outcome.problem} (some are listed above). Fix them.")
             failed, rows = outcome.failed_images
             raise build_too_many_errors(
                 failed, rows, self.config.data.max_error_rate, " (some are listed above)"

@@ -244,6 +244,8 @@ class Trainer:
         self.train_step.average_running_stats()
         done = replace(self.progress, step=self.steps, totals=tuple(all_reduce_sum(local)))
         val_metrics, val_failed = self._evaluate(done)
+        train_failed = int(totals.failed)
+        self._check_failures((train_failed, int(totals.rows)), (val_failed, val_metrics.rows))
         for name, value in (("train_loss", totals.loss), ("val_loss", val_metrics.loss)):
             if not math.isfinite(value):
                 raise StopTraining(
@@ -253,7 +255,6 @@ class Trainer:
         for name in find_non_finite(self.train_step.eval_network.state_dict()):
             problem = f"the tensor {name!r} holds NaN or infinity in epoch {number}"
             raise StopTraining(failure_kind="diverged", problem=problem)
-        self._check_failures(int(totals.failed) + val_failed, int(totals.rows) + val_metrics.rows)
         seconds = (totals.wait_s + totals.compute_s) / self.workers
         return EpochMetrics(
             epoch=number,
@@ -270,7 +271,7 @@ class Trainer:
             val_mean_average_precision=val_metrics.mean_average_precision,
             wait_seconds=totals.wait_s / self.workers,
             compute_seconds=totals.compute_s / self.workers,
-            train_failed=int(totals.failed),
+            train_failed=train_failed,
             val_failed=val_failed,
         )
 
@@ -344,15 +345,22 @@ class Trainer:
         self.recorder = self._create_recorder()
         views = self.config.probe.views if self.train_step.augment.recipe.hflip else 1
 
+        counts = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
+
         def iter_synced(images: ImageDataset) -> Iterator[Batch]:
             for batch in self._iter_sharded(images):
                 if images is self.val:
                     self.recorder.add_rows(batch.rows, batch.failures)
+                split = int(images is self.val)
+                counts[split] += counts.new_tensor([len(batch.failures), len(batch.labels)])
+                self._post_failures(batch, 0)
                 yield batch
                 self._sync_control(self.progress)
 
         train = linear_probe.extract_features(self.train_step, iter_synced(self.train), views)
         val = linear_probe.extract_features(self.train_step, iter_synced(self.val), 1)
+        train_failed, train_rows, val_failed, val_rows = map(int, all_reduce_sum(counts.flatten()))
+        self._check_failures((train_failed, train_rows), (val_failed, val_rows))
         computed = time.perf_counter()
         overflowed = linear_probe.count_non_finite(train) + linear_probe.count_non_finite(val)
         if overflowed:
@@ -384,6 +392,7 @@ class Trainer:
             train_metrics,
             val_metrics,
             views=views,
+            failed=(train_failed, val_failed),
             feature_seconds=computed - started,
             seconds=fitted - started,
         )
@@ -409,14 +418,23 @@ class Trainer:
 
     # ------------------------------------------------------------------ messages and failures
 
-    def _check_failures(self, failed: int, good: int) -> None:
-        """Stop when more images failed than allowed (only when images are decoded per epoch)."""
-        rows = failed + good
-        if failed > self.config.data.max_error_rate * rows:
-            raise StopTraining(failure_kind="failures", failed_images=(failed, rows))
+    def _check_failures(self, train: tuple[int, int], val: tuple[int, int]) -> None:
+        """Stop when more images failed than allowed (only when images are decoded per epoch).
+
+        train, val: numbers of images that failed and of all others
+        """
+        failed, rows = train[0] + val[0], sum(train) + sum(val)
+        problem = None
+        for name, (_, good) in (("training", train), ("validation", val)):
+            if not good:
+                problem = f"none of the {name} images can be used"
+        if problem or failed > self.config.data.max_error_rate * rows:
+            raise StopTraining(
+                failure_kind="failures", failed_images=(failed, rows), problem=problem
+            )
 
     def _post_failures(self, batch: Batch, epoch: int) -> None:
-        if epoch <= 1:
+        if epoch <= (0 if strategy.has_probe(self.spec.strategy) else 1):
             for failure in batch.failures[:3]:
                 self.channel.post.remote(f"left out: {failure.url}: {failure.error}")
 

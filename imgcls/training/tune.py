@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import json
 import logging
 import math
 import queue
@@ -31,7 +30,7 @@ from imgcls.cluster.session import Node
 from imgcls.data.environment import set_env_defaults
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.data.storage.storage_settings import with_config_storage
-from imgcls.errors import ConfigError, OutputError, RequestError, RunFailed, StorageMissing
+from imgcls.errors import ConfigError, RequestError, RunFailed
 from imgcls.models.bundle import BUNDLE_FILE, TaskName
 from imgcls.runs.lease import Lease
 from imgcls.training import train as training
@@ -48,11 +47,12 @@ from imgcls.training.scaling import (
 from imgcls.training.search_space import (
     BEST_FOLDER,
     RESULTS_FILE,
-    SEARCH_FILE,
+    STATE_FOLDER,
     TRIALS_FOLDER,
     TuneConfig,
     build_trial_config,
     check_space,
+    claim_search,
     resolve_search_paths,
 )
 from imgcls.training.setup import TrainSetup, decode_dataset, plan_decoding, resolve_setup
@@ -63,7 +63,6 @@ from imgcls.training.starting_model import (
     use_model,
 )
 
-STATE_FOLDER = "_tune"
 _MAP = "val_mean_average_precision"
 STOP_TIMEOUT_S = 90
 """Timeout for a trial that is stopped early to end its workers."""
@@ -122,7 +121,8 @@ def tune(config: TuneConfig) -> TuneResult:
     with Interruption().handle_signals() as interruption:
         lease = Lease.acquire(config.output)
         try:
-            _claim_output(stored, record)
+            inputs = {key: task.identity[key] for key in ("data", "initial_weights")}
+            claim_search(stored, inputs, record)
             session.connect()
             result = _run_search(config, task, interruption)
         finally:
@@ -145,36 +145,6 @@ def check_teacher_axes(config: TuneConfig, task: TaskName) -> None:
             check_teacher_keys(trial.teacher, task, trial.strategy or "scratch")
         except ConfigError as error:
             raise ConfigError(f"tune.space: {_format_values(values)}: {error}") from error
-
-
-def _claim_output(config: TuneConfig, registered_model: ModelRecord | None = None) -> None:
-    """Record this search in the output folder; raise OutputError if it has another one.
-
-    config: with the version in `model.name` for a registered model
-    """
-    url = filesystem.join(config.output, SEARCH_FILE)
-    free = {"output", "overwrite", "scale", "track", "storage", "tune"}
-    if config.teacher is None:  # as earlier versions, whose searches are resumed
-        free.add("teacher")
-    mine = config.model_dump_json(exclude=free) + config.tune.model_dump_json(
-        exclude={"max_concurrent"}
-    )
-    if registered_model is not None:
-        mine += json.dumps({"registered_model": dict(registered_model)})
-    if config.overwrite:
-        for name in (BEST_FOLDER, TRIALS_FOLDER, STATE_FOLDER, RESULTS_FILE, SEARCH_FILE):
-            filesystem.remove(filesystem.join(config.output, name))
-    try:
-        there = filesystem.read(url).decode()
-    except StorageMissing:
-        filesystem.write(url, mine.encode())
-        return
-    if there != mine:
-        raise OutputError(
-            f"output {config.output}: has a search with other settings, or of another version of "
-            "imgcls. Rerun its command to resume it, pass --overwrite to replace it, or pass "
-            "another --output."
-        )
 
 
 def _run_search(config: TuneConfig, task: TrainSetup, interruption: Interruption) -> TuneResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -251,6 +252,19 @@ def test_a_folder_is_listed_into_a_csv(tmp_path: Path) -> None:
     [batch] = manifest.batches()
     assert batch.column("label").to_pylist() == ["cat", "dog"]
     assert manifest.schema.names == ["path", "size", "mtime", "etag", "label"]
+
+
+def test_a_listing_that_another_source_left_is_not_used(tmp_path: Path) -> None:
+    for folder in ("one/x;y", "two/z"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.jpg").write_bytes(jpeg(picture(0)))
+    settings: dict[str, Any] = {"output": str(tmp_path / "out"), "output_format": "csv"}
+    settings |= {"labels": True, "merge_links": True}
+    with pytest.raises(ManifestError, match="contains the separator"):
+        build_from(source=str(tmp_path / "one"), **settings)
+    assert build_from(source=str(tmp_path / "two"), **settings) == 1
+    [batch] = open_manifest(ManifestConfig(path=str(tmp_path / "out"))).batches()
+    assert batch.column("path").to_pylist() == [str(tmp_path / "two" / "z" / "1.jpg")]
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,23 @@ def test_an_earlier_split_is_replaced_completely_or_not_at_all(tmp_path: Path) -
     assert sorted(path.name for path in output.iterdir()) == ["fold-0", "fold-1"]
 
 
+def test_a_manifest_that_the_output_would_replace_is_refused(tmp_path: Path) -> None:
+    manifest = photographs(tmp_path, 60)
+    for output, part, more in (
+        (tmp_path / "parts", "train.parquet", {}),
+        (tmp_path / "folds", "fold-0/train.parquet", {"folds": 4}),
+        (tmp_path / "fewer", "fold-3/train.parquet", {"folds": 4}),
+    ):
+        split_manifest(split_config(manifest, output, by="patient", **more))
+        before = rows_of(output) if not more else pq.read_table(output / part)
+        again = more | ({"folds": 2} if output.name == "fewer" else {})
+        with pytest.raises(OutputError, match=rf"--overwrite would remove .*{part}"):
+            split_manifest(
+                split_config(output / part, output, by="patient", overwrite=True, **again)
+            )
+        assert (rows_of(output) if not more else pq.read_table(output / part)) == before
+
+
 def test_a_manifest_without_a_row_is_refused(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.csv", [], ("path", "label"))
     with pytest.raises(ManifestError, match="has no rows"):

@@ -22,6 +22,7 @@ from imgcls.evaluation.calibrate import (
     fit_vector_scaling,
 )
 from imgcls.evaluation.config import CalibrateConfig
+from imgcls.inference.history import CompactConfig, compact
 from imgcls.metrics import expected_calibration_error
 from imgcls.models import zoo
 from imgcls.models.acceptance import NEVER_ACCEPT
@@ -303,6 +304,12 @@ def test_another_models_run_no_scores_and_no_labels_are_rejected(
     other = commit(tmp_path / "other", drawn(50), bundle_sha256="0" * 64)
     with pytest.raises(RequestError, match="was made by another bundle"):
         calibrate(request(bundle, other))
+    nights = tmp_path / "nights"
+    commit(nights / "date=2026-11-01", drawn(50, 1), bundle_sha256="0" * 64)
+    commit(nights / "date=2026-11-02", drawn(50, 2), bundle_sha256=bundle.sha256)
+    history = compact(CompactConfig(source=str(nights), output=str(tmp_path / "all")))
+    with pytest.raises(RequestError, match=r"is a history of runs, not all of which .* made"):
+        calibrate(request(bundle, Path(history)))
     bare = run_of(tmp_path, bundle, "bare", scores=False)
     with pytest.raises(RequestError, match="predict --scores"):
         calibrate(request(bundle, bare))

@@ -127,6 +127,15 @@ def test_models_of_different_classes_are_compared_on_their_common_classes(tmp_pa
         assert [found.correct_a, found.correct_b] == [correct[run] for run in pair]
 
 
+def test_class_names_in_another_unicode_form_are_the_same_classes(tmp_path: Path) -> None:
+    nfd = ["ant", "bee", "cafe\u0301", "dog", "eel"]
+    table = drawn(200, 6, classes=nfd)
+    runs = [commit(tmp_path / "nfd", table, classes=nfd)]
+    runs.append(commit(tmp_path / "nfc", table, classes=[*nfd[:2], "caf\u00e9", *nfd[3:]]))
+    found = compare(CompareConfig(run_a=str(runs[0]), run_b=str(runs[1])))
+    assert (found.paired.rows, found.unknown_label) == (200, 0)
+
+
 def test_fail_if_worse_fails_only_above_its_limit(tmp_path: Path) -> None:
     run_a, run_b, *_ = runs(tmp_path, share=0.03)
     found = compare(CompareConfig(run_a=str(run_a), run_b=str(run_b)))
@@ -202,6 +211,11 @@ def test_a_join_that_matches_nothing_or_twice_is_rejected(tmp_path: Path) -> Non
     run = commit(tmp_path / "far", other, fingerprint="1" * 32)
     with pytest.raises(RequestError, match="share no path"):
         compare(CompareConfig(run_a=str(run_a), run_b=str(run), on="path"))
+    empty = commit(tmp_path / "empty", other.slice(0, 0), fingerprint="2" * 32)
+    with pytest.raises(RequestError, match="empty: has no rows to compare"):
+        compare(CompareConfig(run_a=str(run_a), run_b=str(empty), on="path"))
+    with pytest.raises(RequestError, match="share no path"):
+        compare(CompareConfig(run_a=str(empty), run_b=str(run_a), on="path"))
 
 
 def test_runs_without_labels_are_rejected(tmp_path: Path) -> None:

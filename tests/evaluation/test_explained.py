@@ -14,6 +14,7 @@ import pytest
 from imgcls.errors import RequestError
 from imgcls.evaluation.compute import compute_evaluation
 from imgcls.evaluation.config import EvaluationOptions, ReportConfig
+from imgcls.evaluation.explained import list_overlays
 from imgcls.evaluation.report import write_report
 from imgcls.models.bundle import load_bundle
 from tests.browser import opened
@@ -44,7 +45,9 @@ def test_mistakes_have_maps_of_the_prediction_and_of_the_label(explained: Path) 
     found = compute_evaluation(str(explained), EvaluationOptions(explain=5), need_labels=True)
     rows = found.mistakes.slice(0, 5).to_pylist()
     assert set(found.overlays) == {
-        (row["row"], row[name]) for row in rows for name in ("predicted_label", "label")
+        (row["path"], row["row"], row[name])
+        for row in rows
+        for name in ("predicted_label", "label")
     }
     page = found.render(in_notebook=False)
     assert page.count("<summary>Why</summary>") == 5
@@ -56,7 +59,7 @@ def test_mistakes_have_maps_of_the_prediction_and_of_the_label(explained: Path) 
 def test_more_mistakes_than_the_gallery_has_are_explained(explained: Path) -> None:
     options = EvaluationOptions(explain=5, gallery=2)
     found = compute_evaluation(str(explained), options, need_labels=True)
-    assert len({row for row, _ in found.overlays}) == 5
+    assert len({row for _, row, _ in found.overlays}) == 5
     assert found.render(in_notebook=False).count("<summary>Why</summary>") == 5
     assert found.uncertain.num_rows == 2
 
@@ -79,7 +82,7 @@ def test_an_image_that_is_gone_has_no_map(explained: Path, tmp_path: Path) -> No
     image = (explained / gone["path"]).rename(tmp_path / "gone.jpg")
     after = compute_evaluation(str(explained), options, need_labels=True)
     image.rename(explained / gone["path"])
-    assert set(after.overlays) == {each for each in before.overlays if each[0] != gone["row"]}
+    assert set(after.overlays) == {each for each in before.overlays if each[1] != gone["row"]}
 
 
 def test_without_the_option_the_report_has_no_maps_and_no_model_is_read(explained: Path) -> None:
@@ -126,11 +129,21 @@ def test_false_positives_and_negatives_of_a_multilabel_run_have_the_map_of_their
     assert small.render(in_notebook=False).count("<summary>Why</summary>") == 12
 
 
-def rank_cells(mistakes: pa.Table) -> list[tuple[int, str]]:
-    """Row and class of mistakes, the most confident first."""
+def test_rows_of_a_history_with_one_number_have_their_own_overlays() -> None:
+    rows = [
+        {"path": f"/{night}.jpg", "row": 0, "predicted_label": "cat", "label": "dog"}
+        for night in ("first", "second")
+    ]
+    overlays = {(row["path"], 0, "cat"): f"of {row['path']}" for row in rows}
+    found = [[each["image"] for each in list_overlays(overlays, row)] for row in rows]
+    assert found == [["of /first.jpg"], ["of /second.jpg"]]
+
+
+def rank_cells(mistakes: pa.Table) -> list[tuple[str, int, str]]:
+    """Path, row and class of mistakes, the most confident first."""
     cells = mistakes.to_pylist()
     cells.sort(key=lambda cell: cell["score"] if cell["given"] else 1 - cell["score"])
-    return [(cell["row"], cell["label"]) for cell in cells]
+    return [(cell["path"], cell["row"], cell["label"]) for cell in cells]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -45,6 +46,26 @@ def test_joined_labels_give_the_metrics_of_labels_in_the_run(tmp_path: Path, sco
     assert got["accuracy"] == expected["accuracy"]
     assert got["top_3_accuracy"] == pytest.approx(expected["top_3_accuracy"], abs=2e-3)
     assert found.label_issues.num_rows == (known.label_issues.num_rows if scores else 0)
+
+
+def test_the_rank_of_a_listed_label_is_its_place_although_rounded_scores_are_equal(
+    tmp_path: Path,
+) -> None:
+    table = drawn(1, scores=False).drop_columns(["label", "label_score", "label_rank"])
+    listed = pa.array([["eel", "dog", "cat"]])
+    table = table.set_column(table.schema.get_field_index("topk_labels"), "topk_labels", listed)
+    equal = pa.FixedSizeListArray.from_arrays(pa.array(np.full(5, 0.2, np.float16)), 5)
+    folder = commit(tmp_path / "run", table.append_column("scores", equal), label_column=None)
+    run = open_run(str(folder))
+    ranks = {}
+    for label in CLASSES:
+        rows = [(table["path"][0].as_py(), label)]
+        file = write_manifest(tmp_path / f"{label}.csv", rows, ("path", "label"))
+        joined = JoinedLabels(LabelTableConfig(path=str(file)), run, "path")
+        [found] = [joined.join(each) for each in iter_tables(run, run.schema.names)]
+        [ranks[label]] = found["label_rank"].to_pylist()
+    assert [ranks[label] for label in ("eel", "dog", "cat")] == [1, 2, 3]
+    assert min(ranks["ant"], ranks["bee"]) > 3
 
 
 @pytest.mark.parametrize(

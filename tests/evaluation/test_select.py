@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from imgcls.errors import ConfigError, OutputError, RequestError
 from imgcls.evaluation.diversity import ClassCap, choose_first, choose_spread
 from imgcls.evaluation.select import Selection, select
+from imgcls.evaluation.uncertainty import compute_margin
 from imgcls.inference.history import CompactConfig, compact
+from imgcls.runs.committed import iter_tables, open_run
 from tests.conftest import draw
 from tests.evaluation.multilabel_runs import (
     THRESHOLDS,
@@ -24,7 +27,7 @@ from tests.evaluation.multilabel_runs import (
     draw_scores,
     draw_targets,
 )
-from tests.evaluation.runs import commit, drawn
+from tests.evaluation.runs import CLASSES, commit, drawn
 
 ROWS = 400
 
@@ -185,6 +188,36 @@ def test_a_history_is_no_run_of_which_disagreement_selects_rows(tmp_path: Path) 
     history = compact(CompactConfig(source=str(labels), output=str(tmp_path / "latest")))
     with pytest.raises(RequestError, match="is a history of several runs, which --by disagreement"):
         choose(tmp_path, Path(history), by="disagreement", other_run=str(night), on="path")
+
+
+def test_scores_of_a_history_are_used_if_all_its_bundles_had_the_same_classes(
+    tmp_path: Path,
+) -> None:
+    for name, classes in (("same", CLASSES), ("reversed", CLASSES[::-1])):
+        folder = tmp_path / name
+        commit(folder / "date=2026-11-01", drawn(30, 1, classes=classes), classes=classes)
+        commit(folder / "date=2026-11-02", drawn(30, 2))
+        history = compact(CompactConfig(source=str(folder), output=str(tmp_path / f"{name}-all")))
+        assert open_run(history).has_scores == (name == "same")
+    record = Path(history, "_run.json")
+    record.write_text(record.read_text().replace('"same_classes": false', '"other": 0'))
+    assert not open_run(history).has_scores
+
+
+def test_rows_of_a_history_with_one_score_have_no_margin(tmp_path: Path) -> None:
+    first, second = drawn(20, 1, scores=False), drawn(20, 2, scores=False)
+    for name in ("topk_labels", "topk_scores"):
+        shorter = pc.list_slice(first[name].combine_chunks(), 0, 1)
+        first = first.set_column(first.schema.get_field_index(name), name, shorter)
+    commit(tmp_path / "all" / "date=2026-11-01", first)
+    commit(tmp_path / "all" / "date=2026-11-02", second)
+    history = compact(CompactConfig(source=str(tmp_path / "all"), output=str(tmp_path / "latest")))
+    table = pa.concat_tables(iter_tables(open_run(history), ["topk_scores"]))
+    found = compute_margin(table, [])
+    lengths = pc.list_value_length(table["topk_scores"]).to_numpy()
+    assert sorted(lengths) == [1] * 20 + [3] * 20
+    assert np.isnan(found[lengths == 1]).all()
+    assert found[lengths == 3].tolist() == pytest.approx(margins(second).tolist())
 
 
 def test_scores_of_different_numbers_of_classes_have_no_entropy(tmp_path: Path) -> None:

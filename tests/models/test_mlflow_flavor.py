@@ -47,9 +47,11 @@ def test_an_image_that_cannot_be_used_is_a_row_with_its_status(
 
     model_store.register("multilabel", multilabel_bundle)
     model = pyfunc.load_model("models:/multilabel/1")
-    found = model.predict(pd.DataFrame({"path": [images[0], "/none.png"]}))
-    assert found["predicted_labels"].tolist() == [["red", "blue"], None]
-    assert found["status"].tolist() == ["ok", "missing"]
+    found = model.predict(pd.DataFrame({"path": [images[0], "/none.png", None]}))
+    assert found["predicted_labels"].tolist() == [["red", "blue"], None, None]
+    assert found["status"].tolist() == ["ok", "missing", "missing"]
+    found = model.predict(pd.DataFrame({"image": [Path(images[0]).read_bytes(), None]}))
+    assert found["status"].tolist() == ["ok", "empty"]
     with pytest.raises(Exception, match=r"one of the columns image \(bytes\) and path"):
         model.predict(pd.DataFrame({"path": [images[0]], "image": [b""]}))
 

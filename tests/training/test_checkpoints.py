@@ -155,16 +155,18 @@ def test_only_the_last_states_are_kept_and_the_best_weights_of_each(tmp_path: Pa
     }  # fmt: skip
 
 
-def test_pruning_leaves_the_identity_and_the_state_that_is_being_written(tmp_path: Path) -> None:
+def test_pruning_leaves_other_files_and_the_state_that_is_being_written(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
     checkpoints.start_run({"seed": 1})
     folder = saved(tmp_path, range(1, 5))
     for name in ("state-000009.pt", "best-000009.safetensors"):
         (folder / name).write_bytes(b"its marker is still to come")
+    (folder / "trackers.json").write_bytes(b"of no state")
     checkpoints = Checkpoints(str(tmp_path))
     checkpoints.save(build_progress(5, 0), state(5), None)
     checkpoints.wait_until_saved()
-    assert {IDENTITY_FILE, "state-000009.pt", "best-000009.safetensors"} <= names(folder)
+    kept = {IDENTITY_FILE, "trackers.json", "state-000009.pt", "best-000009.safetensors"}
+    assert kept <= names(folder)
     assert not (folder / "state-000003.pt").exists()
 
 

@@ -134,6 +134,16 @@ def test_dropout_is_set_where_the_head_has_some(name: str, options: dict[str, An
     assert [m.p for m in network.modules() if isinstance(m, nn.Dropout2d)] == before
 
 
+def test_the_dropout_of_a_transformers_tokens_is_not_that_of_its_head() -> None:
+    pytest.importorskip("timm")
+    for name in ("timm:vit_tiny_patch16_224", "timm:deit_tiny_distilled_patch16_224"):
+        network: Any = built(name, img_size=32, depth=1)
+        set_regularization(network, ModelConfig(dropout=0.45))
+        changed = [n for n, m in network.named_modules() if getattr(m, "p", None) == 0.45]
+        assert changed == ["head_drop"]
+        assert not any(head._forward_pre_hooks for head in zoo.find_heads(network).values())
+
+
 def test_a_head_without_dropout_gets_it_in_training_alone() -> None:
     network = built("resnet18")
     _, head = zoo.find_head(network)

@@ -17,10 +17,9 @@ from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
 from imgcls.training.epoch_metrics import EpochMetrics, TrainLoopResult
 from imgcls.training.publish import _build_spec
-from imgcls.training.search_space import TuneConfig
+from imgcls.training.search_space import TuneConfig, claim_search, parse_search_model
 from imgcls.training.setup import resolve_setup
 from imgcls.training.starting_model import check_space_models, find_starting_model, use_model
-from imgcls.training.tune import _claim_output
 from tests.mlflow_store import ModelStore
 
 EPOCH = EpochMetrics(1, 0.4, 0.9, 1.0, 0.5, 1e-3, 1.0, 1.0, 100, 10)
@@ -82,17 +81,25 @@ def test_a_search_resolves_an_alias_once_for_all_trials_and_when_it_is_resumed(
     config = build(TuneConfig, settings | {"tune": {"space": space}})
     found = find_starting_model(config)
     assert found is not None
-    _claim_output(use_model(config, found.pinned_uri), found.record)
+    inputs = {"data": {"train": "1" * 32}, "initial_weights": "2" * 32}
+    claim_search(use_model(config, found.pinned_uri), inputs, found.record)
     move_alias(model_store, color_bundle, tmp_path / "moved")
     again = find_starting_model(config)
     assert again == found
-    _claim_output(use_model(config, again.pinned_uri), again.record)
+    pinned = use_model(config, again.pinned_uri)
+    claim_search(pinned, inputs, again.record)
+    other = inputs | {"data": {"train": "3" * 32}}
+    with pytest.raises(OutputError, match="other images, labels or initial weights"):
+        claim_search(pinned, other, again.record)
     text = (tmp_path / "search" / "_tune.json").read_text()
     assert load_bundle(str(color_bundle)).sha256 in text
+    assert parse_search_model(text) == found.record
+    (tmp_path / "search" / "_tune.json").write_text(text.partition('{"inputs"')[0])
+    claim_search(pinned, other, again.record)  # a search of an earlier version
     newer = find_starting_model(config.model_copy(update={"overwrite": True}))
     assert newer is not None
     with pytest.raises(OutputError, match="has a search with other settings"):
-        _claim_output(use_model(config, newer.pinned_uri), newer.record)
+        claim_search(use_model(config, newer.pinned_uri), inputs, newer.record)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # as in the actor of a trial
     trial = build(TrainConfig, use_model(config, found.url).model_dump(exclude={"tune"}))
     assert resolve_setup(trial, found.record).identity["registered_model"] == found.record

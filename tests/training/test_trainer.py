@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.models import zoo
 from imgcls.training import trainer
 from imgcls.training.config import EarlyStoppingConfig, Strategy, TrainConfig
-from imgcls.training.data.batches import Batch
+from imgcls.training.data.batches import Batch, DecodeFailure
 from imgcls.training.data.targets import (
     NO_LABEL,
     TargetTable,
@@ -86,7 +87,8 @@ CLASSES, SIDE = 3, 8
 class Dataset:
     """Rows whose brightness is their class."""
 
-    def __init__(self, rows: int, seed: int) -> None:
+    def __init__(self, rows: int, seed: int, broken: frozenset[int] = frozenset()) -> None:
+        self.broken = broken
         rng = np.random.default_rng(seed)
         self.labels = rng.integers(0, CLASSES, rows)
         noise = rng.integers(0, 40, (rows, 3, SIDE, SIDE))
@@ -96,7 +98,14 @@ class Dataset:
         return len(self.labels)
 
     def iter_batches(self, rows: Sequence[Int64Array]) -> Iterator[Batch]:
-        return (Batch(self.pixels[each], self.labels[each], rows=each) for each in rows)
+        for each in rows:
+            good = np.array([row for row in each if row not in self.broken], np.int64)
+            failures = tuple(
+                DecodeFailure(f"{row}.png", int(self.labels[row]), False, "is empty", row, "empty")
+                for row in map(int, each)
+                if row in self.broken
+            )
+            yield Batch(self.pixels[good], self.labels[good], failures, good)
 
 
 class Images:
@@ -136,13 +145,13 @@ def build_trainer(
         device: str = "cpu",
         worker_precision: str = "fp32",
         targets: TargetTable = TargetTable(CLASSES),  # noqa: B008  it is frozen
+        images: Any = None,
         **settings: Any,
     ) -> Trainer:
         config = TrainConfig.model_validate(
             {"data": {"train": "none.csv"}, "output": str(tmp_path), "optim": {"lr": 1e-3}}
             | {"augment": "none", "epochs": 2, "batch_size": 20, **settings}
         )
-        images: Any = Images()
         spec = TrainLoopSpec(
             config=config,
             strategy=strategy,
@@ -151,7 +160,7 @@ def build_trainer(
             classes=["dark", "medium", "bright"],
             initial_weights=None,
             preprocess=Preprocess(resize=SIDE, crop=SIDE),
-            images=images,
+            images=images or Images(),
             class_weights=None,
             head_coefficients=(1.0,),
         )
@@ -234,6 +243,44 @@ def test_a_probe_changes_the_head_alone(build_trainer: Callable[..., Trainer]) -
     after = made.train_step.eval_network.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"head.4.weight", "head.4.bias"}
+
+
+@dataclass(frozen=True)
+class BrokenImages(Images):
+    """Images of which some cannot be decoded, by their numbers in each split."""
+
+    train: frozenset[int] = frozenset()
+    val: frozenset[int] = frozenset()
+
+    def load_split(self, *, held: bool) -> Dataset:
+        return Dataset(20, 2, self.val) if held else Dataset(60, 1, self.train)
+
+
+@pytest.mark.parametrize("strategy", ["probe", "scratch"])
+def test_images_that_cannot_be_decoded_are_counted_and_too_many_end_the_training(
+    build_trainer: Callable[..., Trainer], strategy: Strategy
+) -> None:
+    few = BrokenImages(frozenset({3}), frozenset({4, 5}))
+    settings: dict[str, Any] = {"data": {"train": "none.csv", "max_error_rate": 0.1}}
+    made = build_trainer(build_network(), strategy, images=few, **settings)
+    first = made.run(lambda epoch: None).history[0]
+    assert (first.train_rows, first.val_rows) == (59, 18)
+    assert (first.train_failed, first.val_failed) == (1, 2)
+    posts: Any = made.channel
+    assert sum("left out: 3.png: is empty" in str(post) for post in posts.posts) == 1
+
+    half = BrokenImages(frozenset(range(30)))
+    for images, failed, problem in (
+        (half, 30, None),
+        (BrokenImages(val=frozenset(range(20))), 20, "none of the validation images can be used"),
+        (BrokenImages(frozenset(range(60))), 60, "none of the training images can be used"),
+    ):
+        made.checkpoints.start_run({})
+        made = build_trainer(build_network(), strategy, images=images, **settings)
+        found = made.run(lambda epoch: None)
+        assert (found.failure_kind, found.problem) == ("failures", problem)
+        assert found.failed_images == (failed, 80)
+        assert found.history == ()
 
 
 def test_features_that_overflow_fail_the_training_with_advice(

@@ -105,6 +105,9 @@ def find_similar_pairs(unit: FloatArray, config: DuplicatesConfig) -> Pairs:
     unit: (N, E) float32, vectors of length 1
     Source: random hyperplane hashing, Charikar, STOC 2002.
     """
+    if len(unit) < 2:
+        none = np.empty(0, np.int64)
+        return Pairs(none, none, none.astype(np.int16), none.astype(bool))
     rng = np.random.default_rng(config.seed)
     planes = rng.standard_normal((unit.shape[1], _PLANES)).astype(np.float32)
     mean = unit.mean(axis=0)

@@ -86,13 +86,14 @@ class MetricLoggers:
         self._queues = [_LoggerQueue(logger) for logger in loggers]
         self._output = output
         self._is_open = False
+        self._last = -1
         self._lock = threading.Lock()
 
     @property
     def state(self) -> dict[str, Any]:
         return {queue.logger.name: dict(queue.logger.state) for queue in self._queues}
 
-    def start(self, settings: Mapping[str, Any], first: int = 1) -> None:
+    def start(self, settings: Mapping[str, Any], first: int = 0) -> None:
         """Begin the runs, or continue them; print where the training can be seen.
 
         settings: the resolved configuration, nested or flat
@@ -106,16 +107,18 @@ class MetricLoggers:
 
         with self._lock:
             self._is_open = True
+            self._last = first - 1
             self._send(start)
 
     def log_epoch(self, number: int, values: Mapping[str, float]) -> None:
         """Log the metrics of an epoch, named as the columns of history.parquet, without NaN.
 
-        Does nothing after `finish` or `stop`.
+        Does nothing after `finish` or `stop`, and for an epoch that is not after the last one.
         """
         known = _drop_nan(values)
         with self._lock:
-            if self._is_open:
+            if self._is_open and number > self._last:
+                self._last = number
                 self._send(lambda logger: logger.log_epoch(number, known))
 
     def finish(self, summary: Mapping[str, float], files: Sequence[str] = ()) -> None:

@@ -275,11 +275,18 @@ def evaluate_head(
 
 
 def describe_probe(
-    train: EvalMetrics, val: EvalMetrics, *, views: int, feature_seconds: float, seconds: float
+    train: EvalMetrics,
+    val: EvalMetrics,
+    *,
+    views: int,
+    failed: tuple[int, int],
+    feature_seconds: float,
+    seconds: float,
 ) -> EpochMetrics:
     """The metrics of a probe as those of epoch 0.
 
     views:           features per training image, each of which `train` counts as a row
+    failed:          numbers of training and of validation images that could not be decoded
     feature_seconds: time in which the features were made
     seconds:         duration of the probe
     """
@@ -297,6 +304,8 @@ def describe_probe(
         seconds=seconds,
         train_rows=train.rows // views,
         val_rows=val.rows,
+        train_failed=failed[0],
+        val_failed=failed[1],
     )
 
 

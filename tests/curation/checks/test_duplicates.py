@@ -103,6 +103,12 @@ def test_dissimilar_frames_of_a_scene_are_kept(tmp_path: Path) -> None:
     assert near.is_duplicate(np.flatnonzero(gone), kept).any(axis=1).all()
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_fewer_than_two_vectors_have_no_similar_pair(rows: int) -> None:
+    unit = np.ones((rows, 1), np.float32)
+    assert len(find_similar_pairs(unit, DuplicatesConfig())) == 0
+
+
 def test_small_images_are_duplicates_by_bytes_only(tmp_path: Path) -> None:
     digits = load_digits().images[:200].astype(np.uint8) * 16
     rows: list[Row] = [

@@ -177,13 +177,35 @@ def test_settings_that_a_task_or_a_probe_ignores_are_refused(tmp_path: Path) -> 
     asymmetric = config(loss={"negative_gamma": 4.0})
     check_task(asymmetric, examples, "scratch")
     for given, rows, strategy, message in (
-        (asymmetric, examples, "probe", "have no effect on a linear probe"),
+        (asymmetric, examples, "probe", "negative_gamma: has no effect on a linear probe"),
+        (
+            config(loss={"focal_gamma": 2.0, "label_smoothing": 0.1}),
+            single,
+            "probe",
+            "loss.focal_gamma, loss.label_smoothing: have no effect on a linear probe",
+        ),
+        (
+            config(data={"train": "x", "sampling": "balanced"}),
+            single,
+            "probe",
+            "data.sampling balanced: has no effect on a linear probe",
+        ),
         (asymmetric, single, "scratch", "negative_gamma: is for multilabel"),
         (config(best_by="val_mean_average_precision"), single, "scratch", "is for multilabel"),
         (config(data={"train": "x", "sampling": "balanced"}), examples, "scratch", "balanced"),
     ):
         with pytest.raises(ConfigError, match=message):
             check_task(given, rows, strategy)
+
+
+def test_a_mean_average_precision_without_positives_and_negatives_chooses_no_epoch(
+    tmp_path: Path,
+) -> None:
+    settings = {"data": "x", "output": "x", "best_by": "val_mean_average_precision"}
+    config = TrainConfig.model_validate(settings)
+    with pytest.raises(ConfigError, match=r"no class has validation images with and without it"):
+        check_task(config, read(write_lists(tmp_path / "few.parquet", LABELS, 2)), "scratch")
+    check_task(config, read(write_lists(tmp_path / "more.parquet", LABELS, 10)), "scratch")
 
 
 def test_an_earlier_training_has_the_same_identity(tmp_path: Path) -> None:

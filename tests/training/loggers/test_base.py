@@ -81,6 +81,16 @@ def test_settings_are_flattened_and_nan_is_left_out(
     assert capsys.readouterr().out == "recording: in memory\n"
 
 
+def test_an_epoch_is_logged_once() -> None:
+    logger = RecordingLogger()
+    loggers = MetricLoggers([logger], "/out")
+    loggers.start(SETTINGS, first=2)
+    for number in (1, 2, 1, 2, 3, 2):
+        loggers.log_epoch(number, values(number))
+    loggers.finish({})
+    assert [call[0] for call in logger.calls[1:-1]] == [2, 3]
+
+
 def test_flattening_keeps_values_that_are_no_section() -> None:
     assert flatten_settings({"a": {"b": {"c": 1}, "d": {}}, "e": None}) == {
         "a.b.c": 1,
