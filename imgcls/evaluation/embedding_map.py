@@ -200,7 +200,7 @@ def _select_shown(run: CommittedRun, table: pa.Table, label_column: str | None) 
             "label": pa.nulls(table.num_rows, pa.string())
             if label is None
             else label.cast(pa.string()),
-            "predicted_label": table["predicted_label"].cast(pa.string()),
+            "predicted_label": normalize_labels(table["predicted_label"]).cast(pa.string()),
             "confidence": table["confidence"],
             "label_score": pa.nulls(table.num_rows, pa.float32()) if score is None else score,
         }
@@ -219,7 +219,7 @@ def _describe_cluster(
     nearest = np.argsort(distance, kind="stable")[:_SHOWN_IMAGES]
     (label, count), *_ = Counter(own["predicted_label"].to_pylist()).most_common(1)
     # as in the metrics, labels that are no class of the model do not count
-    known = own.filter(pc.is_in(own["label"], value_set=pa.array(classes, pa.string())))
+    known = own.filter(pc.is_in(own["label"], value_set=normalize_labels(pa.array(classes))))
     accuracy: Any = pc.mean(pc.equal(known["label"], known["predicted_label"]).cast(pa.float64()))
     return Cluster(
         rows=len(members),

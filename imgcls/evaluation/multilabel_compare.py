@@ -201,7 +201,8 @@ class _PairCollector:
 
     def __init__(self, a: CommittedRun, b: CommittedRun, config: CompareConfig) -> None:
         self.a = a
-        self.classes = tuple(name for name in a.classes if name in set(b.classes))
+        names = [normalize_labels(pa.array(run.classes)).to_pylist() for run in (a, b)]
+        self.classes = tuple(name for name in names[0] if name in set(names[1]))
         if not self.classes:
             raise RequestError(f"{a.url} and {b.url} have no class in common")
         for run in (a, b):
@@ -212,7 +213,7 @@ class _PairCollector:
                 )
         self.labels, self.joined = require_label_lists(a, config.labels, config.on)
         self.slice_by = list(config.slice_by)
-        self.places = [[run.classes.index(name) for name in self.classes] for run in (a, b)]
+        self.places = [[own.index(name) for name in self.classes] for own in names]
         self.every = max(1, -(-min(a.rows, b.rows) * len(self.classes) // MAX_CELLS))
         self.cells: list[_Cells] = []
         self.slice_values: list[pa.Table] = []

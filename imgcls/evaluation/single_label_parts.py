@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.evaluation import confusion_plot
 from imgcls.evaluation.compute import Evaluation
 from imgcls.evaluation.explained import list_overlays
@@ -41,7 +42,8 @@ def build_galleries(evaluation: Evaluation, lists: Mapping[str, pa.Table]) -> di
     images = build_images(
         evaluation, {name: table["path"].to_pylist() for name, table in lists.items()}
     )
-    classes = frozenset(evaluation.run.classes)
+    names = evaluation.run.classes
+    classes = frozenset([*names, *normalize_labels(pa.array(names)).to_pylist()])
     return {
         name: [
             build_item(

@@ -152,6 +152,18 @@ def test_classes_of_both_models_are_compared(
     assert "have a label that is not a class of both models" in capsys.readouterr().out
 
 
+def test_class_names_in_another_unicode_form_are_the_same_classes(tmp_path: Path) -> None:
+    logits, targets = draw_cells(100, 1)
+    runs = []
+    for name, accented in (("nfd", "cafe\u0301"), ("nfc", "caf\u00e9")):
+        classes = [accented, *CLASSES[1:]]
+        table = build_table(logits, targets, classes=classes)
+        runs.append(commit_multilabel(tmp_path / name, table, classes=classes))
+    found = run_compare(*runs)
+    assert found.per_class["label"].to_pylist() == ["caf\u00e9", *CLASSES[1:]]
+    assert (found.num_differing, found.unknown_label) == (0, 0)
+
+
 def test_joined_labels_are_compared_as_those_of_the_run(
     tmp_path: Path, tables: tuple[pa.Table, pa.Table]
 ) -> None:
