@@ -131,7 +131,7 @@ def _list_added_columns(config: ManifestBuildConfig) -> tuple[str, ...]:
 def _list_images(config: ManifestBuildConfig, output: HeldOutput) -> str:
     """List the source into a folder of the output; an interrupted run keeps its listing."""
     folder = filesystem.join(output.url, LISTING_FOLDER)
-    if config.overwrite or not listing.is_listing_of(folder, config.source, config.labels):
+    if config.overwrite or listing.has_other_listing(folder, config.source, config.labels):
         filesystem.remove(folder)
     if not filesystem.exists(filesystem.join(folder, LISTING_DONE_FILE)):
         listed = ListingConfig(**config.model_dump(include=set(ListingConfig.model_fields)))

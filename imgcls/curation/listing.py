@@ -95,13 +95,22 @@ def build_listing(config: ListingConfig, lease: Lease) -> int:
     return rows
 
 
-def is_listing_of(folder: str, source: str, labels: bool) -> bool:
-    """Whether a folder has the listing, also an unfinished one, of this source."""
+def has_other_listing(folder: str, source: str, labels: bool) -> bool:
+    """Whether a folder has the listing, also an unfinished one, of another source."""
+    request = _build_request(source, labels)
     try:
         stored = json.loads(filesystem.read(filesystem.join(folder, LISTING_FILE)))
     except StorageMissing:
         return False
-    return (stored["source"], stored["labels"]) == (filesystem.absolute(source), labels)
+    except ValueError:
+        return True
+    same: bool = {name: stored[name] for name in request} == request
+    return not same
+
+
+def _build_request(source: str, labels: bool) -> dict[str, Any]:
+    """What a listing depends on."""
+    return {"source": filesystem.absolute(source).rstrip("/"), "labels": labels}
 
 
 def _plan_groups(config: ListingConfig, source: str, output: str) -> list[list[str]]:
@@ -109,7 +118,7 @@ def _plan_groups(config: ListingConfig, source: str, output: str) -> list[list[s
 
     The files above these folders are listed on the way down, into the first part.
     """
-    request = {"source": source, "labels": config.labels}
+    request = _build_request(source, config.labels)
     url, first = filesystem.join(output, LISTING_FILE), _get_part_url(output, 0)
     ours = set(_list_own_files(output))
     if others := set(filesystem.list_names(output)) - ours - {LEASE_FOLDER}:

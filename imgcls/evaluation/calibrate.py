@@ -284,10 +284,7 @@ def load_held_out(
     Raises RequestError if there are no scores, or no row has a label.
     """
     if not run.has_scores:
-        raise RequestError(
-            f"{run.url}: has no column 'scores', which calibration needs; rerun on the held-out "
-            "images with `imgcls predict --scores`"
-        )
+        raise RequestError(run.describe_missing_scores("calibration"))
     size = len(run.classes)
     every = max(1, -(-run.rows * size // MAX_SCORES))
     names = [

@@ -206,7 +206,14 @@ def _explain_omissions(
         what = "AUROC, average precision and the Brier score"
         if joined is not None:
             what += ", log loss and likely label errors"
-        yield f"{what} need the scores of all classes: run `imgcls predict --scores`."
+        remedy = ": run `imgcls predict --scores`."
+        if run.merged_runs:
+            remedy = (
+                " in one order, which this history does not have: its bundles had different "
+                "classes, or an earlier version compacted it. Compact it again, or evaluate one of "
+                "its runs."
+            )
+        yield f"{what} need the scores of all classes{remedy}"
 
 
 def _build_per_class(found: RunAggregate) -> pa.Table:

@@ -186,8 +186,9 @@ def _explain_omissions(run: CommittedRun, found: MultiLabelAggregate) -> Iterato
     if found.counts.labeled and not run.has_scores:
         yield (
             "mAP, AUROC, calibration, the images with mistakes and possible label errors need the "
-            "scores of all classes, which a history of several bundles does not have: evaluate one "
-            "of its runs."
+            "scores of all classes in one order, which this history does not have: its bundles had "
+            "different classes, or an earlier version compacted it. Compact it again, or evaluate "
+            "one of its runs."
         )
     elif found.pairs is not None and not found.pairs.together.size:
         yield f"Co-occurrence is counted for at most {MAX_COOCCURRENCE_CLASSES:,} classes."

@@ -143,9 +143,7 @@ def load_held_out_cells(
     Raises RequestError if no row has a label.
     """
     if not run.has_scores:
-        raise RequestError(
-            f"{run.url}: has the scores of bundles with different classes; pass a single run"
-        )
+        raise RequestError(run.describe_missing_scores("calibration"))
     every = max(1, -(-run.rows * len(run.classes) // MAX_CELLS))
     logits, targets = [], []
     seen = foreign = 0

@@ -207,10 +207,7 @@ class _PairCollector:
             raise RequestError(f"{a.url} and {b.url} have no class in common")
         for run in (a, b):
             if not run.has_scores:
-                raise RequestError(
-                    f"{run.url}: has the scores of bundles with different classes; pass a single "
-                    "run"
-                )
+                raise RequestError(run.describe_missing_scores("the comparison"))
         self.labels, self.joined = require_label_lists(a, config.labels, config.on)
         self.slice_by = list(config.slice_by)
         self.places = [[own.index(name) for name in self.classes] for own in names]

@@ -163,18 +163,14 @@ def _check_request(config: SelectConfig, run: CommittedRun) -> CommittedRun | No
             )
         for each in (run, other):
             if not each.has_scores:
-                raise RequestError(
-                    f"{each.url}: has no column 'scores', which by disagreement needs; predict "
-                    "again with --scores"
-                )
+                raise RequestError(each.describe_missing_scores("--by disagreement"))
     else:
         if config.other_run is not None:
             raise RequestError("other_run: has no effect without --by disagreement; remove it")
         measure = MEASURES[config.by][run.task]
         missing = [name for name in measure.columns if name not in run.schema.names]
         if not missing and "scores" in measure.columns and not run.has_scores:
-            # a history of bundles with different classes
-            missing = ["scores with one score per class"]
+            raise RequestError(run.describe_missing_scores(f"--by {config.by}"))
         if missing or (config.by == "margin" and run.task == "single_label" and run.top_k < 2):
             name = missing[0] if missing else "topk_scores with two classes"
             raise RequestError(
@@ -271,13 +267,13 @@ def _find_thresholds(run: CommittedRun) -> list[float]:
             bundle = read_description(run.provenance["config"]["model"])
         except (BundleError, StorageError):
             bundle = None
-        if bundle is not None and bundle.sha256 == run.bundle_sha256:
+        if bundle is not None and run.is_made_by(bundle.sha256):
             override = run.provenance["config"].get("threshold")
             return bundle.spec.resolve_thresholds(override)
         log.emit(
             "note",
-            f"the bundle of {run.url} cannot be read; the margin is that from a threshold of "
-            f"{threshold:g} for every class",
+            f"the bundle of {run.url} cannot be read, or did not make all of its rows; the margin "
+            f"is that from a threshold of {threshold:g} for every class",
         )
     return [float(threshold)] * len(run.classes)
 

@@ -266,7 +266,7 @@ def _measure_embedding_drift(output: str, reference: CommittedRun) -> None:
     apart: `metrics/embedding_drift.parquet`.
     """
     run = layout.load_run(output)
-    if run is None or run["identity"]["bundle"]["sha256"] != reference.bundle_sha256:
+    if run is None or not reference.is_made_by(run["identity"]["bundle"]["sha256"]):
         return
     parts = filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER))
     files = [filesystem.join(output, layout.PREDICTIONS_FOLDER, name) for name in sorted(parts)]

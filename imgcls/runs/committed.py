@@ -182,17 +182,37 @@ class CommittedRun:
 
     def check_bundle(self, bundle: Bundle) -> None:
         """Raise RequestError when another bundle made these predictions, or some of them."""
-        if self.merged_runs and set(self._read_bundle_hashes()) != {bundle.sha256}:
+        if self.is_made_by(bundle.sha256):
+            return
+        if self.merged_runs:
             raise RequestError(
                 f"{self.url}: is a history of runs, not all of which {bundle.url} made; pass one "
                 "of them"
             )
-        if bundle.sha256 != self.bundle_sha256:
-            raise RequestError(
-                f"{self.url}: was made by another bundle ({self.bundle_sha256[:12]}) than "
-                f"{bundle.url} ({bundle.sha256[:12]}); pass the bundle that made it, or run "
-                "`imgcls predict` with this one first"
+        raise RequestError(
+            f"{self.url}: was made by another bundle ({self.bundle_sha256[:12]}) than "
+            f"{bundle.url} ({bundle.sha256[:12]}); pass the bundle that made it, or run "
+            "`imgcls predict` with this one first"
+        )
+
+    def is_made_by(self, bundle_sha256: str) -> bool:
+        """Whether this bundle made all rows; of a history, a column of the table is read."""
+        if self.merged_runs:
+            return set(self._read_bundle_hashes()) == {bundle_sha256}
+        return self.bundle_sha256 == bundle_sha256
+
+    def describe_missing_scores(self, use: str) -> str:
+        """The error message where `has_scores` is false; use: what needs the scores."""
+        if self.merged_runs and "scores" in self.schema.names:
+            return (
+                f"{self.url}: is a history whose scores {use} cannot use: its bundles had "
+                "different classes, or an earlier version compacted it; compact it again, or pass "
+                "one of its runs"
             )
+        return (
+            f"{self.url}: has no column 'scores', which {use} needs; label the images again with "
+            "`imgcls predict --scores`"
+        )
 
     def _read_bundle_hashes(self) -> list[str]:
         """Hashes of the bundles that made the rows of a history."""

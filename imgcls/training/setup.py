@@ -136,7 +136,7 @@ def check_task(config: TrainConfig, examples: Examples, strategy: Strategy) -> N
     """Raise ConfigError for settings that the task does not have."""
     loss, task = config.loss, examples.targets.task
     if strategy == "probe":
-        _check_probe(config)
+        check_probe(config)
     if task == "single_label":
         if loss.negative_gamma is not None or loss.negative_margin:
             name = "negative_margin" if loss.negative_gamma is None else "negative_gamma"
@@ -160,14 +160,15 @@ def check_task(config: TrainConfig, examples: Examples, strategy: Strategy) -> N
     negatives = examples.count_negatives(held=True)
     assert negatives is not None
     has_both = any(map(min, positives, negatives))
-    if config.best_by == "val_mean_average_precision" and not has_both:
+    chooses_by_map = config.best_by == "val_mean_average_precision" and strategy != "probe"
+    if chooses_by_map and not has_both:
         raise ConfigError(
             "best_by val_mean_average_precision: no class has validation images with and without "
             "it; pass --best-by val_loss, or more validation images (data.val, data.val_fraction)"
         )
 
 
-def _check_probe(config: TrainConfig) -> None:
+def check_probe(config: TrainConfig) -> None:
     """Raise ConfigError for settings that a linear probe would ignore."""
     loss = config.loss
     ignored = {
@@ -180,9 +181,10 @@ def _check_probe(config: TrainConfig) -> None:
     names = [name for name, is_set in ignored.items() if is_set]
     if names:
         verb = "has" if len(names) == 1 else "have"
+        other = "" if config.data.embeddings is not None else ", or pass another --strategy"
         raise ConfigError(
             f"{', '.join(names)}: {verb} no effect on a linear probe; remove the setting (rare "
-            "classes can be weighted by loss.class_weights), or pass another --strategy"
+            f"classes can be weighted by loss.class_weights){other}"
         )
 
 

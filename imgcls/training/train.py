@@ -218,6 +218,8 @@ class _Run:
             outcome = fit_torch_trainer(spec, workers, channel, self.interruption)
         if self.checkpoints.read_identity() is None:
             filesystem.remove(self.checkpoints.folder)  # else it belongs to an unfinished training
+        if outcome.failure_kind == "failures":
+            self._raise_failure(outcome)
         url, curve = self.config.output, outcome.lr_curve
         if outcome.failure_kind is not None or len(curve) < 2:
             raise RunFailed(f"the LR range test failed: {outcome.problem or 'no step was made'}")

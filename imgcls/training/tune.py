@@ -55,7 +55,13 @@ from imgcls.training.search_space import (
     claim_search,
     resolve_search_paths,
 )
-from imgcls.training.setup import TrainSetup, decode_dataset, plan_decoding, resolve_setup
+from imgcls.training.setup import (
+    TrainSetup,
+    check_probe,
+    decode_dataset,
+    plan_decoding,
+    resolve_setup,
+)
 from imgcls.training.starting_model import (
     ModelRecord,
     check_space_models,
@@ -118,6 +124,7 @@ def tune(config: TuneConfig) -> TuneResult:
         config = use_model(config, starting.url)
     task = resolve_setup(build_trial_config(config, {}, config.output), record)
     check_teacher_axes(config, task.examples.targets.task)
+    check_probe_axes(config)
     with Interruption().handle_signals() as interruption:
         lease = Lease.acquire(config.output)
         try:
@@ -143,6 +150,22 @@ def check_teacher_axes(config: TuneConfig, task: TaskName) -> None:
         assert trial.teacher is not None
         try:
             check_teacher_keys(trial.teacher, task, trial.strategy or "scratch")
+        except ConfigError as error:
+            raise ConfigError(f"tune.space: {_format_values(values)}: {error}") from error
+
+
+def check_probe_axes(config: TuneConfig) -> None:
+    """Raise ConfigError for searched values that a trial with a linear probe would ignore."""
+    space = config.tune.space
+    names = ("data.sampling", "loss.focal_gamma", "loss.label_smoothing", "strategy")
+    keys = [key for key in names if key in space]
+    for drawn in itertools.product(*(space[key].list_extremes() for key in keys)):
+        values = dict(zip(keys, drawn, strict=True))
+        trial = build_trial_config(config, values, config.output)
+        if trial.strategy != "probe":
+            continue
+        try:
+            check_probe(trial)
         except ConfigError as error:
             raise ConfigError(f"tune.space: {_format_values(values)}: {error}") from error
 

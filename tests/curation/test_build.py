@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls import config as configuration
-from imgcls.curation import build
+from imgcls.curation import build, listing
 from imgcls.curation.build import CONTENT_COLUMNS, _check_columns, build_manifest
 from imgcls.curation.config import ManifestBuildConfig
 from imgcls.data import image_files
@@ -265,6 +265,21 @@ def test_a_listing_that_another_source_left_is_not_used(tmp_path: Path) -> None:
     assert build_from(source=str(tmp_path / "two"), **settings) == 1
     [batch] = open_manifest(ManifestConfig(path=str(tmp_path / "out"))).batches()
     assert batch.column("path").to_pylist() == [str(tmp_path / "two" / "z" / "1.jpg")]
+
+
+def test_the_listing_of_the_same_source_is_found_again(tmp_path: Path) -> None:
+    stored = tmp_path / "_listing.json"
+    assert not listing.has_other_listing(str(tmp_path), "s3://bucket/photos/", True)
+    stored.write_text('{"source": "s3://bucket/photos", "labels": true, "groups": [["a"]]}')
+    for source, labels, other in (
+        ("s3://bucket/photos/", True, False),
+        ("s3://bucket/photos", True, False),
+        ("s3://bucket/photos", False, True),
+        ("s3://bucket/others", True, True),
+    ):
+        assert listing.has_other_listing(str(tmp_path), source, labels) == other
+    stored.write_text('{"source": "s3:')
+    assert listing.has_other_listing(str(tmp_path), "s3://bucket/photos", True)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_bundles_with_other_classes_leave_lists_of_scores(tmp_path: Path) -> Non
     number(commit_multilabel(tmp_path / "labels" / "2", few, classes=CLASSES[:3]), 2)
     run = open_run(compact_runs(tmp_path))
     assert not run.has_scores
-    with pytest.raises(RequestError, match="bundles with different classes; pass a single run"):
+    with pytest.raises(RequestError, match="is a history whose scores the comparison cannot"):
         compare(CompareConfig(run_a=run.url, run_b=run.url, on="path"))
 
 

@@ -19,7 +19,7 @@ from imgcls.training.search_space import (
     check_space,
     resolve_search_paths,
 )
-from imgcls.training.tune import check_teacher_axes, resolve_concurrency
+from imgcls.training.tune import check_probe_axes, check_teacher_axes, resolve_concurrency
 
 
 def order(space: dict[str, Any], **more: Any) -> TuneConfig:
@@ -128,6 +128,14 @@ def test_a_searched_value_without_effect_on_the_teacher_is_refused(
     config = build(TuneConfig, {**config.model_dump(mode="json", exclude_none=True), **taught})
     with pytest.raises(ConfigError, match=words):
         check_teacher_axes(config, "single_label")
+
+
+def test_a_searched_value_that_a_probe_ignores_is_refused() -> None:
+    smoothing = {"loss.label_smoothing": {"choice": [0.0, 0.1]}}
+    check_probe_axes(order(smoothing))
+    check_probe_axes(order({"strategy": {"choice": ["probe", "finetune"]}}))
+    with pytest.raises(ConfigError, match=r"strategy probe: loss.label_smoothing: has no effect"):
+        check_probe_axes(order(smoothing | {"strategy": {"choice": ["finetune", "probe"]}}))
 
 
 def test_a_trial_is_the_training_with_the_drawn_values() -> None:

@@ -78,7 +78,7 @@ def open_teacher_run(teacher: TeacherConfig) -> CommittedRun:
             "different bundles; pass one of these runs, label them again with `imgcls predict "
             "--scores`, or pass --teacher.mode hard"
         )
-    if not run.has_scores and (teacher.mode == "soft" or run.task == "multilabel"):
+    if not run.has_scores and teacher.mode == "soft":
         raise RequestError(
             f"teacher.path {run.url}: has no scores of all classes; label it with `imgcls predict "
             "--scores`, or pass --teacher.mode hard"

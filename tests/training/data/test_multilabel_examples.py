@@ -205,6 +205,7 @@ def test_a_mean_average_precision_without_positives_and_negatives_chooses_no_epo
     config = TrainConfig.model_validate(settings)
     with pytest.raises(ConfigError, match=r"no class has validation images with and without it"):
         check_task(config, read(write_lists(tmp_path / "few.parquet", LABELS, 2)), "scratch")
+    check_task(config, read(write_lists(tmp_path / "two.parquet", LABELS, 2)), "probe")
     check_task(config, read(write_lists(tmp_path / "more.parquet", LABELS, 10)), "scratch")
 
 
