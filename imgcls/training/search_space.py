@@ -246,12 +246,12 @@ def claim_search(
         return
     if there in (mine, earlier):
         return
-    changed = "settings, or of another version of imgcls"
+    changed = "settings, or of another version of imgcls. Rerun its command"
     if there.startswith(earlier):
-        changed = "images, labels or initial weights: they have changed since"
+        changed = "images, labels or initial weights. Restore those"
     raise OutputError(
-        f"output {config.output}: has a search with other {changed}. Rerun its command to resume "
-        "it, pass --overwrite to replace it, or pass another --output."
+        f"output {config.output}: has a search with other {changed} to resume it, pass --overwrite "
+        "to replace it, or pass another --output."
     )
 
 

@@ -156,12 +156,16 @@ def check_task(config: TrainConfig, examples: Examples, strategy: Strategy) -> N
             "data.sampling balanced: is for one label per image; weight the positives of rare "
             "classes with loss.class_weights balanced instead"
         )
+    if config.best_by == "val_mean_average_precision" and strategy != "probe":
+        _check_has_average_precision(examples)
+
+
+def _check_has_average_precision(examples: Examples) -> None:
+    """Raise ConfigError where the mean average precision of the validation is undefined."""
     positives = examples.count_per_class(held=True)
     negatives = examples.count_negatives(held=True)
     assert negatives is not None
-    has_both = any(map(min, positives, negatives))
-    chooses_by_map = config.best_by == "val_mean_average_precision" and strategy != "probe"
-    if chooses_by_map and not has_both:
+    if not any(map(min, positives, negatives)):
         raise ConfigError(
             "best_by val_mean_average_precision: no class has validation images with and without "
             "it; pass --best-by val_loss, or more validation images (data.val, data.val_fraction)"

@@ -344,7 +344,6 @@ class Trainer:
         started = time.perf_counter()
         self.recorder = self._create_recorder()
         views = self.config.probe.views if self.train_step.augment.recipe.hflip else 1
-
         counts = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
 
         def iter_synced(images: ImageDataset) -> Iterator[Batch]:

@@ -34,6 +34,7 @@ from imgcls.errors import ConfigError, RequestError, RunFailed
 from imgcls.models.bundle import BUNDLE_FILE, TaskName
 from imgcls.runs.lease import Lease
 from imgcls.training import train as training
+from imgcls.training.config import TrainConfig
 from imgcls.training.data.cached import CachedImages
 from imgcls.training.data.teacher import check_teacher_keys
 from imgcls.training.epoch_metrics import EpochMetrics
@@ -142,11 +143,8 @@ def check_teacher_axes(config: TuneConfig, task: TaskName) -> None:
     """Raise ConfigError for searched values with which a key of the teacher has no effect."""
     if config.teacher is None:
         return
-    space = config.tune.space
-    keys = [key for key in space if key == "strategy" or key.startswith("teacher.")]
-    for drawn in itertools.product(*(space[key].list_extremes() for key in keys)):
-        values = dict(zip(keys, drawn, strict=True))
-        trial = build_trial_config(config, values, config.output)
+    keys = [k for k in config.tune.space if k == "strategy" or k.startswith("teacher.")]
+    for values, trial in _iter_extreme_trials(config, keys):
         assert trial.teacher is not None
         try:
             check_teacher_keys(trial.teacher, task, trial.strategy or "scratch")
@@ -156,18 +154,25 @@ def check_teacher_axes(config: TuneConfig, task: TaskName) -> None:
 
 def check_probe_axes(config: TuneConfig) -> None:
     """Raise ConfigError for searched values that a trial with a linear probe would ignore."""
-    space = config.tune.space
     names = ("data.sampling", "loss.focal_gamma", "loss.label_smoothing", "strategy")
-    keys = [key for key in names if key in space]
-    for drawn in itertools.product(*(space[key].list_extremes() for key in keys)):
-        values = dict(zip(keys, drawn, strict=True))
-        trial = build_trial_config(config, values, config.output)
+    keys = [key for key in names if key in config.tune.space]
+    for values, trial in _iter_extreme_trials(config, keys):
         if trial.strategy != "probe":
             continue
         try:
             check_probe(trial)
         except ConfigError as error:
             raise ConfigError(f"tune.space: {_format_values(values)}: {error}") from error
+
+
+def _iter_extreme_trials(
+    config: TuneConfig, keys: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], TrainConfig]]:
+    """All combinations of the extreme values of some axes, each with the training of its trial."""
+    space = config.tune.space
+    for drawn in itertools.product(*(space[key].list_extremes() for key in keys)):
+        values = dict(zip(keys, drawn, strict=True))
+        yield values, build_trial_config(config, values, config.output)
 
 
 def _run_search(config: TuneConfig, task: TrainSetup, interruption: Interruption) -> TuneResult:
