@@ -232,7 +232,7 @@ def check_drift(
     if reference is None:
         return
     _measure_embedding_drift(output, reference)
-    moved = _compute_drift(counts, reference)
+    moved = compute_drift(counts, count_reference(reference))
     layout.write_tables(filesystem.join(output, layout.METRICS_FOLDER), {"drift": moved})
     for row in moved.to_pylist():
         log.emit(
@@ -250,13 +250,13 @@ def check_drift(
             )
 
 
-def _compute_drift(counts: RunCounts, reference: CommittedRun) -> pa.Table:
-    """Drift of the predictions from those of a run with the same task."""
+def count_reference(reference: CommittedRun) -> RunCounts:
+    """Counts of the predictions of a reference; ValueError for one of a class that it lacks."""
     counter = TableCounter(reference.classes, task=reference.task)
-    then = counter.empty()
+    counts = counter.empty()
     for table in iter_tables(reference, counter.select_columns(reference.schema)):
-        then = merge_counts(then, counter.count(table))
-    return compute_drift(counts, then)
+        counts = merge_counts(counts, counter.count(table))
+    return counts
 
 
 def _measure_embedding_drift(output: str, reference: CommittedRun) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -245,6 +246,7 @@ def _write_run_record(output: str, runs: Sequence[CommittedRun], config: Compact
     run["same_classes"] = all(
         each.has_same_classes and each.classes == last.classes for each in runs
     )
+    run["classes"] = _list_classes(runs)
     run["sequence"] = max(order[0] for order in orders.values())
     for name in ("since", "refused"):
         run.pop(name, None)
@@ -253,6 +255,15 @@ def _write_run_record(output: str, runs: Sequence[CommittedRun], config: Compact
     run["provenance"] = build_provenance(last.provenance["config"] | own)
     body = (json.dumps(run, indent=2) + "\n").encode()
     filesystem.write(filesystem.join(output, layout.RUN_FILE), body)
+
+
+def _list_classes(runs: Sequence[CommittedRun]) -> list[str]:
+    """Classes of all runs: the newest run's in its order, then those that only older ones have."""
+    found: dict[str, str] = {}
+    for run in reversed(runs):
+        for name in run.classes:
+            found.setdefault(unicodedata.normalize("NFC", name), name)
+    return list(found.values())
 
 
 def _write_success(

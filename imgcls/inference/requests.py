@@ -37,6 +37,7 @@ from imgcls.errors import (
 from imgcls.execution.placement import MAX_STORAGE_WAITS
 from imgcls.execution.plan import DEFAULT_CHUNK_ROWS, MAX_CHUNK_ROWS, RunIdentity
 from imgcls.inference import registered_runs
+from imgcls.inference.commit import count_reference
 from imgcls.inference.config import PredictConfig
 from imgcls.inference.specs import find_embedding_type
 from imgcls.models.bundle import Bundle, load_bundle, require_int8, resolve_int8_engine
@@ -359,4 +360,13 @@ def open_reference(config: PredictConfig, bundle: Bundle) -> CommittedRun | None
             f"reference {run.url}: was labeled by a {run.task} bundle, but {bundle.url} is a "
             f"{bundle.spec.task} one; pass another --reference"
         )
+    if run.merged_runs and "same_classes" not in run.run_record:
+        # an earlier version stored only the classes of the newest bundle
+        try:
+            count_reference(run)
+        except ValueError as error:
+            raise RequestError(
+                f"reference {run.url}: cannot be compared ({error}). It is a history that an "
+                "earlier version compacted; compact it again"
+            ) from error
     return run

@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.errors import OutputError, RunFailed, TooManyErrors
+from imgcls.config import build
+from imgcls.errors import OutputError, RequestError, RunFailed, TooManyErrors
+from imgcls.evaluation.evaluate import evaluate
 from imgcls.inference.commit import check_drift, check_error_rates, report_exit, store_refusal
-from imgcls.inference.config import ErrorStatus
+from imgcls.inference.config import ErrorStatus, PredictConfig
+from imgcls.inference.history import CompactConfig, compact
+from imgcls.inference.requests import open_reference
 from imgcls.inference.status import read_status
 from imgcls.metrics import PredictionCounts
+from imgcls.models.bundle import load_bundle
 from imgcls.runs import layout
 from imgcls.runs.committed import open_run
 from tests.evaluation.runs import CLASSES, commit, drawn
 from tests.evaluation.test_similar import add_embeddings
+from tests.runs.embedded import save_with_head
 
 
 def failed(**status: int) -> PredictionCounts:
@@ -207,3 +214,36 @@ def test_the_drift_of_embeddings_of_the_same_bundle_is_written(
     other = commit_run("other", 0.0, bundle_sha256="0" * 64)
     check_drift(other, counts, reference, 0.25)
     assert not (tmp_path / "other" / "metrics" / "embedding_drift.parquet").exists()
+
+
+def test_a_history_knows_the_classes_of_all_its_nights(tmp_path: Path) -> None:
+    older = [*CLASSES[::-1], "no longer one"]
+    commit(tmp_path / "all" / "date=2026-11-01", drawn(300, 1, classes=older), classes=older)
+    newest = drawn(100, 2)
+    commit(tmp_path / "all" / "date=2026-11-02", newest)
+    history = compact(CompactConfig(source=str(tmp_path / "all"), output=str(tmp_path / "latest")))
+    reference = open_run(history)
+    assert reference.classes == (*CLASSES, "no longer one")
+    counts = PredictionCounts.from_table(newest, label_column=None, classes=CLASSES)
+    check_drift(str(tmp_path / "out"), counts, reference, None)
+    rows = pq.read_table(tmp_path / "out" / "metrics" / "drift.parquet").to_pylist()
+    assert [row["reference_rows"] for row in rows] == [400, 400]
+    table = pq.read_table(f"{history}/predictions")
+    right = pc.equal(table["predicted_label"], table["label"]).to_numpy().mean()
+    found = evaluate(predictions=history, output=str(tmp_path / "evaluation"))
+    accuracy = next(each.value for each in found.metrics if each.name == "accuracy")
+    assert accuracy == pytest.approx(right)
+
+
+def test_a_history_of_an_earlier_version_that_lacks_classes_is_refused(tmp_path: Path) -> None:
+    older = [*CLASSES, "no longer one"]
+    commit(tmp_path / "all" / "date=2026-11-01", drawn(300, 1, classes=older), classes=older)
+    commit(tmp_path / "all" / "date=2026-11-02", drawn(100, 2))
+    history = compact(CompactConfig(source=str(tmp_path / "all"), output=str(tmp_path / "latest")))
+    record = json.loads(Path(history, layout.RUN_FILE).read_text())
+    del record["same_classes"]
+    Path(history, layout.RUN_FILE).write_text(json.dumps(record | {"classes": CLASSES}))
+    bundle = load_bundle(str(save_with_head(tmp_path / "bundle", CLASSES, 1)))
+    settings = {"manifest": "m.csv", "model": bundle.url, "output": "out", "reference": history}
+    with pytest.raises(RequestError, match=r"'no longer one'.* compact it again"):
+        open_reference(build(PredictConfig, settings), bundle)
