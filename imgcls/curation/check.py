@@ -28,6 +28,7 @@ from imgcls.curation.checks.image_table import BoolArray, ImageTable, IntArray, 
 from imgcls.curation.checks.report import IssueSection
 from imgcls.curation.checks.similarity import iterate_groups
 from imgcls.curation.config import CheckConfig, Issue
+from imgcls.curation.outputs import check_not_read_again
 from imgcls.curation.scan import ScannedManifest, hold_output, scan_manifests
 from imgcls.data.manifests.label_columns import find_label_columns, is_list
 from imgcls.data.manifests.manifest import (
@@ -217,8 +218,12 @@ def _resolve_outputs(config: CheckConfig) -> tuple[str, str | None]:
 def _check_clean_target(
     clean: str | None, output: str, manifests: Sequence[Manifest], overwrite: bool
 ) -> None:
-    """Refuse to replace a table that an earlier check did not write."""
-    if clean is None or not filesystem.exists(clean):
+    """Refuse a part of a checked manifest, and a table that an earlier check did not write."""
+    if clean is None:
+        return
+    for manifest in manifests:
+        check_not_read_again(clean, manifest)
+    if not filesystem.exists(clean):
         return
     if clean in [filesystem.absolute(manifest.source) for manifest in manifests]:
         raise OutputError(f"output {clean}: is a manifest of this check; pass another --output")

@@ -13,8 +13,8 @@ from imgcls.errors import ManifestError
 def write_csv_manifest(target: str, rows: pa.Table, separator: str) -> None:
     """Write a manifest with the column `label`; lists in it become text.
 
-    A list without a class is the separator alone, and an unlabeled row has an empty text.
-    Raises ManifestError where a class name contains the separator, and for other nested columns.
+    A list without a class is the separator alone, and an unlabeled row has an empty text. Raises
+    ManifestError where a class name contains the separator, and for other nested columns and bytes.
     """
     index = rows.schema.get_field_index("label")
     if index >= 0 and pa.types.is_list(rows.schema.field(index).type):
@@ -25,13 +25,21 @@ def write_csv_manifest(target: str, rows: pa.Table, separator: str) -> None:
             join_names(column, separator, f"output {target}", "pass another --csv-separator"),
         )
     for field in rows.schema:
-        if pa.types.is_nested(field.type):
+        if pa.types.is_nested(field.type) or _is_binary(field.type):
             raise ManifestError(
                 f"output {target}: column {field.name!r} is {field.type}, which CSV cannot have; "
                 "remove it, or pass --output-format parquet"
             )
     with filesystem.open_write(target) as stream:
         pa_csv.write_csv(rows, stream)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
 
 
 def join_names(lists: pa.ListArray, separator: str, place: str, remedy: str) -> pa.Array:

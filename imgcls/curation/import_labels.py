@@ -39,7 +39,7 @@ from imgcls.curation.label_history import (
     recover_history,
     write_pending,
 )
-from imgcls.curation.label_lookup import FoundImages, find_images, iter_large_batches
+from imgcls.curation.label_lookup import ONTO_KEYS, FoundImages, find_images, iter_large_batches
 from imgcls.curation.label_merge import ImportedLabel, LabelMerger
 from imgcls.curation.label_summary import LabelImport, log_added, log_import
 from imgcls.data.annotations.annotation import Annotation, Export
@@ -130,7 +130,7 @@ def _hold_folder(folder: str) -> Iterator[Lease]:
 
 
 def _import_held(config: LabelsImportConfig, output: str, lease: Lease) -> LabelImport:
-    manifest = open_manifest(config.onto, keys=KeyNames("onto"))
+    manifest = open_manifest(config.onto, keys=ONTO_KEYS)
     check_output_file(config, output, manifest)
     several = is_multilabel(config, manifest)
     export = read_export(

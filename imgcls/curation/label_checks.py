@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import os
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +11,7 @@ from imgcls.curation.config import LabelsImportConfig
 from imgcls.curation.label_consensus import LabelDecision, LabelNames
 from imgcls.curation.label_history import HISTORY_FILE, PENDING_FILE
 from imgcls.curation.label_lookup import FoundImages
+from imgcls.curation.outputs import check_not_read_again, resolve_links
 from imgcls.data.manifests.manifest import Manifest, log_label_variants
 from imgcls.data.storage import filesystem
 from imgcls.errors import ConfigError, OutputError, RequestError
@@ -21,7 +19,6 @@ from imgcls.formatting import format_count, suggest_names
 
 _SHOWN = 10
 """Images of a kind that a message lists."""
-_GLOB = re.compile(r"[*?\[]")
 
 
 def check_output_name(output: str) -> None:
@@ -41,14 +38,10 @@ def check_output_file(config: LabelsImportConfig, output: str, manifest: Manifes
         raise OutputError(
             f"output {output}: exists; pass another --output, or --overwrite to replace it"
         )
-    target = _resolve_links(output)
-    if _is_read_with_manifest(config, target, manifest):
-        raise OutputError(
-            f"output {output}: is among the files of the manifest {config.onto.path}, which would "
-            "have its rows twice; pass an --output in another folder"
-        )
+    check_not_read_again(config.output, manifest)
+    target = resolve_links(output)
     history = filesystem.join(filesystem.parent(target), HISTORY_FILE)
-    if history in map(_resolve_links, manifest.files):
+    if history in map(resolve_links, manifest.files):
         raise OutputError(
             f"onto {config.onto.path}: is the history of labels of the folder of --output, which "
             "the import replaces; pass a manifest, or an --output in another folder"
@@ -57,7 +50,7 @@ def check_output_file(config: LabelsImportConfig, output: str, manifest: Manifes
     if config.images is not None:
         inputs["images"] = config.images.path
     for key, url in inputs.items():
-        resolved = _resolve_links(url)
+        resolved = resolve_links(url)
         if resolved == target:
             raise OutputError(f"output {output}: is the file of {key}; pass another --output")
         if key == "export" and filesystem.parent(target) == resolved.rstrip("/"):
@@ -65,43 +58,6 @@ def check_output_file(config: LabelsImportConfig, output: str, manifest: Manifes
                 f"output {output}: is in the folder of export, whose tables the next import reads; "
                 "pass an --output in another folder"
             )
-
-
-def _resolve_links(url: str) -> str:
-    """An absolute path without symbolic links; a URL is returned unchanged."""
-    absolute = filesystem.absolute(url)
-    return os.path.realpath(absolute) if filesystem.is_local(url) else absolute
-
-
-def _is_read_with_manifest(config: LabelsImportConfig, target: str, manifest: Manifest) -> bool:
-    """Whether a manifest of several files has, or will have, a file among them."""
-    source = config.onto.path
-    if filesystem.is_folder(source):
-        return target.startswith(f"{_resolve_links(source).rstrip('/')}/")
-    files = [_resolve_links(file) for file in manifest.files]
-    if len(files) > 1 and target in files:
-        return True
-    if filesystem.exists(source) or not _GLOB.search(source):
-        return False
-    folder, _, name = target.rpartition("/")
-    is_named = fnmatch.fnmatchcase(name, source.rpartition("/")[2])
-    if is_named and folder in {file.rpartition("/")[0] for file in files}:
-        return True
-    pattern = filesystem.absolute(source).split("/")
-    at = next(at for at, part in enumerate(pattern) if _GLOB.search(part))
-    start = _resolve_links("/".join(pattern[:at]) or "/").rstrip("/")
-    return _is_matched(target.split("/"), [*start.split("/"), *pattern[at:]]) or _is_matched(
-        filesystem.absolute(config.output).split("/"), pattern
-    )
-
-
-def _is_matched(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the names of a path match a glob; `**` is any number of folders."""
-    if not pattern or not parts:
-        return not parts and all(each == "**" for each in pattern)
-    if pattern[0] == "**":
-        return _is_matched(parts, pattern[1:]) or _is_matched(parts[1:], pattern)
-    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _is_matched(parts[1:], pattern[1:])
 
 
 def is_multilabel(config: LabelsImportConfig, manifest: Manifest) -> bool:

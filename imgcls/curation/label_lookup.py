@@ -18,10 +18,12 @@ from imgcls.curation.label_consensus import LabelNames
 from imgcls.data.annotations.annotation import Export
 from imgcls.data.manifests.image_urls import read_urls, resolve_urls
 from imgcls.data.manifests.manifest import Manifest, normalize_labels, resolve_path
+from imgcls.data.manifests.options import KeyNames
 from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError
 from imgcls.formatting import format_count, format_list
 
+ONTO_KEYS = KeyNames("onto")
 _BATCH_ROWS = 262_144
 _SUFFIX = r"\.[^./]*$"
 _MAX_CANDIDATES = 4
@@ -170,7 +172,7 @@ def read_label_sets(manifest: Manifest, batch: pa.RecordBatch) -> list[LabelName
         return [None if each is None else frozenset(each) for each in lists]
     if manifest.label_column is None:
         return [None] * batch.num_rows
-    labels = normalize_labels(batch.column(manifest.label_column)).to_pylist()
+    labels = normalize_labels(batch.column(manifest.label_column), ONTO_KEYS).to_pylist()
     return [None if each is None else frozenset([each]) for each in labels]
 
 
@@ -193,7 +195,7 @@ def _count_classes(manifest: Manifest, batch: pa.RecordBatch, counts: Counter[st
     if manifest.label_columns is not None:
         counts.update(manifest.label_columns.count_names(batch, f"manifest {manifest.source}"))
     elif manifest.label_column is not None:
-        labels = normalize_labels(batch.column(manifest.label_column)).drop_null()
+        labels = normalize_labels(batch.column(manifest.label_column), ONTO_KEYS).drop_null()
         counted = pc.value_counts(labels).to_pylist()
         counts.update({each["values"]: each["counts"] for each in counted})
 

@@ -12,6 +12,7 @@ import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -312,12 +313,17 @@ class LabelMerger:
                     column = column.cast(pa.int8())
             else:
                 column = pa.nulls(table.num_rows, pa.int8())
-            values = pa.array(self._targets[:, index])
-            kind = column.type
-            values = values.cast(pa.bool_() if pa.types.is_boolean(kind) else kind)
+            values = _convert_targets(self._targets[:, index], column.type)
             places = changes.find_places(index)
             table = _set(table, column_name, _choose(column, values, places))
         return table
+
+
+def _convert_targets(targets: npt.NDArray[np.int8], kind: pa.DataType) -> pa.Array:
+    """Values 0 and 1 of a class column in its type."""
+    if pa.types.is_decimal(kind):  # Arrow refuses the cast of int8 to fewer than three digits
+        return pa.array([Decimal(int(value)) for value in targets], kind)
+    return pa.array(targets).cast(kind)
 
 
 def _choose(own: pa.Array, values: pa.Array, places: npt.NDArray[np.int64]) -> pa.Array:

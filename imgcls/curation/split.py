@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import re
 import sys
 from collections import Counter
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.curation.config import BY_CONTENT, SplitConfig
+from imgcls.curation.outputs import check_not_read_again
 from imgcls.curation.stratification import Unit, stratify
 from imgcls.data import image_files
 from imgcls.data.decoding.image_features import compute_digest
@@ -40,6 +42,7 @@ from imgcls.errors import (
     OutputError,
     StorageMissing,
 )
+from imgcls.runs.committed import is_scalar_type
 
 DIGEST_COLUMN = "digest"
 NO_LABEL = "(no label)"
@@ -64,8 +67,16 @@ def split_manifest(config: SplitConfig) -> dict[str, int]:
             f"manifest {manifest.source}: no column {config.by!r} to split by (found: "
             f"{', '.join(manifest.schema.names)}); name another, or pass --by content"
         )
+    if config.by != BY_CONTENT and not is_scalar_type(manifest.schema.field(config.by).type):
+        raise ManifestError(
+            f"manifest {manifest.source}: column {config.by!r} is "
+            f"{manifest.schema.field(config.by).type}; rows are grouped by text, numbers or times. "
+            "Pass another --by"
+        )
     shares = _resolve_shares(config)
     files = list_part_files(config)
+    for name in itertools.chain.from_iterable(files.values()):
+        check_not_read_again(filesystem.join(config.output, name), manifest)
     ours = {name.partition("/")[0] for each in files.values() for name in each}
     stale = _check_output(output, ours, config.overwrite) - ours
     _check_input(output, ours | stale, manifest)
@@ -203,6 +214,20 @@ def _hash_key(key: bytes, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8, salt=salt).digest(), "little")
 
 
+def _read_digests(manifest: Manifest, column: pa.ChunkedArray) -> list[str | None]:
+    """Digests of the images' bytes, as text or as bytes."""
+    kind = column.type
+    if pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        return [None if digest is None else digest.hex() for digest in column.to_pylist()]
+    if not is_scalar_type(kind):
+        raise ManifestError(
+            f"manifest {manifest.source}: column {DIGEST_COLUMN!r} is {kind}, not a digest; rename "
+            "it, or leave it out with --manifest.drop-columns"
+        )
+    digests: list[str | None] = column.cast(pa.string()).to_pylist()
+    return digests
+
+
 def list_part_files(config: SplitConfig) -> dict[str, list[str]]:
     """The output files of each part; with folds a part is in every fold, as val or train."""
     if config.folds is None:
@@ -244,7 +269,7 @@ def _compute_keys(
     paths = table.column(manifest.path_column).cast(pa.string()).to_pylist()
     digests: list[str | None] = [None] * len(paths)
     if DIGEST_COLUMN in table.schema.names:
-        digests = table.column(DIGEST_COLUMN).cast(pa.string()).to_pylist()
+        digests = _read_digests(manifest, table.column(DIGEST_COLUMN))
     unknown = [
         manifest.resolve(path)
         for path, digest in zip(paths, digests, strict=True)

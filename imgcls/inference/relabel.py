@@ -24,7 +24,7 @@ from imgcls.cluster import interrupts
 from imgcls.config import requested
 from imgcls.data.manifests.image_urls import resolve_urls
 from imgcls.data.manifests.manifest import normalize_labels
-from imgcls.data.manifests.schemas import conform_table, widen_dictionaries
+from imgcls.data.manifests.schemas import conform_table, widen_types
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import OK, RequestError
 from imgcls.execution.plan import Plan, RunIdentity, parse_plan
@@ -249,7 +249,7 @@ class _Relabeling:
             tables = (pa.Table.from_batches([each]) for each in file.iter_batches(rows))
             for table in tables if file.metadata.num_rows else [file.schema_arrow.empty_table()]:
                 self._interruption.check()
-                yield self._label(conform_table(table, widen_dictionaries(table.schema), url))
+                yield self._label(conform_table(table, widen_types(table.schema), url))
 
     def _label(self, table: pa.Table) -> pa.Table:
         """The manifest columns of a table, with the new predictions."""

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import ray
 
 from imgcls.cluster.autoscaler import WaitTimeout
-from imgcls.data.manifests.schemas import conform_table, widen_dictionaries
+from imgcls.data.manifests.schemas import conform_table, widen_types
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import OK, RunFailed
 from imgcls.execution.completed import CompletedChunks, read_chunk_table
@@ -206,9 +206,7 @@ def _join_part(output: str, plan: Plan, part: int) -> Iterator[pa.Table]:
         shard = pq.ParquetFile(stream)
         for index, chunk in enumerate(plan.chunks_of(part)):
             rows = read_shard_chunk(shard, plan, index)
-            rows = conform_table(
-                rows, widen_dictionaries(rows.schema), layout.shard_url(output, part)
-            )
+            rows = conform_table(rows, widen_types(rows.schema), layout.shard_url(output, part))
             predicted = read_chunk_table(layout.chunk_url(output, part, chunk, plan.run_id))
             for name in predicted.schema.names:
                 rows = rows.append_column(predicted.schema.field(name), predicted.column(name))
@@ -221,7 +219,7 @@ def _replace_rows(
     with filesystem.open_read(target) as stream:
         for batch in pq.ParquetFile(stream).iter_batches(batch_size=_ROW_GROUP_ROWS):
             table = pa.Table.from_batches([batch])
-            table = conform_table(table, widen_dictionaries(table.schema), target)
+            table = conform_table(table, widen_types(table.schema), target)
             present = table.column("row").to_numpy()
             position = np.searchsorted(present, rows)
             inside = (position < len(present)) & (

@@ -137,12 +137,15 @@ def encode_classes(column: pa.ChunkedArray, classes: Sequence[str]) -> Ints:
     Returns
     -------
     ndarray of int64, shape (N,)
-        UNKNOWN_LABEL (-1) for a name that is not a class, NULL_LABEL (-2) for a null or blank name.
+        UNKNOWN_LABEL (-1) for a name that is not a class, NULL_LABEL (-2) for null, NaN or a blank
+        name.
 
     Examples
     --------
     >>> encode_classes(pa.chunked_array([["dog", "fox", None]]), ["cat", "dog"]).tolist()
     [1, -1, -2]
+    >>> encode_classes(pa.chunked_array([[7.0, float("nan")]]), ["3", "7"]).tolist()
+    [1, -2]
     """
     names = pc.utf8_normalize(pa.array(classes, pa.large_string()), form="NFC")
     parts = [_encode_chunk(chunk, names) for chunk in column.chunks]
@@ -160,6 +163,8 @@ def _encode_chunk(chunk: pa.Array, names: pa.Array) -> Ints:
 
 
 def _encode_names(values: pa.Array, names: pa.Array) -> Ints:
+    if pa.types.is_floating(values.type):
+        values = pc.if_else(pc.is_nan(values), None, values)  # integers of pandas with a gap
     # Large, because the text of a whole column may exceed the 2 GiB of a plain string array.
     text = pc.utf8_normalize(values.cast(pa.large_string()), form="NFC")
     text = pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), None, text)

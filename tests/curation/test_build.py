@@ -287,6 +287,7 @@ def test_the_listing_of_the_same_source_is_found_again(tmp_path: Path) -> None:
     [
         ({"label": [["a;b"]]}, "the class name 'a;b' contains the separator ';'; pass another"),
         ({"boxes": [[1]]}, "column 'boxes' is list<.*>, which CSV cannot have"),
+        ({"mark": [b"\xff"]}, "column 'mark' is binary, which CSV cannot have"),
     ],
 )
 def test_what_a_csv_cannot_have_is_refused(

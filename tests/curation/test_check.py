@@ -90,6 +90,16 @@ def test_overwrite_removes_no_input(tmp_path: Path) -> None:
     assert (out / "clean.parquet").exists()
 
 
+def test_a_clean_manifest_does_not_join_the_tables_that_are_checked(tmp_path: Path) -> None:
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    write_table(str(folder / "part-0.parquet"), pa.table({"path": ["a.jpg"]}))
+    for manifest in (folder, folder / "*.parquet"):
+        with pytest.raises(OutputError, match="would have its rows twice"):
+            check(manifest=str(manifest), output=str(folder / "clean.parquet"), drop=["tiny"])
+    assert [each.name for each in folder.iterdir()] == ["part-0.parquet"]
+
+
 def test_another_manifest_may_have_another_label_column(tmp_path: Path) -> None:
     write_manifest(tmp_path / "train.csv", [("a.jpg", "cat")], ("path", "species"))
     write_manifest(tmp_path / "test.csv", [("b.jpg", "dog")], ("path", "label"))

@@ -7,6 +7,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,38 @@ def test_labels_in_a_column_per_class_stay_there(tmp_path: Path) -> None:
     assert table["dog"].to_pylist() == ["0", "0", "1"]
 
 
+@pytest.mark.parametrize("kind", [pa.decimal128(1, 0), pa.decimal128(5, 2), pa.bool_(), pa.int8()])
+def test_class_columns_keep_their_type(tmp_path: Path, kind: pa.DataType) -> None:
+    def column(values: list[int | None]) -> pa.Array:
+        known = [None if value is None else Decimal(value) for value in values]
+        return pa.array(known, pa.decimal128(5, 2)).cast(pa.int8()).cast(kind, safe=False)
+
+    own = {"cat": [1, None], "dog": [0, 1]}
+    if kind == pa.decimal128(1, 0):
+        columns = {
+            name: pa.array([None if v is None else Decimal(v) for v in values], kind)
+            for name, values in own.items()
+        }
+    else:
+        columns = {name: column(values) for name, values in own.items()}
+    onto = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"path": ["/a.jpg", "/b.jpg"], **columns}), onto)
+    export = write_labels(tmp_path, [("/b.jpg", ["cat"], "ann", 1)], several=True)
+    config = {"path": str(onto), "label_columns": "cat,dog"}
+    import_labels(export=export, onto=config, output=tmp_path / "out" / "new.parquet")
+    table = pq.read_table(tmp_path / "out" / "new.parquet")
+    assert (table["cat"].type, table["dog"].type) == (kind, kind)
+    assert [table["cat"].to_pylist(), table["dog"].to_pylist()] == [[1, 1], [0, 0]]
+
+
+def test_a_label_column_without_names_is_refused_by_its_option(tmp_path: Path) -> None:
+    onto = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"path": ["/a.jpg"], "label": [{"name": "cat"}]}), onto)
+    export = write_labels(tmp_path, [("/a.jpg", "cat", "ann", 1)])
+    with pytest.raises(ManifestError, match=r"name another --onto\.label-column"):
+        merge(tmp_path, export, onto)
+
+
 def test_labels_with_a_separator_stay_text(tmp_path: Path) -> None:
     onto = tmp_path / "train.csv"
     onto.write_text("path,label\n/a.jpg,cat;dog\n/b.jpg,dog\n")
@@ -425,6 +458,8 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "other.csv": ("path,klass\n/a.jpg,cat\n", "no column 'label'"),
     "labels.json": ('{"classes": ["cat"], "labels": {"a": 7}}', "the label 7"),
     "latin.csv": ("path,label\n/a.jpg,K\u00e4se\n".encode("latin-1"), "save it as CSV UTF-8"),
+    "wide.csv": ("path,label\n/a.jpg,cat\n".encode("utf-16-le"), "mark; save it as CSV UTF-8"),
+    "quote.csv": ('path,label\n"/a.jpg,cat\n', "/a.jpg,cat'; save it as CSV UTF-8"),
     "bz2.zip": (damage_archive(zipfile.ZIP_BZIP2), "damaged ZIP"),
     "lzma.zip": (damage_archive(zipfile.ZIP_LZMA), "damaged ZIP"),
     "encoding.xml": ('<?xml version="1.0" encoding="klingon"?><annotations/>', "damaged XML"),

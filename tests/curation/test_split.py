@@ -16,6 +16,7 @@ from imgcls.config import build
 from imgcls.curation.config import SplitConfig
 from imgcls.curation.split import assign_parts, split_manifest
 from imgcls.data import image_files
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ConfigError, ManifestError, OutputError
 from tests.conftest import draw, write_manifest
 
@@ -155,6 +156,40 @@ def test_digests_of_a_manifest_are_used_and_no_image_is_read(tmp_path: Path) -> 
     for row in rows_of(tmp_path / "out").values():
         found[row["digest"]].add(row["part"])
     assert all(len(parts) == 1 for parts in found.values())
+
+
+def test_digests_may_be_bytes(tmp_path: Path) -> None:
+    rows = [(f"gone/{i}.png", bytes([255, i // 2] * 8)) for i in range(40)]
+    parts = []
+    for number, kind in enumerate((pa.binary(16), pa.binary(), pa.string())):
+        digests = [digest.hex() if kind == pa.string() else digest for _, digest in rows]
+        table = {"path": [path for path, _ in rows], "digest": pa.array(digests, kind)}
+        manifest = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table(table), manifest)
+        split_manifest(split_config(manifest, tmp_path / f"split-{number}"))
+        found = rows_of(tmp_path / f"split-{number}")
+        parts.append({path: row["part"] for path, row in found.items()})
+    assert parts[0] == parts[1] == parts[2]
+
+
+@pytest.mark.parametrize(
+    ("column", "by", "message"),
+    [("tags", "tags", "'tags' is list<.*Pass another --by"), ("digest", "content", "not a digest")],
+)
+def test_a_column_of_lists_is_refused(tmp_path: Path, column: str, by: str, message: str) -> None:
+    pq.write_table(pa.table({"path": ["a.png"], column: [["x"]]}), tmp_path / "m.parquet")
+    with pytest.raises(ManifestError, match=message):
+        split_manifest(split_config(tmp_path / "m.parquet", tmp_path / "out", by=by))
+
+
+def test_a_folder_of_tables_gets_no_parts(tmp_path: Path) -> None:
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    photographs(tmp_path, 12).rename(folder / "all.csv")
+    with pytest.raises(OutputError, match="would have its rows twice"):
+        split_manifest(split_config(folder, folder, by="patient"))
+    split_manifest(split_config(folder, folder / "parts", by="patient"))
+    assert open_manifest(ManifestConfig(path=str(folder))).files == (str(folder / "all.csv"),)
 
 
 def test_only_images_without_a_digest_are_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,30 @@ def test_the_curve_ends_at_accuracy_and_its_area_is_the_mean_risk() -> None:
     risk = (np.cumsum(~order) / np.arange(1, 1001)).mean()
     assert selective.area_under_risk_coverage(counts.counts.sum(1)) == pytest.approx(risk, abs=0.01)
     assert selective.area_under_risk_coverage(np.zeros((3, len(THRESHOLD_GRID)), int)) is None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 20])
+def test_the_area_of_few_rows_is_their_mean_risk(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    for _ in range(20):
+        cells = np.zeros((3, 40), int)  # one row at most in each
+        chosen, wrong = rng.permutation(40)[:rows], rng.integers(0, 2, rows)
+        cells[wrong, chosen] = 1
+        ranked = wrong[np.argsort(-chosen)]
+        risk = (np.cumsum(ranked == selective.WRONG) / np.arange(1, rows + 1)).mean()
+        assert selective.area_under_risk_coverage(cells) == pytest.approx(risk)
+
+
+def test_rows_of_one_cell_count_in_random_order() -> None:
+    cells = np.zeros((3, 4), int)
+    cells[:, 3], cells[:, 1] = (3, 1, 0), (1, 2, 0)
+    orders = [
+        [*first, *last]
+        for first in set(itertools.permutations([0, 0, 0, 1]))
+        for last in set(itertools.permutations([0, 1, 1]))
+    ]
+    risks = [(np.cumsum(order) / np.arange(1, 8)).mean() for order in orders]
+    assert selective.area_under_risk_coverage(cells) == pytest.approx(np.mean(risks))
 
 
 def test_the_grid_holds_float32_numbers_from_0_to_nearly_1() -> None:

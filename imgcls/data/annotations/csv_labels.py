@@ -65,10 +65,10 @@ def read_csv(url: str, *, several: bool) -> Export:
     try:
         return _read(url, several=several)
     except ManifestError as error:
-        if not isinstance(error.__cause__, UnicodeDecodeError):
-            raise
+        # its remedy names options of a manifest, which an export does not have
+        what = str(error).removeprefix(f"manifest {url}: ").rpartition("; ")[0]
         raise RequestError(
-            f"{url}: is not UTF-8 text ({error.__cause__}); save it as CSV UTF-8"
+            f"{url}: {what}; save it as CSV UTF-8, with the quotes inside values doubled"
         ) from error
 
 

@@ -33,7 +33,7 @@ fast as its index is loaded."""
 _CACHED_MEMBERS = 2_000_000
 """Maximum number of members in the indexes that a process keeps, about 100 bytes each."""
 _BATCH_MEMBERS = 65_536
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _LINK = "link: "
 _MAX_LINKS = 8
 

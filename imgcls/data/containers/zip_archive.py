@@ -34,8 +34,9 @@ _METHODS = {
 }  # fmt: skip
 _AES = 99
 _ENCRYPTED, _UTF8 = 0x1, 0x800
-_ZIP64 = 1
-_UNIX = 3
+_ZIP64, _UNICODE_PATH = 1, 0x7075
+_UNIX, _WINDOWS = 3, (0, 10)
+"""Hosts of archives: MS-DOS or FAT, and NTFS, are `_WINDOWS`."""
 
 
 class ZipArchive(Archive):
@@ -186,19 +187,50 @@ def _parse_entry(
     end = extra_at + extra_bytes + comment_bytes
     if end > len(data):
         return None
-    raw = data[name_at:extra_at].partition(b"\0")[0]
-    name = archive_index.decode_name(raw) if flags & _UTF8 else raw.decode("cp437")
+    raw, extra = data[name_at:extra_at], data[extra_at : extra_at + extra_bytes]
+    name = _decode_name(raw, extra, is_utf8=bool(flags & _UTF8))
+    host = made_by >> 8
+    if host in _WINDOWS and "/" not in name:
+        name = name.replace("\\", "/")  # as PowerShell 5.1 and old .NET write folders
     name = name.removeprefix("./")
     if name.endswith("/") or not name:
         return None, end
     if 0xFFFFFFFF in (size, stored, offset):
-        extra = data[extra_at : extra_at + extra_bytes]
         size, stored, offset = _read_zip64(file, extra, size, stored, offset)
-    is_link = made_by >> 8 == _UNIX and stat.S_ISLNK(mode >> 16)
+    is_link = host == _UNIX and stat.S_ISLNK(mode >> 16)
     problem = _find_problem(flags, method, is_link=is_link)
     if not problem and offset + shift + stored > file.size:
         problem = "truncated: the archive ends before the file does"
     return Member(name, offset + shift, size, stored, method, crc, problem), end
+
+
+def _decode_name(raw: bytes, extra: bytes, *, is_utf8: bool) -> str:
+    """The name of a member as text.
+
+    Info-ZIP and macOS write UTF-8 without the flag for it; Info-ZIP also writes the name in UTF-8
+    to an extra field, whose CRC-32 is that of the name in the header.
+    """
+    if not is_utf8:
+        field = _find_extra_field(extra, _UNICODE_PATH)
+        if field is not None and field[1:5] == struct.pack("<L", zlib.crc32(raw)):
+            raw, is_utf8 = field[5:], True
+    raw = raw.partition(b"\0")[0]
+    if is_utf8:
+        return archive_index.decode_name(raw)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("cp437")
+
+
+def _find_extra_field(extra: bytes, kind: int) -> bytes | None:
+    at = 0
+    while at + 4 <= len(extra):
+        found, length = struct.unpack_from("<2H", extra, at)
+        if found == kind:
+            return extra[at + 4 : at + 4 + length]
+        at += 4 + length
+    return None
 
 
 def _find_problem(flags: int, method: int, *, is_link: bool) -> str:
@@ -219,17 +251,13 @@ def _read_zip64(
     file: RangeFile, extra: bytes, size: int, stored: int, offset: int
 ) -> tuple[int, int, int]:
     """(size, stored, offset): those that are 0xFFFFFFFF are in an extra field, in this order."""
-    at = 0
-    while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<2H", extra, at)
-        if kind == _ZIP64:
-            values = [size, stored, offset]
-            field = extra[at + 4 : at + 4 + length]
-            wide = [index for index, value in enumerate(values) if value == 0xFFFFFFFF]
-            if len(field) < 8 * len(wide):
-                raise _damage_error(file)
-            for number, index in enumerate(wide):
-                values[index] = struct.unpack_from("<Q", field, 8 * number)[0]
-            return values[0], values[1], values[2]
-        at += 4 + length
-    return size, stored, offset
+    field = _find_extra_field(extra, _ZIP64)
+    if field is None:
+        return size, stored, offset
+    values = [size, stored, offset]
+    wide = [index for index, value in enumerate(values) if value == 0xFFFFFFFF]
+    if len(field) < 8 * len(wide):
+        raise _damage_error(file)
+    for number, index in enumerate(wide):
+        values[index] = struct.unpack_from("<Q", field, 8 * number)[0]
+    return values[0], values[1], values[2]

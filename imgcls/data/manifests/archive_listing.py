@@ -179,13 +179,20 @@ def _read_fields(
     place = f"manifest {archive.url}: member {member!r}"
     try:
         # numbers stay as they are written
-        values = json.loads(archive.read_text(member), parse_int=str, parse_float=str)
+        values = json.loads(
+            archive.read_text(member), parse_int=str, parse_float=str, parse_constant=_read_constant
+        )
     except ValueError as error:
         raise ManifestError(f"{place} is not JSON ({one_line(error)}); correct it") from error
     if not isinstance(values, dict):
         raise ManifestError(f"{place} is not a JSON object; correct it")
     found.update(key for key, value in values.items() if _may_be_label(value))
     return [_convert_field(values.get(name), name, place) for name in names]
+
+
+def _read_constant(name: str) -> str | None:
+    """The value of NaN, which pandas writes for no value, and of the infinities."""
+    return None if name == "NaN" else name
 
 
 def _may_be_label(value: Any) -> bool:

@@ -66,7 +66,7 @@ def read_csv_header(file: str, options: ReadOptions) -> CsvHeader:
     try:
         decoder = codecs.getincrementaldecoder(encoding)()
         text = decoder.decode(head, final=whole).lstrip("\ufeff\r\n")
-    except (UnicodeDecodeError, LookupError) as error:
+    except UnicodeError as error:
         raise _build_encoding_error(place, encoding, options, error) from error
     first_line = re.split(r"[\r\n]", text, maxsplit=1)[0]
     _check_first_line(first_line, place, options)
@@ -149,7 +149,7 @@ class _CsvFile:
                         self.check_quotes()
                     if batch.num_rows:
                         yield batch
-            except UnicodeDecodeError as error:
+            except UnicodeError as error:
                 raise self._build_decode_error(error) from error
             if not stream.quotes.is_complete():
                 self.check_quotes()
@@ -263,9 +263,10 @@ def _detect_encoding(head: bytes, options: ReadOptions, place: str) -> str:
         if head.startswith(mark):
             return encoding
     try:
+        "a".encode(options.encoding)  # fails for codecs of other things than text
         if codecs.lookup(options.encoding).name not in ("utf-8", "utf-8-sig"):
             return options.encoding
-    except LookupError as error:
+    except (LookupError, UnicodeError) as error:
         raise _build_encoding_error(place, options.encoding, options, error) from error
     start = re.split(rb"[\r\n]", head[:64], maxsplit=1)[0].ljust(2, b"x")
     for encoding, zeros, others in (
@@ -283,9 +284,10 @@ def _detect_encoding(head: bytes, options: ReadOptions, place: str) -> str:
 def _build_encoding_error(
     place: str, encoding: str, options: ReadOptions, error: Exception
 ) -> ManifestError:
-    return ManifestError(
-        f"{place}: not {encoding} text ({error}); set {options.keys.option('encoding')}"
-    )
+    remedy = f"set {options.keys.option('encoding')}"
+    if "BOM" in str(error):
+        remedy += f" {encoding}-le or {encoding}-be"
+    return ManifestError(f"{place}: not {encoding} text ({error}); {remedy}")
 
 
 def _check_first_line(line: str, place: str, options: ReadOptions) -> None:

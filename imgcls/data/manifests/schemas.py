@@ -15,13 +15,16 @@ import pyarrow.types as kinds
 
 from imgcls.errors import ManifestError
 
+_PLAIN_TYPES = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
 
-def widen_dictionaries(schema: pa.Schema) -> pa.Schema:
-    """Widen the dictionaries of a schema, so that they can have the values of all files.
 
-    8-bit and 16-bit indices become int32: pandas writes int8 for up to 127 categories, and two
-    files together may have more. A dictionary inside a list, struct or map becomes its plain
-    values, since Arrow cannot unify such dictionaries.
+def widen_types(schema: pa.Schema) -> pa.Schema:
+    """Widen the types of a schema, so that they can have the values of all files.
+
+    8-bit and 16-bit indices of dictionaries become int32: pandas writes int8 for up to 127
+    categories, and two files together may have more. A dictionary inside a list, struct or map
+    becomes its plain values, since Arrow cannot unify such dictionaries. Views of text and bytes
+    become plain ones, because Arrow can neither take nor filter views.
     """
     fields = []
     for field in schema:
@@ -45,10 +48,10 @@ def unify_schemas(
     """
     pairs = iter(schemas)
     first_place, first = next(pairs)
-    common = last = widen_dictionaries(first)
+    common = last = widen_types(first)
     places = dict.fromkeys(common.names, first_place)
     for place, schema in pairs:
-        other = widen_dictionaries(schema)
+        other = widen_types(schema)
         if other.equals(last):
             continue
         last = other
@@ -134,7 +137,7 @@ def _widen_type(kind: pa.DataType, *, inside: bool = False) -> pa.DataType:
             return _widen_type(kind.value_type, inside=True)
         narrow = kind.index_type.bit_width < 32
         index = pa.int32() if narrow else kind.index_type
-        return pa.dictionary(index, kind.value_type, ordered=kind.ordered)
+        return pa.dictionary(index, _widen_type(kind.value_type), ordered=kind.ordered)
     if kinds.is_struct(kind):
         return pa.struct([_widen_field(field) for field in kind])
     if kinds.is_map(kind):
@@ -147,7 +150,7 @@ def _widen_type(kind: pa.DataType, *, inside: bool = False) -> pa.DataType:
         return pa.large_list(_widen_field(kind.value_field))
     if kinds.is_list(kind):
         return pa.list_(_widen_field(kind.value_field))
-    return kind
+    return _PLAIN_TYPES.get(kind, kind)
 
 
 def _widen_field(field: pa.Field) -> pa.Field:
@@ -198,9 +201,7 @@ def _get_value_type(kind: pa.DataType) -> pa.DataType:
 
 def _is_text(kind: pa.DataType) -> bool:
     values = _get_value_type(kind)
-    return bool(
-        kinds.is_string(values) or kinds.is_large_string(values) or kinds.is_string_view(values)
-    )
+    return bool(kinds.is_string(values) or kinds.is_large_string(values))
 
 
 def _list_columns(schema: pa.Schema) -> str:

@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,49 @@ def test_names_outside_the_archive_are_only_names(tmp_path: Path) -> None:
     assert read(archive, "/etc/a.jpg") == b"one"
     assert read(archive, "../b.jpg") == b"two"
     assert os.listdir(tmp_path) == ["x.zip"]
+
+
+class RawName(zipfile.ZipInfo):
+    """A member whose name is written as these bytes, without the flag for UTF-8."""
+
+    raw = b""
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:  # noqa: N802
+        return self.raw, self.flag_bits & ~0x800
+
+
+def write_raw_name(path: Path, raw: bytes, extra: bytes = b"", host: int = 3) -> list[str]:
+    """The names of the members of an archive with one of this name."""
+    info = RawName("x.jpg")
+    info.raw, info.extra, info.create_system = raw, extra, host
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(info, b"one")
+    members = list(scan_zip(open_ranges(str(path))).members)
+    assert [read(path, member.name) for member in members] == [b"one"] * len(members)
+    return [member.name for member in members]
+
+
+def test_names_are_decoded_by_what_they_are(tmp_path: Path) -> None:
+    path, name = tmp_path / "x.zip", "café/1.jpg"
+    assert write_raw_name(path, name.encode()) == [name]  # Info-ZIP on Linux, macOS
+    assert write_raw_name(path, name.encode("cp437")) == [name]
+    for checksum, found in ((zlib.crc32(b"caf_/1.jpg"), name), (0, "caf_/1.jpg")):
+        field = struct.pack("<BL", 1, checksum) + name.encode()
+        extra = struct.pack("<2HL2H", 0x5455, 4, 0, 0x7075, len(field)) + field
+        assert write_raw_name(path, b"caf_/1.jpg", extra) == [found]
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "found"),
+    [
+        ("cats\\1.jpg", 0, "cats/1.jpg"),
+        ("cats\\1.jpg", 10, "cats/1.jpg"),
+        ("cats\\1.jpg", 3, "cats\\1.jpg"),  # a name on Linux
+        ("cats/1\\2.jpg", 0, "cats/1\\2.jpg"),
+    ],
+)
+def test_folders_of_windows_are_folders(tmp_path: Path, name: str, host: int, found: str) -> None:
+    assert write_raw_name(tmp_path / "x.zip", name.encode(), host=host) == [found]
 
 
 def test_a_member_over_the_limit_is_not_decompressed(tmp_path: Path) -> None:

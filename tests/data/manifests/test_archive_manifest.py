@@ -95,6 +95,12 @@ def test_a_list_in_json_has_several_labels(tmp_path: Path) -> None:
     assert "list of other than texts" in refused(archive, label_column="n")
 
 
+def test_a_label_that_is_not_a_number_is_missing(tmp_path: Path) -> None:
+    members = {"1.jpg": b"", "1.json": b'{"label": NaN}', "2.jpg": b"", "2.json": b'{"label": 3}'}
+    archive = write_tar(tmp_path / "x.tar", members)
+    assert [row["label"] for row in rows_of(archive, label_column="label")] == [None, "3"]
+
+
 def test_text_in_json_may_have_several_labels(tmp_path: Path) -> None:
     archive = write_tar(tmp_path / "x.tar", {"1.jpg": b"", "1.json": b'{"tags": "a;b"}'})
     labels = {"label_column": "tags", "label_delimiter": ";"}

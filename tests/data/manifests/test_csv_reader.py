@@ -232,6 +232,23 @@ def test_utf_16_without_a_mark_is_refused_with_the_encoding_to_pass(
     assert rows_of(file, encoding=encoding) == [["犬猫" * 9 + ".jpg", "b"]]
 
 
+@pytest.mark.parametrize(
+    ("encoding", "reason"),
+    [
+        ("utf-16", "not start with BOM); set --manifest.encoding utf-16-le or utf-16-be"),
+        ("utf-32", "; set --manifest.encoding"),
+        ("rot13", "'rot13' is not a text encoding"),
+        ("undefined", "not undefined text ("),
+        ("punycode", "not punycode text ("),
+    ],
+)
+def test_an_encoding_that_does_not_fit_is_refused(file: Path, encoding: str, reason: str) -> None:
+    file.write_bytes("path,x\nä.jpg,b\n".encode("utf-16-le" if encoding == "utf-16" else "utf-8"))
+    with pytest.raises(ManifestError) as caught:
+        rows_of(file, encoding=encoding)
+    assert reason in str(caught.value)
+
+
 def test_utf_32_is_read_by_its_mark(file: Path) -> None:
     file.write_bytes("path,x\nä.jpg,犬\n".encode("utf-32"))
     assert rows_of(file) == [["ä.jpg", "犬"]]

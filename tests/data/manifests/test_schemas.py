@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from imgcls.data.manifests.schemas import conform_table, unify_schemas, widen_dictionaries
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
+from imgcls.data.manifests.schemas import conform_table, unify_schemas, widen_types
 from imgcls.errors import ManifestError
 
 TEXT8 = pa.dictionary(pa.int8(), pa.string())
@@ -136,7 +139,7 @@ def test_dictionaries_have_the_values_of_any_number_of_files() -> None:
         codes, names = pa.array(range(100), pa.int8()), [f"{number}-{i}" for i in range(100)]
         return pa.table({"x": pa.DictionaryArray.from_arrays(codes, pa.array(names))})
 
-    schema = widen_dictionaries(shard(0).schema)
+    schema = widen_types(shard(0).schema)
     assert schema.field("x").type == TEXT32
     whole = pa.concat_tables(conform_table(shard(n), schema, "") for n in range(5)).combine_chunks()
     assert whole["x"].to_pylist() == [f"{n}-{i}" for n in range(5) for i in range(100)]
@@ -150,4 +153,25 @@ def test_a_schema_without_dictionaries_is_not_changed() -> None:
             pa.field("c", pa.string(), metadata={"PARQUET:field_id": "3"}),
         ]
     )
-    assert widen_dictionaries(schema).equals(schema, check_metadata=True)
+    assert widen_types(schema).equals(schema, check_metadata=True)
+
+
+def test_views_become_plain_types(tmp_path: Path) -> None:
+    strings = pa.array(["a.jpg", "b.jpg", None], pa.string_view())
+    table = pa.table(
+        {
+            "path": strings,
+            "tags": pa.array([["x"], None, []], pa.list_(pa.string_view())),
+            "note": pa.array([{"by": "me"}] * 3, pa.struct([("by", pa.string_view())])),
+            "mark": pa.array([b"1", None, b"3"], pa.binary_view()),
+        }
+    )
+    pq.write_table(table, tmp_path / "m.parquet")
+    manifest = open_manifest(ManifestConfig(path=str(tmp_path / "m.parquet")))
+    plain = [
+        pa.string(), pa.list_(pa.string()), pa.struct([("by", pa.string())]), pa.binary(),
+    ]  # fmt: skip
+    assert [field.type for field in manifest.schema] == plain
+    (batch,) = manifest.batches()
+    assert batch.schema.equals(manifest.schema)
+    assert batch.take(pa.array([2, 0])).to_pylist() == [table.to_pylist()[at] for at in (2, 0)]
