@@ -157,7 +157,8 @@ def _check_request(config: SelectConfig, run: CommittedRun) -> CommittedRun | No
             )
         other = open_run(config.other_run)
         check_pairing(run, other, config.on)
-        if other.task != run.task or other.classes != run.classes:
+        names, other_names = (normalize_labels(pa.array(each.classes)) for each in (run, other))
+        if other.task != run.task or other_names != names:
             raise RequestError(
                 f"{other.url}: has other classes than {run.url}; compare models of the same classes"
             )

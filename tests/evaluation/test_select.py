@@ -162,6 +162,14 @@ def test_two_models_disagree_most_on_the_selected_rows(tmp_path: Path) -> None:
     assert found.rows["row"].to_pylist() == np.argsort(-distance, kind="stable")[:10].tolist()
 
 
+def test_class_names_in_another_unicode_form_are_the_same_classes(tmp_path: Path) -> None:
+    composed, decomposed = (["ant", "bee", f"c{letter}t"] for letter in ("\u00e4", "a\u0308"))
+    folder = commit(tmp_path / "one", drawn(30, 1, classes=composed), classes=composed)
+    other = commit(tmp_path / "other", drawn(30, 2, classes=decomposed), classes=decomposed)
+    settings = {"by": "disagreement", "include_labeled": True, "count": 5, "max_similarity": 1.0}
+    assert choose(tmp_path, folder, other_run=str(other), **settings).rows.num_rows == 5
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

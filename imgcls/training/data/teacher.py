@@ -8,6 +8,7 @@ train on, whatever its path: images are compared by their bytes.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -56,7 +57,11 @@ def add_teacher_rows(examples: Examples, config: TrainConfig, strategy: Strategy
     check_teacher_settings(config)
     check_teacher_keys(teacher, examples.targets.task, strategy)
     run = open_teacher_run(teacher)
-    check_teacher_classes(run.url, run.task, run.classes, examples)
+    classes: Sequence[str] = run.classes
+    if run.merged_runs:  # rows with a class of another bundle are left out
+        own = set(examples.classes)
+        classes = [name for name in classes if unicodedata.normalize("NFC", name) in own]
+    check_teacher_classes(run.url, run.task, classes, examples)
     rows = _drop_leaks(read_teacher_rows(run, examples.classes, teacher), examples, config, run)
     if teacher.mode == "hard":
         return _add_labels(examples, rows, run)
@@ -99,6 +104,8 @@ def check_teacher_classes(
 ) -> None:
     """Raise RequestError unless teacher and student have the same task and classes.
 
+    Class names are compared in Unicode NFC, in which those of the training are.
+
     teacher: its run or bundle, for the message
     """
     if task != examples.targets.task:
@@ -106,7 +113,7 @@ def check_teacher_classes(
             f"teacher.path {teacher}: is {task}, the training {examples.targets.task}; pass a "
             "teacher of the same task, or set --task"
         )
-    if set(classes) != set(examples.classes):
+    if {unicodedata.normalize("NFC", name) for name in classes} != set(examples.classes):
         raise RequestError(
             f"teacher.path {teacher}: has other classes than the training.\n"
             f"  teacher:  {_list_names(classes)}\n  training: {_list_names(examples.classes)}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -117,7 +118,8 @@ def _iter_rows(
     names = [run.path_column, "status", "accepted", values]
     names += ["is_ood"] if run.has_ood else []
     names += ["confidence"] if is_single else []
-    order = np.array([run.classes.index(name) for name in classes])
+    known = [unicodedata.normalize("NFC", name) for name in run.classes]
+    order = np.array([known.index(name) for name in classes])
     for table in iter_tables(run, list(dict.fromkeys(names)), _BATCH_ROWS):
         rules = {"not ok": pc.not_equal(table["status"].cast(pa.string()), OK)}
         if run.has_ood:
@@ -163,7 +165,8 @@ def _read_labels(values: pa.Array, classes: Sequence[str]) -> Float16Matrix:
     rows, names = np.arange(len(values)), values
     if pa.types.is_list(values.type):
         rows, names = pc.list_parent_indices(values).to_numpy(), values.flatten()
-    codes = pc.index_in(names.cast(pa.string()), value_set=pa.array(classes, pa.string()))
+    names = pc.utf8_normalize(names.cast(pa.string()), form="NFC")
+    codes = pc.index_in(names, value_set=pa.array(classes, pa.string()))
     index = codes.cast(pa.int64()).fill_null(NO_LABEL).to_numpy()
     found[rows, index] = 1
     # a history of several bundles can have labels of others

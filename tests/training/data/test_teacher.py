@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -293,6 +294,58 @@ def test_of_a_history_the_newest_label_of_an_image_counts(images: Path, labeled:
     _, both = add(build_config(labeled, run, mode="hard"))
     found = dict(zip(both.rows["url"].to_pylist(), both.rows["label"].to_pylist(), strict=True))
     assert CLASSES[found[newest["path"][0].as_py()]] == label
+
+
+def test_rows_of_a_history_with_a_class_of_another_bundle_are_left_out(
+    images: Path, labeled: Path
+) -> None:
+    classes = (*COLORS, "no longer one")
+    table = drawn(ROWS, 1, classes=classes, sharpness=20.0)
+    table = table.set_column(0, "path", draw_run(images)["path"])
+    run = commit(images.parent / "run", table, classes=classes)
+    config = build_config(labeled, run, mode="hard")
+    with pytest.raises(RequestError, match="has other classes than the training"):
+        add(config)
+    stored = layout.load_run(str(run))
+    assert stored is not None
+    stored["identity"]["merged"] = ["one", "other"]
+    layout.write_run(str(run), stored)
+    alone, both = add(config)
+    known = set(alone.rows["url"].to_pylist())
+    wanted = [
+        row["path"]
+        for row in table.to_pylist()
+        if row["predicted_label"] in COLORS and row["path"] not in known
+    ]
+    assert both.rows.slice(alone.rows.num_rows)["url"].to_pylist() == wanted
+    assert len(wanted) < ROWS - len(known)
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_class_names_in_another_unicode_form_are_the_same_classes(
+    images: Path, labeled: Path, mode: str
+) -> None:
+    labeled.write_text(labeled.read_text().replace(",red", ",r\u00e9d"))
+    classes = [name.replace("red", "re\u0301d") for name in COLORS]
+    table = drawn(ROWS, 1, classes=classes, sharpness=20.0)
+    table = table.set_column(0, "path", draw_run(images)["path"])
+    run = commit(images.parent / "run", table, classes=classes)
+    alone, both = add(build_config(labeled, run, mode=mode))
+    added = both.rows.slice(alone.rows.num_rows)
+    names = ["blue", "green", "r\u00e9d"]
+    assert list(both.classes) == names
+    predicted = dict(
+        zip(table["path"].to_pylist(), table["predicted_label"].to_pylist(), strict=True)
+    )
+    if mode == "hard":
+        found = [names[code] for code in added["label"].to_pylist()]
+    else:
+        assert both.targets.teacher is not None
+        scores = both.targets.teacher.scores[added["label"].to_numpy() - len(names)]
+        found = [names[code] for code in scores.argmax(1)]
+    wanted = [unicodedata.normalize("NFC", predicted[url]) for url in added["url"].to_pylist()]
+    assert found == wanted
+    assert len(set(wanted)) == 3
 
 
 def test_a_bundle_is_refused_with_the_command_that_labels(
