@@ -130,7 +130,7 @@ def measure_forward(bundle: str, plain: Any, pixels: Any, rows: int) -> tuple[An
     compiled = Classifier.load(bundle, batch_size=size, compile=True)
     batch = torch.from_numpy(np.resize(pixels, (size, *pixels.shape[1:]))).cuda()
     report(f"forward, {size} compiled, graph", rate(lambda: classify(compiled, batch, rows), rows))
-    with mock.patch.object(fuse_cuda, "insert_fused_convolutions", return_value=None):
+    with mock.patch.object(fuse_cuda, "insert_cuda_convolutions", return_value=None):
         unfused = Classifier.load(bundle, batch_size=size)
     report(f"forward, {size} not fused, graph", rate(lambda: classify(unfused, batch, rows), rows))
     return best, fastest

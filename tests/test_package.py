@@ -54,3 +54,14 @@ def test_files_have_500_lines_at_most_and_functions_60() -> None:
                 if node.end_lineno - node.lineno >= 60:
                     long.append(f"{file}: {node.name}")
     assert long == []
+
+
+def test_no_public_name_stands_for_two_things() -> None:
+    package = Path(imgcls.__file__).parent
+    places: dict[str, list[str]] = {}
+    for file in sorted(package.rglob("*.py")):
+        for node in ast.parse(file.read_text()).body:
+            is_defined = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            if is_defined and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(file.relative_to(package)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}

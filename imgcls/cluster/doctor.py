@@ -88,7 +88,7 @@ def _find_nodes(config: DoctorConfig) -> tuple[DoctorResult, list[CheckedNode]]:
         "this machine", "", float(os.cpu_count() or 1), 0.0, tempfile.gettempdir(), None
     )
     try:
-        joined = session.join(config.address, start=config.start_ray)
+        joined = session.join_cluster(config.address, start=config.start_ray)
     # Ray raises the last three for another version, an address and a token
     except (ImgclsError, RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
         fix = "" if isinstance(error, ImgclsError) else "Use the cluster's Ray, Python and token"

@@ -84,7 +84,7 @@ def connect() -> None:
             _start_or_join(_find_address())
 
 
-def join(address: str | None = None, *, start: bool = False) -> bool:
+def join_cluster(address: str | None = None, *, start: bool = False) -> bool:
     """Join a running cluster; returns False when there is none.
 
     address: of the cluster, as RAY_ADDRESS may name it; None: the one that `connect` joins

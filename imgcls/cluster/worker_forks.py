@@ -243,7 +243,7 @@ def listen(folder: str, name: str) -> socket.socket:
 # -------------------------------------------------------------------- in the processes that fork
 
 
-def main(listener: socket.socket, parent: int, folder: str, *, training: bool) -> None:
+def run_fork_server(listener: socket.socket, parent: int, folder: str, *, training: bool) -> None:
     """Fork a worker per request, until the parent process has ended.
 
     training: with the first request of a worker, start the process that imports Ray
@@ -411,7 +411,7 @@ def read_setup(words: list[str]) -> tuple[dict[str, str] | None, list[str]]:
 if __name__ == "__main__":
     start = json.loads(sys.argv[1])
     sys.path[:] = start["path"]
-    main(
+    run_fork_server(
         socket.socket(fileno=start["listener"]),
         start["parent"],
         start["folder"],

@@ -86,7 +86,7 @@ def inspect_image(outcome: bytes | StorageError | ImageError, max_pixels: int) -
     )
 
 
-def check_columns(manifest: Manifest) -> None:
+def check_added_columns(manifest: Manifest) -> None:
     """Raise ManifestError for a column with the name of an added one, in any case."""
     added = {field.name.casefold() for field in FACT_FIELDS} | {IMAGE_COLUMN}
     for name in manifest.schema.names:

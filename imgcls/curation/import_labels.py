@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from imgcls.config import requested
 from imgcls.curation.config import LabelsImportConfig
 from imgcls.curation.label_checks import (
-    check_classes,
+    check_class_names,
     check_conflicts,
     check_output_file,
     check_output_name,
@@ -144,7 +144,7 @@ def _import_held(config: LabelsImportConfig, output: str, lease: Lease) -> Label
     decisions = _decide(config, annotations, several=several)
     check_conflicts(config, decisions)
     labels = _collect_labels(decisions)
-    check_classes(config, found, [each.names for each in labels.values()])
+    check_class_names(config, found, [each.names for each in labels.values()])
     if images is None:
         log_added([path for path in labels if path not in found.labels], config.onto.path)
     agreement = measure_agreement(decisions, several=several)

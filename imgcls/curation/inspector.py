@@ -98,7 +98,7 @@ class _Child:
     def __init__(self, max_pixels: int) -> None:
         self._connection, theirs = Pipe()
         number = theirs.fileno()
-        command = f"from {__name__} import serve; serve({number}, {max_pixels})"
+        command = f"from {__name__} import serve_inspector; serve_inspector({number}, {max_pixels})"
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", command],
             pass_fds=[number],
@@ -152,7 +152,7 @@ class _Child:
         self._connection.close()
 
 
-def serve(number: int, max_pixels: int) -> None:
+def serve_inspector(number: int, max_pixels: int) -> None:
     """The main function of a child: inspect images until the other side closes the connection.
 
     number: the file descriptor of the connection

@@ -104,7 +104,7 @@ def _format_votes(decision: LabelDecision) -> str:
     )
 
 
-def check_classes(
+def check_class_names(
     config: LabelsImportConfig, found: FoundImages, labels: Sequence[LabelNames]
 ) -> None:
     """Refuse class names that are not in the manifest; without any label in it, accept all."""

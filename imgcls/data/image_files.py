@@ -64,7 +64,9 @@ def read_ahead(
     with create_thread_pool(in_flight, "fetch") as pool:
         try:
             for number, url in enumerate(urls):
-                waiting.append(start_read(url, pool, ReadAllowance(max_bytes, budget, number)))
+                waiting.append(
+                    start_image_read(url, pool, ReadAllowance(max_bytes, budget, number))
+                )
                 yield from delivered(in_flight - 1)
             yield from delivered(0)
         finally:
@@ -84,7 +86,7 @@ def _read_limited(url: str, allowance: ReadAllowance) -> bytes:
             allowance.reserve_later(full.total).result()
 
 
-def start_read(
+def start_image_read(
     url: str | None, pool: ThreadPoolExecutor, allowance: ReadAllowance
 ) -> Future[bytes]:
     """Start a read: on the store's event loop where it has one, else in a thread."""

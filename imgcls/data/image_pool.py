@@ -103,7 +103,7 @@ class ImagePool(Generic[K, T]):
         """Start a read; None, for a row without a path, becomes a StorageMissing."""
         number = next(self._numbers)
         allowance = ReadAllowance(self._max_bytes, self._budget, number)
-        reading = image_files.start_read(url, self._readers, allowance)
+        reading = image_files.start_image_read(url, self._readers, allowance)
         self._reads[number] = reading
         reading.add_done_callback(lambda done: self._on_read(number, key, done))
 

@@ -128,7 +128,7 @@ def _build_cell(count: int, total: int, label: str, predicted: str) -> dict[str,
     }
 
 
-def find_worst_pairs(counts: PredictionCounts, max_pairs: int) -> list[dict[str, Any]]:
+def find_confused_pairs(counts: PredictionCounts, max_pairs: int) -> list[dict[str, Any]]:
     """Most frequent mistakes: label, predicted, count, share of the label's rows."""
     support = np.bincount(counts.confusion_label, counts.confusion_count, len(counts.classes))
     wrong = np.flatnonzero(counts.confusion_label != counts.confusion_predicted)

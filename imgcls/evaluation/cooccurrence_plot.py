@@ -118,7 +118,7 @@ def render_pictures(matrix: PairMatrix) -> dict[str, str]:
     }
 
 
-def find_worst_pairs(cooccurrence: pa.Table) -> list[dict[str, Any]]:
+def find_cooccurrence_errors(cooccurrence: pa.Table) -> list[dict[str, Any]]:
     """Pairs that are predicted more often than labeled, by the number of rows.
 
     cooccurrence: table of `build_cooccurrence_table`

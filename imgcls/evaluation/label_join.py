@@ -151,7 +151,7 @@ class JoinedLabels(KeyedLabels):
     def __init__(self, config: LabelTableConfig, run: CommittedRun, on: str) -> None:
         """Read the labels. Raises RequestError if the table or a key cannot be used."""
         column = config.column or JOINED_COLUMN
-        source = describe_source(config)
+        source = describe_label_table(config)
         manifest = open_label_table(config, run, on, label_column=column)
         table = read_label_rows(manifest, [on, column], source)
         super().__init__(source, run, on, table[on])
@@ -203,7 +203,7 @@ class JoinedLabels(KeyedLabels):
         return pa.array(score, mask=mask), pa.array(rank, mask=~labeled)
 
 
-def describe_source(config: LabelTableConfig) -> str:
+def describe_label_table(config: LabelTableConfig) -> str:
     """The table of labels, for messages."""
     return f"labels {config.path}"
 

@@ -17,7 +17,7 @@ from imgcls.evaluation.config import LabelTableConfig
 from imgcls.evaluation.label_join import (
     KEYS,
     KeyedLabels,
-    describe_source,
+    describe_label_table,
     open_label_table,
     read_label_rows,
 )
@@ -34,7 +34,7 @@ class JoinedLabelLists(KeyedLabels):
 
     def __init__(self, config: LabelTableConfig, run: CommittedRun, on: str) -> None:
         """Read the labels. Raises RequestError if the table or a key cannot be used."""
-        source = describe_source(config)
+        source = describe_label_table(config)
         manifest = open_label_table(
             config,
             run,

@@ -109,9 +109,12 @@ class MultiLabelEvaluation(RunEvaluation):
 
     def render(self, *, in_notebook: bool) -> str:
         """Render the report, or its short form for a notebook."""
-        from imgcls.evaluation.multilabel_report import render_notebook, render_run
+        from imgcls.evaluation.multilabel_report import (
+            render_multilabel_notebook,
+            render_multilabel_run,
+        )
 
-        return render_notebook(self) if in_notebook else render_run(self)
+        return render_multilabel_notebook(self) if in_notebook else render_multilabel_run(self)
 
 
 def compute_multilabel(

@@ -106,7 +106,7 @@ def fit_multilabel(config: CalibrateConfig, bundle: Bundle, run: CommittedRun) -
     cells = load_held_out_cells(run, *require_label_lists(run, config.labels, config.on))
     before = compute_class_ece(compute_scores(cells.logits, IDENTITY_SCALE, None), cells.targets)
     fit = {"temperature": _fit_temperature_scaling, "vector": fit_platt_scaling}.get(config.method)
-    reason = explain_undetermined(cells) if fit is not None else None
+    reason = explain_undetermined_cells(cells) if fit is not None else None
     same = fit is None or reason is not None
     scaling: Scaling = (IDENTITY_SCALE, None)
     if fit is not None and reason is None:
@@ -224,7 +224,7 @@ def _compute_cross_fitted_ece(cells: HeldOutCells, fit: Callable[[HeldOutCells],
     return compute_class_ece(np.concatenate(found, axis=1), targets)
 
 
-def explain_undetermined(cells: HeldOutCells) -> str | None:
+def explain_undetermined_cells(cells: HeldOutCells) -> str | None:
     """Why the cells do not determine a temperature; None if they do.
 
     If every score is on the right side of 0.5, the loss decreases without bound with it.
@@ -248,7 +248,7 @@ def fit_shared_temperature(cells: HeldOutCells) -> float:
     """
     import torch
 
-    if explain_undetermined(cells) is not None:
+    if explain_undetermined_cells(cells) is not None:
         return 1.0
     margins = torch.from_numpy(_compute_margins(cells))
 

@@ -33,7 +33,7 @@ MAX_NOTEBOOK_CURVES = 8
 _OPEN_CLASSES = 3
 
 
-def render_run(evaluation: MultiLabelEvaluation) -> str:
+def render_multilabel_run(evaluation: MultiLabelEvaluation) -> str:
     """Render the report of a run."""
     lists = {
         "mistakes": evaluation.mistakes,
@@ -59,7 +59,7 @@ def render_run(evaluation: MultiLabelEvaluation) -> str:
     return render_page(TEMPLATES, "multilabel_run.html.j2", values)
 
 
-def render_notebook(evaluation: MultiLabelEvaluation) -> str:
+def render_multilabel_notebook(evaluation: MultiLabelEvaluation) -> str:
     """Render a notebook summary: headline numbers, curves, calibration, some mistakes."""
     mistakes = evaluation.mistakes.slice(0, MAX_NOTEBOOK_IMAGES)
     try:
@@ -132,7 +132,7 @@ def build_cooccurrence_values(evaluation: MultiLabelEvaluation) -> dict[str, Any
         "cells": cooccurrence_plot.build_cells(small),
         "matrix": large,
         "pictures": pictures,
-        "pairs": cooccurrence_plot.find_worst_pairs(evaluation.cooccurrence),
+        "pairs": cooccurrence_plot.find_cooccurrence_errors(evaluation.cooccurrence),
     }
 
 

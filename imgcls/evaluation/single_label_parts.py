@@ -29,7 +29,7 @@ def build_confusion_values(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "pairs": [
             pair | {"share_text": format_percent(pair["share"], 1)}
-            for pair in confusion_plot.find_worst_pairs(counts, _MAX_PAIRS)
+            for pair in confusion_plot.find_confused_pairs(counts, _MAX_PAIRS)
         ],
         "small": confusion_plot.build_matrix_table(small) if small.classes else None,
         "matrix": large,

@@ -89,7 +89,7 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
         Explainer(bundle)  # raises BundleError for a network that cannot be explained
     if config.has_predictions and bundle.spec.task == "single_label":
         manifest = _check_one_label(config, manifest, bundle)
-    check_columns(manifest)
+    check_output_columns(manifest)
     check_publish_target(config, manifest, bundle)
     check_timeouts(config, output, bundle, manifest)
     check_first_image(manifest, config.max_bytes)
@@ -173,7 +173,7 @@ def _check_one_label(config: PredictConfig, manifest: Manifest, bundle: Bundle) 
     )
 
 
-def check_columns(manifest: Manifest) -> None:
+def check_output_columns(manifest: Manifest) -> None:
     """Raise ManifestError for columns that collide with output columns, or by case with each other.
 
     DuckDB, Spark, Athena and BigQuery do not distinguish names that differ only by case.

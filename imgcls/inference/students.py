@@ -151,7 +151,7 @@ def _check_request(
     strategy = resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
     check_teacher_keys(teacher, examples.targets.task, strategy)
     check_teacher_classes(teacher.path, bundle.spec.task, bundle.spec.classes, examples)
-    networks.resolve_model(networks.resolve_snapshot(config.model))
+    networks.resolve_model(networks.resolve_model_snapshot(config.model))
     layout.check_output_writable(output)
     has_bundle = filesystem.exists(filesystem.join(output, BUNDLE_FILE))
     if has_bundle and not config.overwrite and not layout.is_committed(run):

@@ -67,7 +67,7 @@ class FusionError(Exception):
     """The numbers of a fused network differ from those of the network."""
 
 
-def fuse_convolutions(
+def fuse_on_cuda(
     network: nn.Module, side: int, *, keep: nn.Module, batch_sizes: Iterable[int]
 ) -> nn.Module:
     """Fuse the convolutions of a network; returns it unchanged if that is not possible.
@@ -79,7 +79,7 @@ def fuse_convolutions(
     Raises torch.OutOfMemoryError, or torch.AcceleratorError for a device that has failed.
     """
     try:
-        graph = insert_fused_convolutions(network, side, keep=keep)
+        graph = insert_cuda_convolutions(network, side, keep=keep)
         if graph is None:
             return network
         for size in batch_sizes:
@@ -92,7 +92,7 @@ def fuse_convolutions(
     return graph
 
 
-def insert_fused_convolutions(
+def insert_cuda_convolutions(
     network: nn.Module, side: int, *, keep: nn.Module
 ) -> fx.GraphModule | None:
     """A copy of a network, with its weights shared and its convolutions fused; None if none can."""

@@ -60,7 +60,7 @@ class TorchEngine:
         if precision == "int8":
             network = _quantize_from_bundle(network, bundle, last)
         elif not compile and device.type == "cuda":
-            network = fuse_cuda.fuse_convolutions(
+            network = fuse_cuda.fuse_on_cuda(
                 network, crop, keep=last, batch_sizes=sizes or USUAL_BATCH_SIZES
             )
         elif not compile:

@@ -24,7 +24,7 @@ that random crops of half the area and more have shown in training.
 _NORM_WINDOWS, _MAX_NORM_MOMENTUM = 20, 0.1
 
 
-def resolve_snapshot(config: ModelConfig) -> ModelConfig:
+def resolve_model_snapshot(config: ModelConfig) -> ModelConfig:
     """The configuration by the names of a library, for a network in a folder or on the Hub.
 
     Raises BundleError for a folder without a network.

@@ -85,7 +85,7 @@ def resolve_setup(config: TrainConfig, registered_model: ModelRecord | None = No
     starting = find_starting_model(config)
     if starting is not None:
         registered_model, config = starting.record, use_model(config, starting.url)
-    config = config.model_copy(update={"model": networks.resolve_snapshot(config.model)})
+    config = config.model_copy(update={"model": networks.resolve_model_snapshot(config.model)})
     examples = read_examples(config.data, config.task)
     strategy = resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
     if config.teacher is not None:

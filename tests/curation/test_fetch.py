@@ -29,7 +29,7 @@ from imgcls.curation.scan import hold_output
 from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.data.storage import filesystem
 from imgcls.errors import ManifestError, OutputError, OutputLocked, StorageFull, TooManyErrors
-from imgcls.inference.requests import check_columns
+from imgcls.inference.requests import check_output_columns
 from tests import processes
 from tests.web_server import Reply, Server, serving
 
@@ -233,7 +233,7 @@ def test_a_fetched_table_is_a_manifest_of_predict(server: Server, tmp_path: Path
     fetch(build(source, tmp_path / "out"))
     found = ManifestConfig(path=str(tmp_path / "out"), path_column="url")
     manifest = open_manifest(found)
-    check_columns(manifest)  # raises for a column that predict writes
+    check_output_columns(manifest)  # raises for a column that predict writes
     (batch,) = manifest.batches()
     assert batch.column("label").to_pylist() == ["a", "b", "c"]
 

@@ -72,7 +72,7 @@ def test_the_most_frequent_mistakes_come_first() -> None:
         confusion_predicted=np.array([0, 1, 0]),
         confusion_count=np.array([6, 2, 5]),
     )
-    assert confusion_plot.find_worst_pairs(counts, 9) == [
+    assert confusion_plot.find_confused_pairs(counts, 9) == [
         {"label": "b", "predicted": "a", "count": 5, "share": 1.0},
         {"label": "a", "predicted": "b", "count": 2, "share": 0.25},
     ]

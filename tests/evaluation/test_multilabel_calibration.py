@@ -21,7 +21,7 @@ from imgcls.evaluation.multilabel_calibration import (
     SCORE_GAPS,
     HeldOutCells,
     compute_logits,
-    explain_undetermined,
+    explain_undetermined_cells,
     fit_platt_scaling,
     fit_shared_temperature,
     load_held_out_cells,
@@ -112,10 +112,10 @@ def test_a_separable_class_gets_a_finite_scale() -> None:
 def test_labels_that_are_all_right_determine_no_temperature() -> None:
     logits = np.array([[2.0, -1, 3], [-2, -1, 1]], np.float32)
     cells = HeldOutCells(logits, np.array([[1, 0, 1], [0, 0, -1]], np.int8))
-    assert "predicted correctly" in str(explain_undetermined(cells))
+    assert "predicted correctly" in str(explain_undetermined_cells(cells))
     assert fit_shared_temperature(cells) == 1.0
     one_wrong = HeldOutCells(logits, np.array([[1, 0, 1], [0, 1, -1]], np.int8))
-    assert explain_undetermined(one_wrong) is None
+    assert explain_undetermined_cells(one_wrong) is None
 
 
 @pytest.mark.parametrize("kind", ["float16", "float32"])

@@ -19,7 +19,7 @@ from imgcls.errors import RequestError
 from imgcls.execution.plan import RunIdentity
 from imgcls.inference.predict import PredictConfig, predict
 from imgcls.inference.requests import (
-    check_columns,
+    check_output_columns,
     check_timeouts,
     limit_chunk_rows,
     resolve_settings,
@@ -199,7 +199,7 @@ def test_columns_that_would_hide_others_are_refused(
 def test_columns_named_like_those_of_others_are_let_through(tmp_path: Path) -> None:
     columns = ("path", "run_id", "running", "stat us", "label", "hash")
     manifest = write_manifest(tmp_path / "columns.csv", [("a.jpg",) * 6], columns)
-    check_columns(open_manifest(ManifestConfig(path=str(manifest))))
+    check_output_columns(open_manifest(ManifestConfig(path=str(manifest))))
 
 
 def test_a_bucket_that_is_not_there_is_refused(s3: Any, tmp_path: Path, color_bundle: Path) -> None:

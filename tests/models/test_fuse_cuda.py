@@ -85,7 +85,7 @@ def batch_like(network: nn.Module, count: int, side: int = SIDE) -> torch.Tensor
 
 def fuse(network: nn.Module, side: int = SIDE) -> nn.Module:
     keep = zoo.find_head(network)[1]
-    return fuse_cuda.fuse_convolutions(network, side, keep=keep, batch_sizes=SIZES)
+    return fuse_cuda.fuse_on_cuda(network, side, keep=keep, batch_sizes=SIZES)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_only_steps_that_the_kernel_computes_are_fused(cudnn: Cudnn) -> None:
     torch.manual_seed(0)
     network = Steps().eval()
     batch = batch_like(network, 2)
-    made = fuse_cuda.fuse_convolutions(network, SIDE, keep=network.head, batch_sizes=SIZES)
+    made = fuse_cuda.fuse_on_cuda(network, SIDE, keep=network.head, batch_sizes=SIZES)
     cudnn.calls.clear()
     torch.testing.assert_close(made(batch), network(batch))
     assert cudnn.calls == Counter(add_relu=1)
@@ -225,7 +225,7 @@ def test_a_mistake_in_the_graph_is_found(
     cudnn: Cudnn, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = build("resnet18")
-    insert = fuse_cuda.insert_fused_convolutions
+    insert = fuse_cuda.insert_cuda_convolutions
 
     def misplace(*args: Any, **options: Any) -> fx.GraphModule | None:
         graph = insert(*args, **options)
@@ -235,7 +235,7 @@ def test_a_mistake_in_the_graph_is_found(
         graph.recompile()
         return graph
 
-    monkeypatch.setattr(fuse_cuda, "insert_fused_convolutions", misplace)
+    monkeypatch.setattr(fuse_cuda, "insert_cuda_convolutions", misplace)
     with caplog.at_level(logging.WARNING, "imgcls"):
         assert fuse(network) is network
     assert "the network differs by " in caplog.messages[0]

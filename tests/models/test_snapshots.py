@@ -41,7 +41,7 @@ def test_a_folder_of_timm_is_trained_from_its_weights_with_its_preprocessing(
     config["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "crop_pct": 0.8}
     (tmp_path / "snapshot" / "config.json").write_text(json.dumps(config))
     asked = ModelConfig(name=f"{tmp_path}/snapshot", weights="pretrained")
-    resolved = networks.resolve_snapshot(asked)
+    resolved = networks.resolve_model_snapshot(asked)
     assert resolved.name == "timm:vit_tiny_patch16_224"
     assert resolved.weights == f"{tmp_path}/snapshot/model.safetensors"
     assert resolved.options["img_size"] == [96, 96]
@@ -53,18 +53,18 @@ def test_a_folder_of_timm_is_trained_from_its_weights_with_its_preprocessing(
             assert torch.equal(value, state[key]), key
     assert network.eval()(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
     # another input size interpolates the position embeddings
-    sized = networks.resolve_snapshot(asked.model_copy(update={"image_size": 64}))
+    sized = networks.resolve_model_snapshot(asked.model_copy(update={"image_size": 64}))
     architecture, preprocess = networks.resolve_model(sized)
     assert (architecture.options["img_size"], preprocess.crop) == (64, 64)
     network = networks.build_initial_network(architecture, sized.weights, 3, seed=0)
     assert network.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
     # safetensors come first; a folder may have one of both
     (tmp_path / "snapshot" / "model.safetensors").unlink()
-    assert str(networks.resolve_snapshot(asked).weights).endswith("/pytorch_model.bin")
+    assert str(networks.resolve_model_snapshot(asked).weights).endswith("/pytorch_model.bin")
     (tmp_path / "snapshot" / "pytorch_model.bin").unlink()
     with pytest.raises(BundleError, match=r"has no model.safetensors or pytorch_model.bin; pass"):
-        networks.resolve_snapshot(asked)
-    assert networks.resolve_snapshot(ModelConfig(name=f"{tmp_path}/snapshot")).weights is None
+        networks.resolve_model_snapshot(asked)
+    assert networks.resolve_model_snapshot(ModelConfig(name=f"{tmp_path}/snapshot")).weights is None
 
 
 def test_a_file_of_the_user_and_his_options_come_before_those_of_the_folder(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_file_of_the_user_and_his_options_come_before_those_of_the_folder(tmp_
     asked = ModelConfig(
         name=f"timm:local-dir:{tmp_path}/snapshot", weights="mine.pth", options={"img_size": 64}
     )
-    resolved = networks.resolve_snapshot(asked)
+    resolved = networks.resolve_model_snapshot(asked)
     assert (resolved.weights, resolved.options["img_size"]) == ("mine.pth", 64)
 
 
@@ -168,11 +168,11 @@ def test_the_input_size_of_a_bundle_can_be_changed(tmp_path: Path) -> None:
     spec = BundleSpec(architecture=architecture, classes=["a", "b"], preprocess=preprocess)
     save_bundle(str(tmp_path / "bundle"), spec, weights)
     asked = ModelConfig(name=f"{tmp_path}/bundle", weights="pretrained", image_size=96)
-    resolved = networks.resolve_snapshot(asked)
+    resolved = networks.resolve_model_snapshot(asked)
     architecture, preprocess = networks.resolve_model(resolved)
     assert (architecture.options, preprocess.crop) == ({"image_size": 96, "dropout": 0.0}, 96)
     # and kept where it is not
-    resolved = networks.resolve_snapshot(asked.model_copy(update={"image_size": None}))
+    resolved = networks.resolve_model_snapshot(asked.model_copy(update={"image_size": None}))
     assert networks.resolve_model(resolved)[0].options["image_size"] == 64
 
 

@@ -200,7 +200,7 @@ def test_a_bundle_is_where_a_training_begins(folder: Path, tmp_path: Path) -> No
     )
     make_zero_shot(request)
     asked = ModelConfig(name=str(tmp_path / "bundle"), weights="pretrained")
-    resolved = networks.resolve_snapshot(asked)
+    resolved = networks.resolve_model_snapshot(asked)
     assert resolved.name == "open_clip:test-clip"
     architecture, preprocess = networks.resolve_model(resolved)
     assert preprocess.mean == load_bundle(str(tmp_path / "bundle")).spec.preprocess.mean
@@ -211,7 +211,7 @@ def test_a_bundle_is_where_a_training_begins(folder: Path, tmp_path: Path) -> No
         if not key.startswith("head."):
             assert torch.equal(network.state_dict()[key], value), key
     # an input of another size interpolates the position embeddings
-    sized = networks.resolve_snapshot(asked.model_copy(update={"image_size": 64}))
+    sized = networks.resolve_model_snapshot(asked.model_copy(update={"image_size": 64}))
     architecture, preprocess = networks.resolve_model(sized.model_copy(update={"image_size": 64}))
     network = networks.build_initial_network(architecture, resolved.weights, 2, seed=0).eval()
     assert preprocess.crop == 64

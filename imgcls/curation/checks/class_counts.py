@@ -39,7 +39,7 @@ class ClassIssue:
 
 
 @dataclass(frozen=True)
-class ClassCounts:
+class LabelCounts:
     """Images of each of C classes, and of each pair of the P most frequent ones.
 
     positives, negatives, unknown: (C,) int64
@@ -115,7 +115,7 @@ class ClassCounts:
         return pairs
 
 
-def count_classes(targets: Targets, classes: Sequence[str]) -> ClassCounts:
+def count_classes(targets: Targets, classes: Sequence[str]) -> LabelCounts:
     """Count the values of each class, and of each pair of the most frequent classes."""
     positives = (targets == POSITIVE).sum(axis=0)
     paired = np.sort(np.argsort(-positives, kind="stable")[:_MAX_PAIRED])
@@ -127,7 +127,7 @@ def count_classes(targets: Targets, classes: Sequence[str]) -> ClassCounts:
         has = (block == POSITIVE).astype(np.float32)
         together += (has.T @ has).astype(np.int64)
         excluded += (has.T @ (block == NEGATIVE).astype(np.float32)).astype(np.int64)
-    return ClassCounts(
+    return LabelCounts(
         classes,
         positives,
         (targets == NEGATIVE).sum(axis=0),

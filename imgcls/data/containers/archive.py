@@ -48,7 +48,7 @@ class Archive(abc.ABC):
 
     def find_member(self, name: str) -> Member:
         """A member that can be read; raises StorageMissing, or the error of its problem."""
-        return archive_index.find_member(self.index, self.url, name)
+        return archive_index.find_readable_member(self.index, self.url, name)
 
     def read_text(self, member: str) -> str:
         """The text of a member, without the white space around it.

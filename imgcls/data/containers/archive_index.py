@@ -226,7 +226,7 @@ def decode_name(raw: bytes) -> str:
     return raw.decode("utf-8", "backslashreplace").removeprefix("./")
 
 
-def find_member(index: MemberIndex, url: str, name: str) -> Member:
+def find_readable_member(index: MemberIndex, url: str, name: str) -> Member:
     """A member that can be read; raises StorageMissing, or the error of its problem."""
     found = index.find(name)
     if found is None:

@@ -82,7 +82,7 @@ class Page:
         return self.kind != DICTIONARY_PAGE and self.encoding in _DICTIONARY_ENCODINGS
 
 
-def iter_pages(read: ReadRange, start: int, end: int) -> Iterator[Page]:
+def iter_data_pages(read: ReadRange, start: int, end: int) -> Iterator[Page]:
     """The pages between two positions of a file; raises StorageError for a damaged header."""
     size = _HEADER_BYTES
     while start < end:
@@ -170,7 +170,7 @@ class ChunkPages:
         """Find the next segment by the headers of its pages."""
         at, rows, start = self._at, 0, None
         while start is None or at - start < self._segment_bytes:
-            page = next(iter_pages(self._file.read, at, self._chunk.end), None)
+            page = next(iter_data_pages(self._file.read, at, self._chunk.end), None)
             if page is None or (start is not None and self._is_large(page)):
                 break
             if page.kind == DICTIONARY_PAGE:
@@ -206,7 +206,7 @@ class ChunkPages:
         if is_damaged:
             raise StorageError("the offset index is damaged")
         if pages[0][0] > self._chunk.start:
-            first = next(iter_pages(self._file.read, self._chunk.start, pages[0][0]), None)
+            first = next(iter_data_pages(self._file.read, self._chunk.start, pages[0][0]), None)
             self._dictionary = first
         segment_start = pages[0][0]
         for at, ((_, page_end, _), end_row) in enumerate(zip(pages, ends, strict=True)):

@@ -24,7 +24,7 @@ from imgcls.data.containers.parquet_pages import (
     DICTIONARY_PAGE,
     Page,
     Segment,
-    iter_pages,
+    iter_data_pages,
 )
 from imgcls.errors import StorageError, one_line
 
@@ -117,7 +117,7 @@ def decode_segment(
         return data[start - segment.start : end - segment.start]
 
     found: list[Values] = []
-    pages = list(iter_pages(read, segment.start, segment.end))
+    pages = list(iter_data_pages(read, segment.start, segment.end))
     if sum(page.num_values for page in pages) != segment.rows:
         raise StorageError("the pages do not have as many rows as the file declares")
     row = segment.first_row

@@ -70,7 +70,7 @@ def _find_kernel(device: torch.device, spec: Preprocess) -> BatchResizeFn | None
 
 def _load_kernel(device: torch.device, spec: Preprocess) -> BatchResizeFn | None:
     try:
-        from imgcls.data.decoding.triton_resize import resize_batch as kernel
+        from imgcls.data.decoding.triton_resize import resize_with_triton as kernel
 
         _verify(kernel, device, spec)
     except (torch.OutOfMemoryError, torch.AcceleratorError):

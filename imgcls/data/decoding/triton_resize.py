@@ -34,7 +34,7 @@ _TAPS, _WEIGHTS = [9, 16], [10, 17]
 """Columns of the last two fields of y and of x."""
 
 
-def resize_batch(images: Sequence[DecodedImage], spec: Preprocess) -> torch.Tensor:
+def resize_with_triton(images: Sequence[DecodedImage], spec: Preprocess) -> torch.Tensor:
     """Resize and crop images on the current device, on its current stream.
 
     images: at least one; the launched kernels read their memory

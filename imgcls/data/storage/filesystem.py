@@ -130,7 +130,7 @@ def iter_blocks(url: str, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
     The blocks of an object are read concurrently, because each request waits for its answer.
     """
     if not is_local(url):
-        yield from object_store.iter_blocks(url, block_bytes)
+        yield from object_store.iter_object_blocks(url, block_bytes)
         return
     with open_read(url) as stream:
         while block := stream.read(block_bytes):

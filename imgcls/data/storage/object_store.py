@@ -217,7 +217,7 @@ def open_object(url: str) -> IO[bytes]:
     return io.BufferedReader(_RangeReader(url, size), _READ_BUFFER_BYTES)
 
 
-def iter_blocks(url: str, block_bytes: int) -> Iterator[bytes]:
+def iter_object_blocks(url: str, block_bytes: int) -> Iterator[bytes]:
     """The bytes of an object in order, by concurrent reads of ranges of `block_bytes`."""
     size = int(call_store(url, "info", needs=GET)["size"])
     starts = iter(range(0, size, block_bytes))

@@ -277,7 +277,9 @@ MULTILABEL_METRICS: tuple[MultiLabelSpec, ...] = (
         _of_scores(scores.estimate_log_loss),
     ),
     MultiLabelSpec(
-        "brier_score", "mean squared distance of score and label", _of_scores(scores.estimate_brier)
+        "brier_score",
+        "mean squared distance of score and label",
+        _of_scores(scores.estimate_multilabel_brier),
     ),
     MultiLabelSpec(
         "expected_calibration_error_macro",

@@ -103,7 +103,7 @@ def estimate_ranking_mean(counts: RankingCounts, position: int) -> tuple[float, 
     return float(total / counts.complete), (low, min(high, worst))
 
 
-def estimate_brier(counts: RankingCounts) -> tuple[float, Interval] | None:
+def estimate_multilabel_brier(counts: RankingCounts) -> tuple[float, Interval] | None:
     """Brier score: mean squared distance of the score of a cell from its label, 0 or 1.
 
     Parameters
@@ -121,7 +121,7 @@ def estimate_brier(counts: RankingCounts) -> tuple[float, Interval] | None:
     >>> counts = RankingCounts.from_arrays(
     ...     np.array([[1, 0]], np.int8), np.array([[0.5, 0.0]], np.float16), ["cat", "dog"]
     ... )
-    >>> estimate_brier(counts)[0]
+    >>> estimate_multilabel_brier(counts)[0]
     0.125
     """
     return _estimate_cell_mean(counts, BRIER)

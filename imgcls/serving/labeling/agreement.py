@@ -32,7 +32,7 @@ class AnnotatorAgreement:
     kappa: float | None
 
 
-class LabelMatrix:
+class AnnotatorLabels:
     """Labels of all annotators as integers: one row per annotator, one column per image.
 
     An integer stands for a set of labels; -1 for an image that the annotator did not label. A

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from imgcls.serving.labeling.agreement import AnnotatorAgreement, LabelMatrix, Labels
+from imgcls.serving.labeling.agreement import AnnotatorAgreement, AnnotatorLabels, Labels
 from imgcls.serving.labeling.decisions import AnnotatorRecord
 from imgcls.serving.labeling.queue import LabelingQueue
 
@@ -37,7 +37,7 @@ class ProgressMeter:
     def __init__(self, queue: LabelingQueue, annotations_per_image: int, *, several: bool) -> None:
         self._annotations_per_image = annotations_per_image
         self._several = several
-        self._matrix = LabelMatrix(queue.paths)
+        self._matrix = AnnotatorLabels(queue.paths)
         self._state: object = None
         self._known: LabelingProgress | None = None
 

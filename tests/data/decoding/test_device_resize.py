@@ -43,7 +43,7 @@ def resize_on_cpu(images: Sequence[DecodedImage], spec: Preprocess) -> torch.Ten
 
 def install(monkeypatch: pytest.MonkeyPatch, kernel: Kernel | None) -> None:
     """Let a function pass for the kernel; None: it cannot be imported."""
-    module = None if kernel is None else SimpleNamespace(resize_batch=kernel)
+    module = None if kernel is None else SimpleNamespace(resize_with_triton=kernel)
     monkeypatch.setitem(sys.modules, "imgcls.data.decoding.triton_resize", module)
 
 

@@ -55,9 +55,9 @@ def run_interpreter(path: str) -> None:
     from imgcls.data.decoding import triton_resize
 
     images = make_images()
-    found = {mode: triton_resize.resize_batch(images, spec) for mode, spec in SPECS.items()}
+    found = {mode: triton_resize.resize_with_triton(images, spec) for mode, spec in SPECS.items()}
     triton_resize.BLOCK = triton_resize.COLUMNS = 16
-    found["large"] = triton_resize.resize_batch([make_large_image()], LARGE)
+    found["large"] = triton_resize.resize_with_triton([make_large_image()], LARGE)
     np.savez(path, **{name: pixels.numpy() for name, pixels in found.items()})
 
 
@@ -114,10 +114,10 @@ def test_the_kernels_compile_and_round_as_a_cpu_does(
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", SPECS)
 def test_a_gpu_has_the_pixels_of_a_cpu(mode: str) -> None:
-    from imgcls.data.decoding.triton_resize import resize_batch
+    from imgcls.data.decoding.triton_resize import resize_with_triton
 
     images = make_images("cuda")
     expected = np.stack([resize_on_cpu(image, SPECS[mode]) for image in images])
-    found = resize_batch(images, SPECS[mode])
+    found = resize_with_triton(images, SPECS[mode])
     np.testing.assert_array_equal(found.cpu().numpy(), expected)
     assert found.is_contiguous(memory_format=torch.channels_last)

@@ -91,7 +91,7 @@ def assert_classes_equal_scikit_learn(rows: Rows) -> None:
         assert found.average_precision[c] == pytest.approx(expected, abs=1e-9)
     known = rows.targets >= 0
     truth, exact = rows.targets[known], rows.scores[known].astype(np.float64)
-    brier = scores.estimate_brier(counts)
+    brier = scores.estimate_multilabel_brier(counts)
     assert brier is not None
     assert brier[0] == pytest.approx(brier_score_loss(truth, exact, labels=[0, 1]), abs=1e-9)
     # a score of 0 or 1 counts as what is just rounded to it
@@ -119,7 +119,7 @@ def test_losses_are_those_of_the_scores_before_they_are_rounded(classes: int) ->
     counts = RankingCounts.from_arrays(targets, stored, [f"c{code}" for code in range(classes)])
     known = targets >= 0
     truth, exact = targets[known], np.clip(stored[known].astype(np.float64), 1e-12, 1 - 1e-12)
-    loss, brier = scores.estimate_log_loss(counts), scores.estimate_brier(counts)
+    loss, brier = scores.estimate_log_loss(counts), scores.estimate_multilabel_brier(counts)
     assert loss is not None
     assert brier is not None
     assert loss[0] == pytest.approx(log_loss(truth, exact), rel=1e-4)
@@ -164,7 +164,7 @@ def test_many_classes_stay_within_the_reported_bound() -> None:
         )
         assert off <= found.average_precision_bound[c] + 1e-9
     assert np.nanmax(found.average_precision_bound) > 0
-    brier = scores.estimate_brier(counts)
+    brier = scores.estimate_multilabel_brier(counts)
     assert brier is not None
     assert brier[0] == pytest.approx(((exact - rows.targets) ** 2).mean(), abs=1e-3)
     assert_rankings_equal_scikit_learn(rows)  # which need no bins

@@ -71,7 +71,7 @@ def save(folder: Path, kind: str) -> Any:
 def build(folder: Path, classes: int, **settings: Any) -> tuple[Any, torch.nn.Module, Any]:
     """Architecture, network and preprocessing of a training from a folder's weights."""
     asked = ModelConfig(name=str(folder), weights="pretrained", **settings)
-    resolved = networks.resolve_snapshot(asked)
+    resolved = networks.resolve_model_snapshot(asked)
     architecture, preprocess = networks.resolve_model(resolved)
     network = networks.build_initial_network(architecture, resolved.weights, classes, seed=0)
     return architecture, network.eval(), preprocess

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from imgcls.serving.labeling.agreement import LabelMatrix
+from imgcls.serving.labeling.agreement import AnnotatorLabels
 from imgcls.serving.labeling.decisions import AnnotatorRecord, Decision
 from imgcls.serving.labeling.progress import ProgressMeter
 from imgcls.serving.labeling.queue import LabelingQueue
@@ -41,7 +41,7 @@ def test_agreement_equals_scikit_learn(several: bool) -> None:
         name: {path: choose() for path in (*PATHS, "gone.jpg") if chance.random() < 0.7}
         for name in ("ana", "ben", "cem")
     }
-    matrix = LabelMatrix(PATHS)
+    matrix = AnnotatorLabels(PATHS)
     matrix.update({name: build_record(name, each) for name, each in labels.items()})
     found = matrix.compute_agreements(CLASSES, several=several)
     pairs = list(itertools.combinations(labels, 2))
