@@ -19,6 +19,7 @@ import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from imgcls import log
@@ -90,23 +91,18 @@ def serve(config: ServeConfig) -> None:
         _start_proxies(config)
         was_running = APPLICATION in ray_serve.status().applications
         settings_id = uuid.uuid4().hex
+        application = build_application(config, fixed_keys, replicas, settings_id)
         try:
-            ray_serve.run(
-                build_application(config, fixed_keys, replicas, settings_id),
-                name=APPLICATION,
-                route_prefix="/",
-            )
+            ray_serve.run(application, name=APPLICATION, route_prefix="/")
             interruption.check()
             _wait_for_replicas(settings_id, interruption)
-        except (Interrupted, RuntimeError) as error:
+        except (ImgclsError, RayError, RayServeException, RuntimeError, TimeoutError) as error:
             _handle_failed_start(error, config, was_running)
             return
         _run_until_stopped(config, was_running, interruption)
 
 
-def _handle_failed_start(
-    error: Interrupted | RuntimeError, config: ServeConfig, was_running: bool
-) -> None:
+def _handle_failed_start(error: Exception, config: ServeConfig, was_running: bool) -> None:
     """Undo a failed start; a service that was running before is kept."""
     if isinstance(error, Interrupted):
         if was_running:
@@ -118,6 +114,10 @@ def _handle_failed_start(
         if config.detach:
             raise error
         return
+    if isinstance(error, ImgclsError):
+        if not was_running:
+            _delete_application()
+        raise error
     # the RuntimeError of Ray Serve names no reason; the status of the application may
     reason = _find_start_error() or one_line(error, 500)
     if was_running:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from ray.serve.schema import DeploymentStatus
 from imgcls.cluster import autoscaler, session
 from imgcls.cluster.session import Node
 from imgcls.config import build
-from imgcls.errors import RequestError
+from imgcls.errors import RequestError, ResourcesError
 from imgcls.models import openvino_package
 from imgcls.serving import serve as serving
 from imgcls.serving.config import ServeConfig
@@ -194,3 +195,30 @@ def test_proxies_without_a_timeout_are_used_and_the_difference_is_logged(
     serving._start_proxies(build(ServeConfig, {"model": "b"}))
     assert len(started) == 1
     assert "http.request_timeout_s 120 has no effect" in caplog.text
+
+
+@pytest.mark.parametrize("was_running", [False, True])
+def test_a_first_start_that_times_out_leaves_no_application_on_the_cluster(
+    was_running: bool, color_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def time_out(*_: object) -> None:
+        raise ResourcesError("not all replicas have loaded the model within 300 s")
+
+    deleted: list[str] = []
+    applications = {serving.APPLICATION: None} if was_running else {}
+    monkeypatch.setattr(session, "connect", lambda: None)
+    monkeypatch.setattr(session, "is_private_session", lambda: False)
+    monkeypatch.setattr(session, "list_nodes", lambda: [Node(2, 0)])
+    monkeypatch.setattr(autoscaler, "find_max_nodes", lambda: None)
+    monkeypatch.setattr(serving, "_set_environment", lambda config: None)
+    monkeypatch.setattr(serving, "_start_proxies", lambda config: None)
+    monkeypatch.setattr(serving, "build_application", lambda *_: None)
+    monkeypatch.setattr(serving, "_wait_for_replicas", time_out)
+    monkeypatch.setattr(serving.ray_serve, "run", lambda *_, **__: None)
+    monkeypatch.setattr(
+        serving.ray_serve, "status", lambda: SimpleNamespace(applications=applications)
+    )
+    monkeypatch.setattr(serving.ray_serve, "delete", deleted.append)
+    with pytest.raises(ResourcesError, match="within 300 s"):
+        serve(build(ServeConfig, {"model": str(color_bundle), "detach": True}))
+    assert deleted == ([] if was_running else [serving.APPLICATION])
