@@ -85,7 +85,7 @@ def serve(config: ServeConfig) -> None:
                 "RAY_ADDRESS"
             )
         replicas = plan_replicas(
-            session.list_nodes(), config.replicas, may_grow=autoscaler.find_max_nodes() is not None
+            session.list_nodes(), config.replicas, max_nodes=autoscaler.find_max_nodes()
         )
         log.emit("layout", replicas.reason)
         _start_proxies(config)
