@@ -180,6 +180,7 @@ DIGEST = hashlib.sha256(b"first").hexdigest()
         f"  - name: first\n    sha256: {DIGEST}\n    scopes:\n      - predict\n",
         f"# keys\n- {{name: first, sha256: {DIGEST}}}  # by hand",
         f"-   name: first\n    sha256: {DIGEST}\n\n# the end\n",
+        f" -\n  name: first\n  sha256: {DIGEST}\n  scopes: \n   - predict\n",
     ],
 )
 def test_a_key_is_appended_at_the_indentation_of_the_file(tmp_path: Path, text: str) -> None:
