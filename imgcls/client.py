@@ -155,11 +155,7 @@ class Client:
             "explain": explain or None,
         }
         params = {name: value for name, value in options.items() if value is not None}
-        response = self._request("POST", "/v1/predict", files=files, params=params)
-        rows = _read_object(response).get("predictions")
-        if not isinstance(rows, list):
-            raise _build_foreign_error(response, "it has no predictions")
-        return rows
+        return _read_rows(self._request("POST", "/v1/predict", files=files, params=params))
 
     def model(self) -> dict[str, Any]:
         """Describe the model in use.
@@ -267,6 +263,13 @@ def _read_object(response: requests.Response) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise _build_foreign_error(response, "it is not a JSON object")
     return found
+
+
+def _read_rows(response: requests.Response) -> list[dict[str, Any]]:
+    rows = _read_object(response).get("predictions")
+    if not isinstance(rows, list):
+        raise _build_foreign_error(response, "it has no predictions")
+    return rows
 
 
 def _build_foreign_error(response: requests.Response, reason: str) -> ServiceError:
