@@ -52,7 +52,8 @@ class Client:
     url : str
         Base URL of the service, e.g. ``http://127.0.0.1:8000``.
     key : str, optional
-        API key. Default: the environment variable ``IMGCLS_API_KEY``.
+        API key, of which surrounding white space is removed. Default: the environment variable
+        ``IMGCLS_API_KEY``.
     timeout_s : float
         Timeout of one request attempt, in seconds.
     retry_timeout_s : float
@@ -85,7 +86,7 @@ class Client:
         self._retry_timeout_s = retry_timeout_s
         self._session = requests.Session()
         # as auth, not as a header: a password in ~/.netrc would replace the header
-        self._session.auth = _BearerAuth(key or os.environ.get("IMGCLS_API_KEY"))
+        self._session.auth = _BearerAuth(_find_key(key))
 
     def __enter__(self) -> Self:
         return self
@@ -138,7 +139,8 @@ class Client:
         RequestError
             If there is no image, or a path cannot be read.
         ServiceError
-            If the service rejects the request, or the only image of the request.
+            If the service rejects the request, or the only image of the request, or if the response
+            is not one of ``imgcls serve``.
         """
         if isinstance(images, (str, bytes, os.PathLike)):
             images = [images]
@@ -153,10 +155,7 @@ class Client:
             "explain": explain or None,
         }
         params = {name: value for name, value in options.items() if value is not None}
-        rows: list[dict[str, Any]] = self._request(
-            "POST", "/v1/predict", files=files, params=params
-        ).json()["predictions"]
-        return rows
+        return _read_rows(self._request("POST", "/v1/predict", files=files, params=params))
 
     def model(self) -> dict[str, Any]:
         """Describe the model in use.
@@ -171,8 +170,7 @@ class Client:
         ServiceError
             If the service rejects the request or cannot be reached.
         """
-        description: dict[str, Any] = self._request("GET", "/v1/model").json()
-        return description
+        return _read_object(self._request("GET", "/v1/model"))
 
     def reload(self) -> None:
         """Have the service reload its bundle; needs an API key with the scope ``admin``.
@@ -216,6 +214,18 @@ class _BearerAuth(requests.auth.AuthBase):
         return request
 
 
+def _find_key(key: str | None) -> str | None:
+    """The key to send; an error does not repeat it, because errors are logged."""
+    place = "key" if key else "IMGCLS_API_KEY"
+    found = (key or os.environ.get("IMGCLS_API_KEY") or "").strip()
+    if not re.fullmatch(r"[\x21-\x7e]*", found):
+        raise RequestError(
+            f"{place}: contains a character that an API key cannot have, such as a space or a line "
+            "break. Pass the key as `imgcls key new` printed it"
+        )
+    return found or None
+
+
 def _parse_retry_after(value: str) -> float:
     """Seconds to wait by a Retry-After header; infinity if it is invalid.
 
@@ -242,6 +252,32 @@ def _read_image(image: ImageInput) -> tuple[str, bytes]:
             return os.path.basename(path), file.read()
     except OSError as error:
         raise RequestError(f"image {path}: {error.strerror or error}") from error
+
+
+def _read_object(response: requests.Response) -> dict[str, Any]:
+    """The JSON object of a successful response."""
+    try:
+        found = response.json()
+    except ValueError as error:
+        raise _build_foreign_error(response, "it is not JSON") from error
+    if not isinstance(found, dict):
+        raise _build_foreign_error(response, "it is not a JSON object")
+    return found
+
+
+def _read_rows(response: requests.Response) -> list[dict[str, Any]]:
+    rows = _read_object(response).get("predictions")
+    if not isinstance(rows, list):
+        raise _build_foreign_error(response, "it has no predictions")
+    return rows
+
+
+def _build_foreign_error(response: requests.Response, reason: str) -> ServiceError:
+    return ServiceError(
+        f"{response.url}: {response.status_code} {response.reason}: the response is not one of "
+        f"`imgcls serve`: {reason}. Check the URL, and any proxy in front of the service",
+        response.status_code,
+    )
 
 
 def _build_error(response: requests.Response) -> ServiceError:

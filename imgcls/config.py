@@ -26,8 +26,10 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from imgcls.errors import ConfigError
+from imgcls.formatting import find_new_name, format_choices
 
 S = TypeVar("S", bound="Section")
 
@@ -68,48 +70,6 @@ class Section(BaseModel):
         return value
 
 
-RENAMED_KEYS = {
-    "copies": "duplicates",
-    "copies.near_bits": "duplicates.max_hash_distance",
-    "copies.similar": "duplicates.min_cosine",
-    "http.door": "http.proxy",
-    "http.request_seconds": "http.request_timeout_s",
-    "judge": "evaluation",
-    "keys.refresh_seconds": "keys.refresh_interval_s",
-    "labels.neighbours": "labels.neighbors",
-    "labels.probe_images": "labels.max_probe_images",
-    "labels.reference_images": "labels.max_reference_images",
-    "least_rows": "min_rows",
-    "limits.door_bytes": "limits.proxy_bytes",
-    "limits.upload_seconds": "limits.upload_timeout_s",
-    "listings": "list_concurrency",
-    "most_images": "max_images",
-    "replicas.drain_seconds": "replicas.drain_period_s",
-    "replicas.least": "replicas.min_replicas",
-    "replicas.most": "replicas.max_replicas",
-    "replicas.target_requests": "replicas.target_ongoing_requests",
-    "rules.black": "rules.black_level",
-    "rules.grey_colour": "rules.min_color",
-    "rules.max_grey_share": "rules.max_gray_share",
-    "rules.odd_size": "rules.max_size_ratio",
-    "rules.tiny_pixels": "rules.min_side",
-    "rules.white": "rules.white_level",
-    "scale.fetches": "scale.io_concurrency",
-    "scale.hang_seconds": "scale.worker_timeout_s",
-    "scale.host_share": "scale.cpu_decode_fraction",
-    "scale.wait_seconds": "scale.resource_timeout_s",
-    "sheet": "sheet_images",
-    "sheets": "max_sheets",
-    "storage.attempt_seconds": "storage.attempt_timeout_s",
-    "storage.deadline_seconds": "storage.retry_timeout_s",
-    "storage.host_requests": "storage.max_requests_per_host",
-    "tune.asha.grace": "tune.asha.grace_period",
-    "tune.asha.reduction": "tune.asha.reduction_factor",
-    "tune.concurrent": "tune.max_concurrent",
-}
-"""Keys of version 0.1 that have another name now; a section renames all keys below it."""
-
-
 def load(model: type[S], argv: Sequence[str]) -> S:
     """Build `model` from the command line `argv`.
 
@@ -129,8 +89,8 @@ def load(model: type[S], argv: Sequence[str]) -> S:
     tree: dict[str, Any] = {}
     for file in files:
         _merge(model, tree, _read_yaml(file, problems))
-    for key, value in overrides:
-        _set(model, tree, key.split("."), value)
+    for parts, value in overrides:
+        _set(model, tree, parts, value)
     config = _validated(model, tree, problems)
     if print_config:
         print(dump(config), end="")
@@ -148,7 +108,7 @@ def build(model: type[S], settings: Mapping[str, Any]) -> S:
     """
     tree: dict[str, Any] = {}
     for key, value in settings.items():
-        _set(model, tree, key.split("."), value)
+        _set(model, tree, _split_key(model, key), value)
     return _validated(model, tree, [])
 
 
@@ -201,7 +161,8 @@ def _validated(model: type[S], tree: Mapping[str, Any], problems: list[str]) -> 
         problems = [*problems, *_explain(model, error)]
     if problems or config is None:
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"the configuration has {_count(problems)}:\n{lines}")
+        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"the configuration has {count}:\n{lines}")
     return config
 
 
@@ -211,24 +172,27 @@ def dump(config: Section) -> str:
     return text
 
 
-def _count(problems: Sequence[str]) -> str:
-    return "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-
-
 def to_option(key: str) -> str:
     """A key as a command line writes it, with dashes."""
     return key.replace("_", "-")
 
 
+def _iter_types(annotation: Any) -> Iterator[Any]:
+    """The types of an annotation: `list[int] | Literal["x"] | None` is list, Literal, NoneType."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        yield from _iter_types(arguments[0])
+    elif origin in (typing.Union, types.UnionType):
+        yield from itertools.chain.from_iterable(map(_iter_types, arguments))
+    else:
+        yield origin or annotation
+
+
 def find_section_type(annotation: Any) -> type[Section] | None:
     """The Section class in an annotation such as `Section` or `Section | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        for argument in typing.get_args(annotation):
-            found = find_section_type(argument)
-            if found is not None:
-                return found
+    for each in _iter_types(annotation):
+        if isinstance(each, type) and issubclass(each, Section):
+            return each
     return None
 
 
@@ -263,25 +227,38 @@ def iter_fields(
 
 
 def _is_bool(annotation: Any) -> bool:
-    if annotation is bool:
-        return True
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return bool in typing.get_args(annotation)
-    return False
+    return bool in _iter_types(annotation)
 
 
 def _is_list(annotation: Any) -> bool:
-    arguments = typing.get_args(annotation)
-    return typing.get_origin(annotation) in (list, tuple) or any(map(_is_list, arguments))
+    return not {list, tuple}.isdisjoint(_iter_types(annotation))
+
+
+def _split_key(model: type[Section], key: str) -> list[str]:
+    """The parts of a dotted key: names of fields, in which dashes are read as underscores.
+
+    A key in a map of text, such as the name of a class, is one part, as it is; not in a map of any
+    values, whose keys are names of arguments.
+    """
+    name, _, rest = key.partition(".")
+    name = name.replace("-", "_")
+    section, _ = find_section(model, name)
+    if section is not None and rest:
+        return [name, *_split_key(section, rest)]
+    kind = model.model_fields[name].annotation if name in model.model_fields else None
+    maps = [each for each in (kind, *typing.get_args(kind)) if typing.get_origin(each) is dict]
+    if rest and maps and typing.get_args(maps[0])[0] is str and Any not in typing.get_args(maps[0]):
+        return [name, rest]
+    return [name, *rest.replace("-", "_").split(".")] if rest else [name]
 
 
 def _parse(
     model: type[Section], argv: Sequence[str], problems: list[str]
-) -> tuple[list[str], list[tuple[str, Any]], bool]:
-    """Split the command line into files, (dotted key, value) pairs and `--print-config`."""
+) -> tuple[list[str], list[tuple[list[str], Any]], bool]:
+    """Split the command line into files, (parts of a key, value) pairs and `--print-config`."""
     fields = {key: field for key, field, _ in iter_fields(model)}
     files: list[str] = []
-    overrides: list[tuple[str, Any]] = []
+    overrides: list[tuple[list[str], Any]] = []
     print_config = False
     unnamed = list(model.positional)
     position = 0
@@ -293,12 +270,13 @@ def _parse(
             continue
         if not argument.startswith("--") or argument == "--":
             if unnamed:
-                overrides.append((unnamed.pop(0), argument))
+                overrides.append(([unnamed.pop(0)], argument))
             else:
                 problems.append(f"{argument!r}: options are written --KEY VALUE")
             continue
         name, equals, value = argument[2:].partition("=")
-        key = name.replace("-", "_")
+        parts = _split_key(model, name)
+        key = ".".join(parts)
         field = fields.get(key)
         if not equals:
             following = argv[position] if position < len(argv) else None
@@ -313,7 +291,7 @@ def _parse(
                 else:
                     value = "true"
             elif field is None and _is_negated(key, fields):
-                key, value = key[3:], "false"
+                parts, value = key[3:].split("."), "false"
             elif takes_none:
                 known = field is not None or key == "config" or key.partition(".")[0] in fields
                 problems.append(f"--{name}: needs a value" if known else _unknown(model, key))
@@ -328,9 +306,9 @@ def _parse(
         elif field is not None and _is_list(field.annotation) and not equals:
             more = list(itertools.takewhile(lambda word: not _is_option(word), argv[position:]))
             position += len(more)
-            overrides.append((key, [value, *more] if more else _value(value)))
+            overrides.append((parts, [value, *more] if more else _value(value, field)))
         else:
-            overrides.append((key, value if value in _choices(field) else _value(value)))
+            overrides.append((parts, value if value in _choices(field) else _value(value, field)))
     return files, overrides, print_config
 
 
@@ -361,45 +339,67 @@ def _is_option(argument: str) -> bool:
     return argument.startswith("--") and len(argument) > 2
 
 
-def _value(text: str) -> Any:
-    """Lists, maps and null are read as YAML; anything else stays text for pydantic to coerce."""
-    if text in ("null", "none", "None"):
+def _value(text: str, field: FieldInfo | None) -> Any:
+    """Lists, maps and null are read as YAML; anything else stays text for pydantic to coerce.
+
+    A field of text keeps all text, such as `{date}`; null where it may be null.
+    """
+    kinds = {Any} if field is None else set(_iter_types(field.annotation))
+    is_text = str in kinds and kinds <= {str, type(None), typing.Literal}
+    if text in ("null", "none", "None") and not (is_text and type(None) not in kinds):
         return None
-    return _yaml_or_text(text) if text[:1] in ("[", "{") else text
+    return _yaml_or_text(text) if text[:1] in ("[", "{") and not is_text else text
 
 
 def _yaml_or_text(text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: e.g. February 30
         return text
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is set twice in a map, of which YAML's own loader keeps the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(
+                    f"line {line}: {name!r} is already set in line {lines[name]}; merge the two, "
+                    "or remove one"
+                )
+            lines[name] = line
+        return node
 
 
 def _read_yaml(file: str, problems: list[str]) -> Mapping[str, Any]:
     try:
         with open(file, encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
+            content = yaml.load(stream, _UniqueKeyLoader)
+        if content is None or isinstance(content, dict):
+            return content or {}
+        problem = f"expected keys and values, found {type(content).__name__}"
     except OSError as error:
-        problems.append(f"--config {file}: {error.strerror or error}; give the path of a YAML file")
-        return {}
+        problem = f"{error.strerror or error}; give the path of a YAML file"
+    except ConfigError as error:
+        problem = str(error)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(f"--config {file}: not YAML: {' '.join(str(error).split())}")
-        return {}
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        problems.append(
-            f"--config {file}: expected keys and values, found {type(content).__name__}"
-        )
-        return {}
-    return content
+        problem = f"not YAML: {' '.join(str(error).split())}"
+    except ValueError as error:  # e.g. February 30
+        problem = f"a date or number is invalid: {error}; correct it, or put it in quotes"
+    problems.append(f"--config {file}: {problem}")
+    return {}
 
 
 def _merge(model: type[Section] | None, tree: dict[str, Any], update: Mapping[Any, Any]) -> None:
     """Lay a YAML tree over another: section by section, anything else as a whole."""
     for raw, value in update.items():
         # YAML 1.1 reads a bare key `on` as true
-        name = "on" if raw is True else str(raw).replace("-", "_")
+        name = "on" if raw is True else str(raw)
+        name = name if model is None else name.replace("-", "_")
         section, optional = find_section(model, name)
         if section is None:
             tree[name] = value
@@ -441,34 +441,39 @@ def find_section(model: type[Section] | None, name: str) -> tuple[type[Section] 
 
 
 def _explain(model: type[Section], error: ValidationError) -> list[str]:
-    problems = []
+    """The problems of pydantic's error, which has one for each type of a union."""
+    fields = ((key, {*_iter_types(field.annotation)}) for key, field, _ in iter_fields(model))
+    unions = {key for key, kinds in fields if len(kinds - {type(None)}) > 1}
+    groups: dict[str, list[tuple[str, ErrorDetails]]] = {}
     for item in error.errors(include_url=False):
-        path, found = ".".join(str(part) for part in item["loc"]), item["input"]
-        if item["type"] == "extra_forbidden":
-            problems += [_unknown(model, key) for key in _keys_below(path, found)]
-        elif item["type"] == "missing":
-            problems.append(f"{path}: is required; give --{to_option(path)} VALUE")
-        elif item["type"] == "value_error":
-            problems.append(
-                f"{path}: {item['ctx']['error']}" if path else str(item["ctx"]["error"])
-            )
-        elif item["type"] == "bool_parsing" and item["loc"][-1] == "bool":
-            continue  # of `bool | Literal[...]`, which is one problem: the next one
-        elif item["type"] == "literal_error" and str(item["loc"][-1]).startswith("literal["):
-            key, expected = path.partition(".literal[")[0], item["ctx"]["expected"]
-            problems.append(f"{key}: Input should be true, false, {expected}; found {found!r}")
+        parts = [str(part) for part in item["loc"] if part != "[key]"]
+        keys = itertools.accumulate(parts[:-1], "{}.{}".format)
+        union = next((key for key in keys if key in unions), None)
+        if union is not None:
+            del parts[union.count(".") + 1]  # the type, such as "dict[str,float]"
+        path = ".".join(parts)
+        groups.setdefault(union or path, []).append((path, item))
+    problems: list[str] = []
+    for key, items in groups.items():
+        # of a union, the problems of a value that has one of its types
+        skipped = ("_type", "_parsing", "literal_error") if key in unions else ()
+        own = [each for each in items if each[0] != key or not each[1]["type"].endswith(skipped)]
+        if own:
+            problems += [line for path, item in own for line in _explain_item(model, path, item)]
         else:
-            problems.append(f"{path}: {item['msg']}; found {found!r}")
+            choices = format_choices(item for _, item in items)
+            problems.append(f"{key}: Input should be {choices}; found {items[0][1]['input']!r}")
     return problems
 
 
-def _renamed(path: str) -> str | None:
-    """The name that a key of version 0.1 has now: its own entry, else that of its section."""
-    if path in RENAMED_KEYS:
-        return RENAMED_KEYS[path]
-    section, _, last = path.rpartition(".")
-    outer = _renamed(section) if section else None
-    return None if outer is None else f"{outer}.{last}"
+def _explain_item(model: type[Section], path: str, item: ErrorDetails) -> list[str]:
+    if item["type"] == "extra_forbidden":
+        return [_unknown(model, key) for key in _keys_below(path, item["input"])]
+    if item["type"] == "missing":
+        return [f"{path}: is required; give --{to_option(path)} VALUE"]
+    if item["type"] == "value_error":
+        return [f"{path}: {item['ctx']['error']}" if path else str(item["ctx"]["error"])]
+    return [f"{path}: {item['msg']}; found {item['input']!r}"]
 
 
 def _keys_below(path: str, value: Any) -> list[str]:
@@ -481,7 +486,7 @@ def _unknown(model: type[Section], path: str) -> str:
     """Name an unknown key and its new name, or the nearest valid ones."""
     valid = [key for key, _, _ in iter_fields(model)]
     sections = sorted({key.rpartition(".")[0] for key in valid} - {""})
-    renamed = _renamed(path)
+    renamed = find_new_name(path)
     if renamed in valid or renamed in sections:
         return f"{path}: was renamed; use {renamed}"
     near = difflib.get_close_matches(path, valid + sections, n=2, cutoff=0.7)

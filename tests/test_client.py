@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import email.utils
 import http.server
-import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from imgcls.client import Client, ServiceError
+from imgcls.errors import RequestError
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Script:
     url: str = ""
     keys: list[str | None] = field(default_factory=list)
     answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    body: bytes = b'{"sha256": "0"}'
 
 
 @pytest.fixture
@@ -38,7 +39,11 @@ def server() -> Iterator[Script]:
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(json.dumps({"sha256": "0"}).encode())
+            self.wfile.write(script.body)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -100,3 +105,44 @@ def test_netrc_does_not_replace_the_key(
     with Client(server.url) as client:
         client.model()
     assert server.keys == ["Bearer imgcls_x", None, "Bearer imgcls_y"]
+
+
+def test_white_space_around_a_key_is_not_sent(
+    server: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMGCLS_API_KEY", " imgcls_y\r\n")
+    for key in ("imgcls_x\n", None):
+        with Client(server.url, key) as client:
+            client.model()
+    monkeypatch.setenv("IMGCLS_API_KEY", "\n")
+    with Client(server.url) as client:
+        client.model()
+    assert server.keys == ["Bearer imgcls_x", "Bearer imgcls_y", None]
+
+
+@pytest.mark.parametrize("key", ["imgcls_\n_x", "imgcls_\u20ac", "imgcls_ x", "imgcls_\x7f"])
+def test_a_key_that_no_header_can_have_is_refused_and_not_repeated(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RequestError, match=r"^key: contains a character") as caught:
+        Client("http://127.0.0.1:1", key)
+    assert "imgcls_" not in str(caught.value)
+    monkeypatch.setenv("IMGCLS_API_KEY", key)
+    with pytest.raises(RequestError, match=r"^IMGCLS_API_KEY: contains a character"):
+        Client("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("body", [b"<html>Sign in</html>", b"", b"[]", b'"x"', b"\xff"])
+def test_a_response_that_is_not_one_of_the_service_is_an_error_of_the_client(
+    server: Script, body: bytes
+) -> None:
+    server.body = body
+    with Client(server.url) as client:
+        for call in (client.model, lambda: client.predict(b"image")):
+            with pytest.raises(ServiceError, match="200 OK: the response is not one of `imgcls"):
+                call()
+
+
+def test_a_response_without_predictions_is_an_error_of_the_client(server: Script) -> None:
+    with Client(server.url) as client, pytest.raises(ServiceError, match="has no predictions"):
+        client.predict(b"image")

@@ -1,10 +1,12 @@
-"""Numbers in messages: counts with their nouns, shares and durations."""
+"""Numbers, choices and suggestions in messages."""
 
 from __future__ import annotations
 
 import pytest
 
 from imgcls.formatting import (
+    find_new_name,
+    format_choices,
     format_count,
     format_counts,
     format_duration,
@@ -57,3 +59,21 @@ def test_a_small_share_is_not_shown_as_zero() -> None:
 )
 def test_a_duration_has_two_units_at_most(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_choices_of_a_union_name_each_type_once_and_literals_last() -> None:
+    literal = {"type": "literal_error", "ctx": {"expected": "'a' or 'b'"}, "msg": ""}
+    number = {
+        "type": "float_parsing",
+        "msg": "Input should be a valid number, unable to parse string as a number",
+    }
+    boolean = {"type": "bool_parsing", "msg": ""}
+    assert format_choices([literal, boolean]) == "true, false, 'a' or 'b'"
+    assert format_choices([number, literal]) == "a valid number, 'a' or 'b'"
+    assert format_choices([number, boolean]) == "a valid number or true, false"
+
+
+def test_a_key_below_a_renamed_section_has_a_new_name() -> None:
+    assert find_new_name("copies.near_bits") == "duplicates.max_hash_distance"
+    assert find_new_name("copies.seed") == "duplicates.seed"
+    assert find_new_name("optim.lr") is None

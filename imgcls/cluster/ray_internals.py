@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ray.serve._private.request_router import (  # type: ignore[attr-defined]
         PowerOfTwoChoicesRequestRouter,
     )
+    from ray.serve.config import HTTPOptions
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 __all__ = [
@@ -395,10 +396,10 @@ def hide_controller_messages() -> None:
     module.print_to_stdstream = print_others
 
 
-def find_serve_address() -> tuple[str, int] | None:
-    """Host and port of Ray Serve's HTTP proxies; None when Serve does not run on the cluster.
+def find_serve_options() -> HTTPOptions | None:
+    """The options of Ray Serve's HTTP proxies; None when Serve does not run on the cluster.
 
-    `serve.status()` reports no address.
+    `serve.status()` reports none of them, and `serve.start` ignores other ones.
     """
     from ray import serve
     from ray.serve.exceptions import RayServeException
@@ -409,5 +410,5 @@ def find_serve_address() -> tuple[str, int] | None:
         return None
     if client is None:
         return None
-    options = ray.get(client._controller.get_http_config.remote())
-    return options.host, options.port
+    options: HTTPOptions = ray.get(client._controller.get_http_config.remote())
+    return options

@@ -30,6 +30,7 @@ from imgcls.data import image_files
 from imgcls.data.decoding import decode
 from imgcls.data.decoding.decode import Pixels
 from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
+from imgcls.data.manifests.options import KeyNames
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import (
@@ -277,7 +278,7 @@ def _load_comparison_images(bundle: Bundle, config: ExportConfig) -> Pixels:
 
 
 def _decode_manifest_images(bundle: Bundle, config: ManifestConfig) -> Iterator[Pixels]:
-    manifest = open_manifest(config)
+    manifest = open_manifest(config, keys=KeyNames("images"))
     for batch in manifest.batches():
         paths = batch.column(manifest.path_column).cast(pa.string()).to_pylist()
         for blob in image_files.read_ahead(manifest.resolve(path) for path in paths):

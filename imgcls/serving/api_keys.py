@@ -7,12 +7,14 @@ nothing about the existing keys.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import hmac
 import os
 import re
 import secrets
+import textwrap
 from collections import Counter
 from typing import Annotated, Any, Literal
 
@@ -27,6 +29,8 @@ from imgcls.errors import RequestError, StorageMissing
 KeyScope = Literal["predict", "admin", "label"]
 KeyScopes = Annotated[list[KeyScope], BeforeValidator(names)]
 
+_MAX_DAYS = 36_500
+"""Maximum lifetime of a key; a date must be before the year 10000."""
 _KEY_PREFIX = "imgcls_"
 """Prefix by which secret scanners recognize a leaked key."""
 
@@ -166,8 +170,8 @@ class NewKeyConfig(Section):
     labeling page. Separate several scopes by commas: predict,label."""
     images_per_minute: PositiveFloat | None = None
     """Rate limit in images per minute; unlimited if not set."""
-    days: Annotated[int, Field(gt=0)] | None = None
-    """Days until the key expires; it does not expire if not set."""
+    days: Annotated[int, Field(gt=0, le=_MAX_DAYS)] | None = None
+    """Days until the key expires, up to 36,500; it does not expire if not set."""
     storage: StorageConfig = StorageConfig()
 
 
@@ -175,16 +179,17 @@ class NewKeyConfig(Section):
 def create_key(config: NewKeyConfig) -> str:
     """Create an API key: print it once, and append its hash to the key file.
 
-    Returns the key. Raises RequestError if the name is taken or the file is malformed.
+    Returns the key. Raises RequestError if the name is taken, or if the file is malformed or cannot
+    be extended.
     """
     place = f"keys.file {config.file}"
     try:
         text = filesystem.read(config.file).decode("utf-8", "replace")
-        taken = [key.name for key in parse_keys(text, place, may_be_empty=True)]
+        keys = parse_keys(text, place, may_be_empty=True)
         text = _FILE_HEADER if yaml.safe_load(text) == [] else text
     except StorageMissing:
-        text, taken = _FILE_HEADER, []
-    if config.name in taken:
+        text, keys = _FILE_HEADER, []
+    if config.name in [key.name for key in keys]:
         raise RequestError(
             f"{place}: already has a key named {config.name!r}. Remove its record, or pass another "
             "--name"
@@ -200,11 +205,30 @@ def create_key(config: NewKeyConfig) -> str:
     if config.days is not None:
         today = datetime.datetime.now(datetime.UTC).date()
         record["expires"] = today + datetime.timedelta(days=config.days)
-    added = yaml.safe_dump([record], sort_keys=False)
-    parse_keys(added, "key")
-    filesystem.write(config.file, (re.sub(r"(?<!\n)\Z", "\n", text) + added).encode())
+    filesystem.write(config.file, _append_record(text, keys, record, place).encode())
     print(secret, flush=True)
     return secret
+
+
+def _append_record(text: str, keys: list[ApiKey], record: dict[str, Any], place: str) -> str:
+    """The text of a key file with one more record, at the indentation of the others.
+
+    keys: those of the text
+    Raises RequestError if the text is a list of another form, e.g. `[{name: a, ...}]`.
+    """
+    added = yaml.safe_dump([record], sort_keys=False)
+    wanted = [*keys, *parse_keys(added, "key")]
+    indent = re.search(r"^ *(?=-\s)", text, re.MULTILINE)
+    combined = re.sub(r"(?<!\n)\Z", "\n", text) + textwrap.indent(
+        added, indent[0] if indent else ""
+    )
+    with contextlib.suppress(RequestError):
+        if parse_keys(combined, place) == wanted:
+            return combined
+    raise RequestError(
+        f"{place}: a record cannot be appended to a list of this form. Write each record on lines "
+        'of its own that begin with "- name:", or pass another --file; nothing was written'
+    )
 
 
 _FILE_HEADER = """# API keys of `imgcls serve`, stored as hashes. Remove a record to revoke its key:

@@ -104,11 +104,13 @@ class ReplicaConfig(Section):
     shorthand: ClassVar[str | None] = "min_replicas"
 
     min_replicas: PositiveInt | None = None
-    """Minimum number of replicas. Default: one per GPU; without GPUs one per CPU, up to 8."""
+    """Minimum number of replicas. Default: one per GPU; without GPUs one per CPU, up to 8; at most
+    max_replicas."""
     max_replicas: PositiveInt | None = None
     """Maximum number of replicas; autoscaled if above min_replicas. Default: min_replicas."""
     cpus: PositiveFloat | None = None
-    """CPUs reserved for one replica, for decoding and the model. Default: an equal share."""
+    """CPUs reserved for one replica, for decoding and the model. Default: an equal share, at most
+    those of one node."""
     target_ongoing_requests: PositiveInt = 16
     """Target number of concurrent requests per replica for autoscaling."""
     drain_period_s: NonNegativeFloat = 5.0

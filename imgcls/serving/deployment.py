@@ -277,7 +277,7 @@ def build_from_args(args: dict[str, Any]) -> serve.Application:
     config = locate_model(config)
     fixed_keys = run_preflight_checks(config)
     replicas = plan_replicas(
-        session.list_nodes(), config.replicas, may_grow=autoscaler.find_max_nodes() is not None
+        session.list_nodes(), config.replicas, max_nodes=autoscaler.find_max_nodes()
     )
     return build_application(config, fixed_keys, replicas, read_description(config.model).sha256)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,36 +37,35 @@ class ReplicaPlan:
         return "cuda" if self.gpus else "cpu"
 
 
-def plan_replicas(nodes: Sequence[Node], config: ReplicaConfig, *, may_grow: bool) -> ReplicaPlan:
+def plan_replicas(
+    nodes: Sequence[Node], config: ReplicaConfig, *, max_nodes: Sequence[Node] | None
+) -> ReplicaPlan:
     """Compute the number of replicas and their resources from the nodes of the cluster.
 
-    may_grow: whether an autoscaler may add nodes
-    Raises ResourcesError when `config.min_replicas` do not fit.
+    max_nodes: the nodes that an autoscaler may grow the cluster to; None without one
+    Raises ResourcesError when `config.min_replicas` do not fit, or when no node, also of those that
+    may join, is large enough for one of them.
     """
     cpus, gpus = sum(node.cpus for node in nodes), sum(math.floor(node.gpus) for node in nodes)
+    default = gpus or max(1, min(MAX_DEFAULT_REPLICAS, math.floor(cpus)))
+    min_replicas = config.min_replicas or min(default, config.max_replicas or default)
     if gpus:
-        min_replicas = config.min_replicas or gpus
-        with_gpus = [(node.cpus, math.floor(node.gpus)) for node in nodes if node.gpus >= 1]
+        with_gpus = [node for node in nodes if node.gpus >= 1]
         # a replica's CPUs must be on the node of its GPU, whichever that is
-        smallest_share = min(node_cpus // node_gpus for node_cpus, node_gpus in with_gpus)
+        smallest_share = min(node.cpus // math.floor(node.gpus) for node in with_gpus)
         cpus_each = config.cpus or max(0.5, smallest_share)
         gpus_each, reason = 1.0, f"{gpus:g} GPUs, one replica per GPU"
-        fit = sum(
-            min(node_gpus, math.floor(node_cpus / cpus_each + 1e-6))
-            for node_cpus, node_gpus in with_gpus
-        )
     else:
-        min_replicas = config.min_replicas or max(1, min(MAX_DEFAULT_REPLICAS, math.floor(cpus)))
-        cpus_each = config.cpus or max(1.0, float(math.floor(cpus / min_replicas)))
-        gpus_each, reason = 0.0, f"{cpus:g} CPUs, no GPU"
-        fit = sum(math.floor(node.cpus / cpus_each + 1e-6) for node in nodes)
-    if min_replicas > fit and not may_grow:
-        needs = f"{cpus_each:g} CPUs" + (" and 1 GPU" if gpus else "")
-        available = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-        raise ResourcesError(
-            f"replicas.min_replicas {min_replicas}: each replica needs {needs}; only {fit} fit in "
-            f"the cluster's {available}. Lower replicas.min_replicas or replicas.cpus"
+        cpus_each = (
+            config.cpus
+            or _share_cpus(nodes, min_replicas)
+            or _share_cpus(max_nodes or [], min_replicas)
+            or 1.0
         )
+        gpus_each, reason = 0.0, f"{cpus:g} CPUs, no GPU"
+    problem = _find_misfit(nodes, config, max_nodes, min_replicas, cpus_each, gpus_each)
+    if problem is not None:
+        raise ResourcesError(problem)
     max_replicas = max(min_replicas, config.max_replicas or min_replicas)
     count = f"{min_replicas}" if max_replicas == min_replicas else f"{min_replicas}-{max_replicas}"
     return ReplicaPlan(
@@ -75,4 +75,63 @@ def plan_replicas(nodes: Sequence[Node], config: ReplicaConfig, *, may_grow: boo
         gpus_each,
         max(1, math.floor(cpus_each)),
         f"{reason}: {count} replicas, CPUs per replica: {cpus_each:g}",
+    )
+
+
+def _share_cpus(nodes: Sequence[Node], replicas: int) -> float | None:
+    """The largest whole number of CPUs with which the replicas fit; None when they do not fit.
+
+    A replica's CPUs are on one node, so the CPUs of all nodes together do not count.
+    """
+    largest = math.floor(max((node.cpus for node in nodes), default=0))
+    for cpus in range(largest, 0, -1):
+        if _count_fitting(nodes, cpus, 0) >= replicas:
+            return float(cpus)
+    return None
+
+
+def _count_fitting(nodes: Sequence[Node], cpus: float, gpus: float) -> int:
+    """How many replicas fit on the nodes."""
+    return sum(
+        min(
+            math.floor(node.cpus / cpus + 1e-6),
+            math.floor(node.gpus / gpus) if gpus else sys.maxsize,
+        )
+        for node in nodes
+    )
+
+
+def _find_misfit(
+    nodes: Sequence[Node],
+    config: ReplicaConfig,
+    max_nodes: Sequence[Node] | None,
+    min_replicas: int,
+    cpus: float,
+    gpus: float,
+) -> str | None:
+    """Why the replicas do not fit, with the remedy; None when they fit or nodes may join."""
+    fitting = _count_fitting(nodes, cpus, gpus)
+    possible = [*nodes, *(max_nodes or [])]
+    is_too_large = not _count_fitting(possible, cpus, gpus)
+    # the types of nodes that may join can be unknown
+    if min_replicas <= fitting or (max_nodes is not None and not (max_nodes and is_too_large)):
+        return None
+    needs = f"{cpus:g} CPUs" + (" and 1 GPU" if gpus else "")
+    available = f"{sum(node.cpus for node in nodes):g} CPUs"
+    if gpus:
+        available += f" and {sum(math.floor(node.gpus) for node in nodes)} GPUs"
+    largest = max((node.cpus for node in possible if node.gpus >= gpus), default=0)
+    if is_too_large and largest:
+        kind = "node with a GPU" if gpus else "node"
+        available += f"; the largest {kind} has {largest:g} CPUs"
+        remedy = f"Set replicas.cpus to {largest:g} or less"
+    elif not largest:
+        remedy = "Add nodes with CPUs to the cluster"
+    elif config.cpus is not None:
+        remedy = "Lower replicas.min_replicas or replicas.cpus"
+    else:
+        remedy = "Lower replicas.min_replicas, or add nodes to the cluster"
+    return (
+        f"replicas.min_replicas {min_replicas}: each replica needs {needs}; only {fitting} fit in "
+        f"the cluster's {available}. {remedy}"
     )

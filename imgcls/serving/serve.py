@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import socket
+import ssl
 import time
 import uuid
 from collections.abc import Iterable
@@ -18,12 +19,13 @@ import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from imgcls import log
 from imgcls.cluster import autoscaler, ray_internals, session
 from imgcls.cluster.interrupts import Interruption
-from imgcls.config import Section
+from imgcls.config import Section, to_option
 from imgcls.data.manifests.discovery import resolve_source
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
@@ -83,29 +85,24 @@ def serve(config: ServeConfig) -> None:
                 "RAY_ADDRESS"
             )
         replicas = plan_replicas(
-            session.list_nodes(), config.replicas, may_grow=autoscaler.find_max_nodes() is not None
+            session.list_nodes(), config.replicas, max_nodes=autoscaler.find_max_nodes()
         )
         log.emit("layout", replicas.reason)
         _start_proxies(config)
         was_running = APPLICATION in ray_serve.status().applications
         settings_id = uuid.uuid4().hex
+        application = build_application(config, fixed_keys, replicas, settings_id)
         try:
-            ray_serve.run(
-                build_application(config, fixed_keys, replicas, settings_id),
-                name=APPLICATION,
-                route_prefix="/",
-            )
+            ray_serve.run(application, name=APPLICATION, route_prefix="/")
             interruption.check()
             _wait_for_replicas(settings_id, interruption)
-        except (Interrupted, RuntimeError) as error:
+        except (ImgclsError, RayError, RayServeException, RuntimeError, TimeoutError) as error:
             _handle_failed_start(error, config, was_running)
             return
         _run_until_stopped(config, was_running, interruption)
 
 
-def _handle_failed_start(
-    error: Interrupted | RuntimeError, config: ServeConfig, was_running: bool
-) -> None:
+def _handle_failed_start(error: Exception, config: ServeConfig, was_running: bool) -> None:
     """Undo a failed start; a service that was running before is kept."""
     if isinstance(error, Interrupted):
         if was_running:
@@ -117,6 +114,10 @@ def _handle_failed_start(
         if config.detach:
             raise error
         return
+    if isinstance(error, ImgclsError):
+        if not was_running:
+            _delete_application()
+        raise error
     # the RuntimeError of Ray Serve names no reason; the status of the application may
     reason = _find_start_error() or one_line(error, 500)
     if was_running:
@@ -246,6 +247,38 @@ def _check_http(config: ServeConfig) -> None:
         file = getattr(config.http, name)
         if file is not None and not os.path.isfile(file):
             raise RequestError(f"http.{name} {file}: no such file. Pass a PEM file")
+    if config.http.certificate is not None:
+        _check_certificate(config.http.certificate, config.http.private_key)
+
+
+def _check_certificate(certificate: str, private_key: str | None) -> None:
+    """Load the certificate and its key as the proxies do, which only log that they cannot."""
+
+    def refuse_password() -> str:
+        raise RequestError(
+            f"http.private_key {private_key}: is encrypted with a password. Pass a key without one"
+        )
+
+    try:
+        # without a callback, OpenSSL asks for the password on the terminal
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            certificate, private_key, refuse_password
+        )
+    except ssl.SSLError as error:
+        reason = (
+            f"http.private_key {private_key} is the key of another certificate"
+            if error.reason == "KEY_VALUES_MISMATCH"
+            else f"it, or http.private_key {private_key}, is not a valid PEM file"
+        )
+        raise RequestError(
+            f"http.certificate {certificate}: {reason}. Pass PEM files of a certificate chain and "
+            "of its private key"
+        ) from error
+    except OSError as error:
+        raise RequestError(
+            f"http.certificate {certificate}, http.private_key {private_key}: "
+            f"{error.strerror or error}. Pass files that can be read"
+        ) from error
 
 
 def _set_environment(config: ServeConfig) -> None:
@@ -282,26 +315,53 @@ def _find_free_port() -> int:
 
 
 def _start_proxies(config: ServeConfig) -> None:
-    """Start Ray Serve's HTTP proxies, or check that those of the cluster have the same address."""
+    """Start Ray Serve's HTTP proxies, or check that those of the cluster have the same settings."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    current = ray_internals.find_serve_address()
-    if current is not None and current != (config.http.host, config.http.port):
-        raise RequestError(
-            f"http: Ray Serve already listens on {current[0]}:{current[1]} on this cluster. Pass "
-            f"--http.host {current[0]} --http.port {current[1]}, or stop it with `serve shutdown`"
-        )
+    current = ray_internals.find_serve_options()
+    wanted = HTTPOptions(
+        host=config.http.host,
+        port=config.http.port,
+        request_timeout_s=config.http.request_timeout_s,
+        ssl_certfile=config.http.certificate,
+        ssl_keyfile=config.http.private_key,
+    )
     if current is None:
         _check_ports_free(config.http)
-    ray_serve.start(
-        proxy_location=ProxyLocation.EveryNode,
-        http_options=HTTPOptions(
-            host=config.http.host,
-            port=config.http.port,
-            request_timeout_s=config.http.request_timeout_s,
-            ssl_certfile=config.http.certificate,
-            ssl_keyfile=config.http.private_key,
-        ),
-    )
+    else:
+        _check_running_proxies(current, wanted)
+    ray_serve.start(proxy_location=ProxyLocation.EveryNode, http_options=wanted)
+
+
+def _check_running_proxies(current: HTTPOptions, wanted: HTTPOptions) -> None:
+    """Check that running proxies have the wanted settings: Ray Serve would ignore other ones."""
+    if (current.host, current.port) != (wanted.host, wanted.port):
+        raise RequestError(
+            f"http: Ray Serve already listens on {current.host}:{current.port} on this cluster. "
+            f"Pass --http.host {current.host} --http.port {current.port}, or stop it with `serve "
+            "shutdown`"
+        )
+    for key, name in (
+        ("certificate", "ssl_certfile"),
+        ("private_key", "ssl_keyfile"),
+        ("request_timeout_s", "request_timeout_s"),
+    ):
+        running, value = getattr(current, name), getattr(wanted, name)
+        if running == value:
+            continue
+        if key == "request_timeout_s" and running is None:
+            # started by another program, whose applications a shutdown would stop too
+            log.emit(
+                "note",
+                f"http.request_timeout_s {value:g} has no effect: Ray Serve already runs on this "
+                "cluster, without a timeout. Stop it with `serve shutdown` first to set one",
+            )
+            continue
+        there = f"with http.{key} {running}" if running else f"without http.{key}"
+        remedy = f"Pass --{to_option(f'http.{key}')} {running}" if running else f"Omit http.{key}"
+        raise RequestError(
+            f"http.{key} {value or 'none'}: Ray Serve already runs {there} on this cluster. "
+            f"{remedy}, or stop it with `serve shutdown`"
+        )
 
 
 def _check_ports_free(http: HttpConfig) -> None:

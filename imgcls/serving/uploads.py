@@ -159,10 +159,55 @@ async def _read_raw(body: _BoundedBody) -> list[Upload]:
     return [Upload(file, body.num_bytes)]
 
 
-async def _read_form(request: Request, body: _BoundedBody, limits: LimitsConfig) -> list[Upload]:
-    parser = MultiPartParser(
-        request.headers, body.iter_chunks(), max_files=limits.images, max_fields=MAX_FORM_FIELDS
+class _FormParser(MultiPartParser):
+    """Parser of a form that must be complete, and whose images must be files.
+
+    Starlette takes a form that was cut off for a shorter one, and a part without a file name for
+    text: the response would lack images.
+    """
+
+    def __init__(self, request: Request, body: _BoundedBody, limits: LimitsConfig) -> None:
+        self._is_complete = False
+        super().__init__(
+            request.headers,
+            self._check_end(body.iter_chunks()),
+            max_files=limits.images,
+            max_fields=MAX_FORM_FIELDS,
+        )
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        part = self._current_part
+        content_type = dict(part.item_headers).get(b"content-type", b"")
+        if part.file is None and content_type.strip().lower().startswith(b"image/"):
+            raise _build_no_file_error(part.field_name)
+
+    def on_end(self) -> None:
+        self._is_complete = True
+
+    async def _check_end(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """Pass the chunks on, then raise MultiPartException if images are missing."""
+        async for chunk in chunks:
+            yield chunk
+        if not self._is_complete:
+            raise MultiPartException(
+                "ends without the closing boundary, so a part of it was lost. Send it again"
+            )
+        file_fields = {name for name, part in self.items if isinstance(part, UploadFile)}
+        for name, part in self.items:
+            if name in file_fields and not isinstance(part, UploadFile):
+                raise _build_no_file_error(name)
+
+
+def _build_no_file_error(field: str) -> MultiPartException:
+    return MultiPartException(
+        f"a part of the field {field!r:.80} is an image without a file name. Send it as a file, as "
+        "`curl -F image=@cat.jpg` does"
     )
+
+
+async def _read_form(request: Request, body: _BoundedBody, limits: LimitsConfig) -> list[Upload]:
+    parser = _FormParser(request, body, limits)
     try:
         form = await parser.parse()
     except MultiPartException as error:

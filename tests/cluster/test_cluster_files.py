@@ -21,11 +21,22 @@ from imgcls.cluster.autoscaler import parse_launcher_nodes
 from imgcls.cluster.session import Node
 from imgcls.config import build, load
 from imgcls.inference.config import PredictConfig
-from imgcls.serving.config import ServeConfig
+from imgcls.serving import proxy_middleware
+from imgcls.serving.config import LimitsConfig, ServeConfig
+from imgcls.serving.scaling import plan_replicas
 from tests.conftest import REPOSITORY
 
 KUBERAY = ["raycluster", "rayjob", "rayjob-pip", "rayservice"]
 PAGE = (REPOSITORY / "docs" / "cluster.md").read_text()
+
+
+def proxy_limits() -> dict[str, str]:
+    """The environment that limits the HTTP proxies to the defaults of `imgcls serve`."""
+    limits = LimitsConfig()
+    return {
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": proxy_middleware.CALLBACK_PATH,
+        **proxy_middleware.build_environment(limits.body_bytes, limits.proxy_bytes),
+    }
 
 
 def prepared(text: str) -> dict[str, Any]:
@@ -125,7 +136,8 @@ def test_what_kubernetes_is_given_is_a_cluster_as_rays_autoscaler_reads_it(name:
         (container,) = group["template"]["spec"]["containers"]
         assert container["resources"]["limits"] == container["resources"]["requests"]
         # a token in the containers alone would be unknown to the autoscaler and the submitter
-        assert "env" not in container
+        env = {variable["name"]: variable["value"] for variable in container.get("env", [])}
+        assert env == (proxy_limits() if name == "rayservice" else {})
     assert spec["authOptions"] == {"mode": "token"}
 
 
@@ -172,7 +184,11 @@ def test_the_service_on_kubernetes_has_the_settings_of_the_shipped_serve_file() 
     shipped["http_options"]["host"] = "0.0.0.0"
     assert settings == shipped
     assert taken.keys.is_configured()
-    pod = service["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    [group] = service["rayClusterConfig"]["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    worker = Node(float(pod["containers"][0]["resources"]["limits"]["cpu"]), 0)
+    plan = plan_replicas([worker], taken.replicas, max_nodes=[worker] * group["maxReplicas"])
+    assert plan.max_replicas * plan.cpus == worker.cpus * group["maxReplicas"]
     [mount] = pod["containers"][0]["volumeMounts"]
     assert taken.keys.file == f"{mount['mountPath']}/keys.yaml"
     assert [volume["name"] for volume in pod["volumes"]] == [mount["name"]]

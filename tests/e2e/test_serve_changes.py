@@ -80,6 +80,11 @@ def test_a_detached_service_survives_changes_that_fail(color_bundle: Path, tmp_p
         # the limits of the cluster's proxy hold for requests without a key
         assert announce_body(port, 2 << 20).startswith("http/1.1 413 ")
 
+        options = ("--http.request-timeout-s", 60)
+        done = imgcls(*command(), *options, env=cluster.environment(), cwd=tmp_path)
+        assert done.returncode == 2
+        assert "Ray Serve already runs with http.request_timeout_s 120.0 on this" in done.stderr
+
         done = imgcls(*command("damaged"), env=cluster.environment(), cwd=tmp_path)
         assert done.returncode == 2
         assert served_model() == read_hash(other)

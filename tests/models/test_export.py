@@ -205,6 +205,10 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         export_bundle(asked(color_bundle, output, formats=[]))
     with pytest.raises(RequestError, match="no such file or folder"):
         export_bundle(asked(color_bundle, output, images=str(tmp_path / "none")))
+    table = tmp_path / "table.csv"
+    table.write_text("a,b\n1,2\n")
+    with pytest.raises(RequestError, match=r"--images\.path-column"):
+        export_bundle(asked(color_bundle, output, images=str(table)))
     assert not output.exists()
     output.mkdir()
     (output / "mine.txt").write_text("mine")

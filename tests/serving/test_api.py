@@ -250,7 +250,8 @@ def test_other_content_types_are_rejected(server: Running) -> None:
     headers = {"Content-Type": "multipart/form-data"}
     assert_problem(post(server, jpeg(), headers=headers), 400, "malformed_form")
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    assert_problem(post(server, b"--x\r\nnonsense", headers=headers), 400, "no_image")
+    assert_problem(post(server, b"--x\r\nnonsense", headers=headers), 400, "malformed_form")
+    assert_problem(post(server, b"--x--\r\n", headers=headers), 400, "no_image")
     form = requests.post(f"{server.url}/v1/predict", files={"a": (None, "text")}, timeout=10)
     assert_problem(form, 400, "no_image")
 

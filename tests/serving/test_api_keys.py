@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from imgcls.config import build
-from imgcls.errors import RequestError
+from imgcls.errors import ConfigError, RequestError
 from imgcls.serving import api_keys
 from imgcls.serving.api_keys import ApiKey, Keyring, NewKeyConfig, create_key, parse_keys
 from imgcls.serving.config import ServeConfig
@@ -169,6 +169,54 @@ def test_a_key_is_appended_to_a_file_without_a_final_newline(tmp_path: Path) -> 
     keyring = Keyring(str(file))
     assert keyring.find(first) is not None
     assert keyring.find(second) is not None
+
+
+DIGEST = hashlib.sha256(b"first").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"  - name: first\n    sha256: {DIGEST}\n    scopes:\n      - predict\n",
+        f"# keys\n- {{name: first, sha256: {DIGEST}}}  # by hand",
+        f"-   name: first\n    sha256: {DIGEST}\n\n# the end\n",
+        f" -\n  name: first\n  sha256: {DIGEST}\n  scopes: \n   - predict\n",
+    ],
+)
+def test_a_key_is_appended_at_the_indentation_of_the_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(text)
+    second, third = create(file, "second"), create(file, "third")
+    assert file.read_text().startswith(text)
+    keyring = Keyring(str(file))
+    for secret in ("first", second, third):
+        assert keyring.find(secret) is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[{{name: first, sha256: {DIGEST}}}]\n",
+        f"---\n- name: first\n  sha256: {DIGEST}\n...\n",
+    ],
+)
+def test_a_file_that_cannot_be_extended_is_refused_and_kept(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(text)
+    with pytest.raises(RequestError, match="a record cannot be appended to a list of this form"):
+        create(file, "second")
+    assert file.read_text() == text
+    assert capsys.readouterr().out == ""
+
+
+def test_a_key_may_be_valid_for_a_century_at_most(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    secret = create(file, days=36_500)
+    assert Keyring(str(file)).find(secret) is not None
+    with pytest.raises(ConfigError, match="days: Input should be less than or equal to 36500"):
+        create(file, "other", days=9_999_999)
 
 
 def test_keys_are_loaded_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

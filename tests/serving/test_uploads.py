@@ -49,6 +49,49 @@ def test_a_file_name_that_is_not_valid_unicode_is_returned_cleaned(server: Runni
     assert response.json()["predictions"][0]["name"] == "?.jpg"
 
 
+def build_part(headers: bytes, data: bytes) -> bytes:
+    return b"--x\r\nContent-Disposition: form-data; " + headers + b"\r\n\r\n" + data + b"\r\n"
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+FILE = b'name="image"; filename="%d.jpg"\r\nContent-Type: image/jpeg'
+
+
+def test_a_form_that_was_cut_off_is_rejected(server: Running) -> None:
+    end = b"--x--"
+    form = b"".join(build_part(FILE % number, jpeg()) for number in range(3)) + end
+    for ending in (b"", b"\r\n", b"\r\nepilogue"):
+        response = post(server, form + ending, headers=FORM)
+        assert [row["name"] for row in response.json()["predictions"]] == [
+            "0.jpg", "1.jpg", "2.jpg",
+        ]  # fmt: skip
+    for cut in (1, 2, len(end), len(end) + 10, len(jpeg()) // 2, len(jpeg()) + 200):
+        problem = assert_problem(post(server, form[:-cut], headers=FORM), 400, "malformed_form")
+        assert "ends without the closing boundary" in problem["detail"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (b'name="image"', 400),  # curl -F 'image=<a.jpg'
+        (b'name="photo"\r\nContent-Type: image/jpeg', 400),
+        (b'name="comment"', 200),
+        (b'name="comment"\r\nContent-Type: text/plain', 200),
+    ],
+)
+def test_an_image_without_a_file_name_is_rejected_and_a_text_field_is_not(
+    server: Running, headers: bytes, status: int
+) -> None:
+    parts = [build_part(headers, b"some text"), build_part(FILE % 1, jpeg())]
+    for order in (parts, parts[::-1]):
+        response = post(server, b"".join(order) + b"--x--\r\n", headers=FORM)
+        if status == 400:
+            problem = assert_problem(response, 400, "malformed_form")
+            assert "is an image without a file name" in problem["detail"]
+        else:
+            assert [row["name"] for row in response.json()["predictions"]] == ["1.jpg"]
+
+
 def test_too_many_images_are_rejected_and_a_large_one_is_a_row(server: Running) -> None:
     many = [("image", ("i", b"x"))] * 65
     assert_problem(
