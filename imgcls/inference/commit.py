@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.data.storage import filesystem
-from imgcls.errors import ImgclsError, RunFailed, TooManyErrors
+from imgcls.errors import OK, ImgclsError, RunFailed, TooManyErrors
 from imgcls.execution.plan import Plan
 from imgcls.inference import rollup
 from imgcls.inference.config import ErrorStatus
@@ -309,6 +309,11 @@ def check_ood_share(output: str, counts: RunCounts, allowed: float | None) -> No
             f"unlike the training data (allowed {allowed:.2%}); the run is not committed. Look at "
             "those with is_ood in predictions/, then rerun with a higher --max-ood-share"
         )
+
+
+def has_failed_rows(output: str) -> bool:
+    """Whether a committed run has rows that `--retry-errors` processes again."""
+    return any(count for status, count in read_status(output)["status"].items() if status != OK)
 
 
 def remove_staging(output: str) -> None:

@@ -227,7 +227,9 @@ class _PredictRun:
         stored = layout.load_run(output)
         if stored is not None:
             self._check_identity(stored)
-            if layout.is_committed(output) and not config.retry_errors:
+            if layout.is_committed(output) and not (
+                config.retry_errors and commit.has_failed_rows(output)
+            ):
                 return self._return_committed(stored)
         session.connect()
         image_bytes = estimate_image_bytes(config, self.manifest, self.bundle)
@@ -290,10 +292,9 @@ class _PredictRun:
     def _return_committed(self, stored: dict[str, Any]) -> PredictResult:
         rows = parse_plan(stored).rows
         commit.remove_staging(self.output)  # after a kill at the end
-        log.emit(
-            "committed",
-            f"{self.output}: committed before, {format_count(rows, 'row')}; nothing to do",
-        )
+        done = "no row failed, nothing to retry" if self.config.retry_errors else "nothing to do"
+        text = f"{self.output}: committed before, {format_count(rows, 'row')}; {done}"
+        log.emit("committed", text)
         return PredictResult(self.output, rows, None)
 
     def _make_plan(self) -> Plan:

@@ -48,6 +48,14 @@ def test_a_run_whose_start_over_or_commit_was_killed_ends_with_the_same_table(
     assert committed(output)
     assert not (output / "_staging").exists()
 
+    # no row failed, so there is nothing to retry
+    before = {file: file.read_bytes() for file in sorted(output.rglob("*")) if file.is_file()}
+    gate = ["--reference", str(output), "--max-psi", "0"]
+    assert main([*words, "--retry-errors", *gate]) == 0
+    assert "60 rows; no row failed, nothing to retry" in capsys.readouterr().out
+    after = {file: file.read_bytes() for file in sorted(output.rglob("*")) if file.is_file()}
+    assert after == before
+
     # committed by a version without these settings
     run = json.loads((output / "_run.json").read_text())
     for setting in ("decode", "max_bytes"):
