@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from imgcls import log
 from imgcls.data.manifests.label_columns import read_label_columns
 from imgcls.data.manifests.manifest import Manifest
+from imgcls.data.manifests.options import read_csv_options
 from imgcls.data.storage import filesystem
 from imgcls.errors import TooManyErrors
 from imgcls.execution.plan import RunIdentity, parse_plan
@@ -83,6 +84,8 @@ class NightlyRequest:
                 for name in ("path_column", "label_column", "root")
             )
             and read_label_columns(planned) == self.manifest.label_columns
+            and tuple(planned.get("drop_columns", ())) == self.manifest.dropped
+            and read_csv_options(stored, self.manifest.format) == self.manifest.csv_options
         )
         is_same = is_read_alike and bool(listed == self.manifest.fingerprint())
         return is_same and bool(since.get("relabel", False)) >= self.relabel
@@ -267,6 +270,8 @@ def load_planned_manifest(
         label_columns=read_label_columns(identity),
         root=identity["root"],
         version=identity.get("version"),
+        dropped=tuple(identity.get("drop_columns", ())),
+        csv_options=read_csv_options(run_record, manifest.format),
         _read_batches=batches,
         _compute_fingerprint=lambda: str(identity["fingerprint"]),
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from imgcls.config import build
 from imgcls.data.manifests.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import OutputError
 from imgcls.inference.incremental import read_failed_before
@@ -321,6 +323,45 @@ def test_paths_that_are_corrected_within_a_night_are_read(nightly: Nightly, imag
     assert place == f"{date_folder(nightly, 1)}.2"
     status = pq.read_table(f"{place}/predictions")["status"].to_pylist()
     assert status == ["ok"] * 5
+
+
+def test_a_manifest_that_is_read_in_another_way_is_another_one(
+    nightly: Nightly, images: Images
+) -> None:
+    """The rows differ, though the bytes are the same."""
+    for name in ("\u00e9.png", "e.png"):
+        images.write(name)
+    table = nightly.folder / "images.csv"
+    table.write_text("path,note\n\u00e9.png,x\ne.png,y\n", encoding="latin-1")
+
+    def listed(**options: Any) -> Manifest:
+        root = str(images.folder)
+        return open_manifest(build(ManifestConfig, {"path": str(table), "root": root, **options}))
+
+    first = nightly.predict(day(1), manifest=listed(encoding="cp437"))
+    assert nightly.labeled == 2
+    right = listed(encoding="latin-1")
+    assert nightly.predict(day(1), manifest=right) == f"{first}.2"
+    assert nightly.labeled == 1
+    assert nightly.predict(day(1), manifest=right) == f"{first}.2"
+    assert nightly.labeled == 0
+    status = pq.read_table(f"{first}.2/predictions")["status"].to_pylist()
+    assert status == ["ok"]
+
+
+def test_an_unfinished_run_is_resumed_with_its_columns(nightly: Nightly, images: Images) -> None:
+    images.day(1, new=5)
+    nightly.build(images)
+    with pytest.raises(Killed):
+        nightly.predict(day(1), killed="labeled")
+    config = build(ManifestConfig, {"path": str(nightly.manifest), "drop_columns": ["mtime"]})
+    fewer = open_manifest(config)
+    assert nightly.predict(day(1), manifest=fewer) == str(date_folder(nightly, 1))
+    assert nightly.labeled == 1
+    assert nightly.compact() == nightly.from_scratch()
+    with pytest.raises(Killed):
+        nightly.predict(day(2), killed="planned", manifest=fewer)
+    assert nightly.predict(day(2)) == str(date_folder(nightly, 2))
 
 
 def test_a_retry_of_a_start_over_that_was_interrupted_is_planned_again(
