@@ -6,7 +6,7 @@ rows. Also reads and writes `_since/` in a run's folder: the results of the comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +154,11 @@ class KnownImages:
 
         self._insert("planned", rows(), "night", "source", "nth", versions=0)
 
-    def add_refused(self, run: PlannedRun) -> None:
-        """Add the broken images of a refused run, which have been reported by the refusal."""
+    def add_refused(self, run: PlannedRun, night: int) -> None:
+        """Add the broken images of a refused run, which have been reported by the refusal.
+
+        A row without a path is one of them: no later try can succeed.
+        """
         path, root = find_path_column(run)
 
         def rows() -> Iterator[pa.RecordBatch]:
@@ -168,14 +171,15 @@ class KnownImages:
                         table = pa.Table.from_batches([batch])
                         status = table["status"].cast(pa.string())
                         fine = pc.is_in(status, value_set=pa.array([OK, *TRANSIENT_STATUSES]))
-                        bad = table.filter(pc.invert(fine))
+                        bad = table.filter(pc.or_(pc.invert(fine), pc.is_null(table[path])))
                         columns = {
                             "place": resolve_urls(bad[path], root),
                             **self._build_versions(bad),
+                            "night": pa.array(np.full(bad.num_rows, night)),
                         }
-                        yield from _iter_record_batches(columns, self._build_input_schema())
+                        yield from _iter_record_batches(columns, self._build_input_schema("night"))
 
-        self._insert("refused", rows())
+        self._insert("refused", rows(), "night")
 
     def add_manifest(self, manifest: Manifest) -> None:
         """Add the rows of a manifest."""
@@ -212,11 +216,17 @@ class KnownImages:
             for at, name in enumerate(self.version)
         }
 
+    def get_code(self, status: str) -> int:
+        """The code of a status."""
+        self._add_statuses([status])
+        return self.statuses.index(status)
+
+    def _add_statuses(self, names: Iterable[str]) -> None:
+        self.statuses += sorted({*names} - {*self.statuses})
+
     def _encode_statuses(self, status: pa.ChunkedArray) -> pa.ChunkedArray:
         text = status.cast(pa.string())
-        self.statuses += sorted(
-            {str(s) for s in pc.unique(text).to_pylist() if s} - {*self.statuses}
-        )
+        self._add_statuses(str(name) for name in pc.unique(text).to_pylist() if name)
         return pc.index_in(text, value_set=pa.array(self.statuses))
 
     def _build_input_schema(self, *numbers: str) -> pa.Schema:

@@ -131,9 +131,18 @@ def test_another_bundle_relabels_only_when_asked(
     assert "1 new, 1 of another bundle; 1 row unchanged" in capsys.readouterr().out
 
 
-def test_a_row_without_a_path_is_never_known(tmp_path: Path) -> None:
-    night(tmp_path / "out", [None, "/a"])
-    assert asked(manifest_of(tmp_path, [None, "/a"]), tmp_path / "out") == [None]
+def test_rows_without_a_path_are_known_by_their_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "labels"
+    night(labels / "1", [None, "/a", None], failed=[0, 2])
+    manifest = manifest_of(tmp_path, [None, "/a", "/b", None])
+    assert asked(manifest, labels) == ["/b"]
+    assert "broken and unchanged, not tried again: 2 missing" in capsys.readouterr().out
+    assert asked(manifest, labels, retry_failed=True) == [None, "/b", None]
+    committed_at(night(labels / "2", ["/b"]), "2026-01-02T00:00:00+00:00")
+    assert asked(manifest, labels) == []
+    assert asked(manifest_of(tmp_path, [None, None, "/a", None]), labels) == [None]
 
 
 def test_the_fingerprint_is_of_the_manifest_and_of_what_is_known(tmp_path: Path) -> None:

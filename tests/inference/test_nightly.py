@@ -203,6 +203,30 @@ def test_a_night_that_the_gate_refuses_does_not_fail_the_next_ones(
     assert nightly.predict(day(4)) == "refused"  # five more are new
 
 
+def test_rows_without_a_path_fail_one_night_only(nightly: Nightly, images: Images) -> None:
+    for at in range(3):
+        images.write(f"{at}.png")
+    nightly.manifest.mkdir()
+    table = nightly.manifest / "images.csv"
+
+    def predict(number: int, names: str) -> str:
+        rows = [images.folder / f"{name}.png" if name != "-" else "" for name in names]
+        table.write_text("path,site\n" + "".join(f"{row},x\n" for row in rows))
+        return nightly.predict(day(number))
+
+    assert predict(1, "01---") == "refused"
+    place = predict(2, "012---")
+    assert place == str(date_folder(nightly, 2))
+    assert read_failed_before(place).tolist() == [3, 4, 5]
+    place = predict(3, "012---")
+    assert nightly.labeled == 0
+    assert read_since_table(place, KNOWN_BAD).to_pylist() == 3 * [
+        {"path": None, "status": "missing"}
+    ]
+    place = predict(4, "-012----")
+    assert (nightly.labeled, read_failed_before(place).tolist()) == (2, [])
+
+
 def test_what_a_refused_run_lacks_may_be_repaired_the_same_night(
     nightly: Nightly, images: Images
 ) -> None:
