@@ -325,7 +325,25 @@ class ManifestComparison:
             "FROM listed a LEFT JOIN newest n ON a.place = n.place "
             "LEFT JOIN last_gone g ON a.place = g.place"
         )
+        self._decide_by_last_rows()
         self._find_deleted_rows()
+
+    def _decide_by_last_rows(self) -> None:
+        """Of several listed rows of one image, treat all as the last one.
+
+        Each would else count as changed on the night after another one was labeled.
+        """
+        db = self._known.db
+        db.execute(
+            "CREATE TABLE repeated AS SELECT nth, max(nth) OVER (PARTITION BY place) AS last "
+            "FROM listed WHERE place IN (SELECT a.place FROM listed a JOIN todo t ON a.nth = t.nth "
+            "WHERE t.why = 'changed')"
+        )
+        db.execute(
+            "UPDATE todo SET why = l.why, status = l.status, before = l.before "
+            "FROM repeated r JOIN todo l ON l.nth = r.last "
+            "WHERE todo.nth = r.nth AND r.nth < r.last"
+        )
 
     def _find_newest_rows(self) -> None:
         """Find the newest known row of each image, and the last night that lacked it."""

@@ -412,3 +412,26 @@ def test_an_unfinished_run_keeps_the_version_of_the_table_that_it_was_planned_fr
     record["identity"]["manifest"]["version"] = "12"
     planned = load_planned_manifest(str(run), record, today)
     assert planned.describe_identity() == record["identity"]["manifest"]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_an_image_that_is_listed_twice_with_two_versions_is_labeled_once(
+    nightly: Nightly, images: Images, failed: bool
+) -> None:
+    images.write("a.png", b"spoilt" if failed else None)
+    images.write("b.png")
+    nightly.manifest.mkdir()
+    table = nightly.manifest / "images.csv"
+
+    def predict(number: int, versions: str) -> int:
+        names = zip("aba", versions, strict=True)
+        rows = [f"{images.folder}/{name}.png,{version}\n" for name, version in names]
+        table.write_text("path,version\n" + "".join(rows))
+        nightly.predict(day(number))
+        return nightly.labeled
+
+    assert predict(1, "152") == 3
+    assert predict(2, "152") == 0
+    assert predict(3, "252") == 0  # the last row decides
+    assert predict(4, "153") == 2  # and with it, the others are labeled
+    assert predict(5, "153") == 0
