@@ -148,7 +148,9 @@ def _find_committed(
     """Folder and rows of a committed run that was planned from the same request, if any."""
     if request.retry_failed:
         return None
-    for folder, run_record in stored:
+    # a folder that is listed now is never an old manifest: an older run's images may have been
+    # deleted in a later run, and be back
+    for folder, run_record in stored if request.manifest.files else stored[-1:]:
         same = request.has_same_manifest(run_record) and not request.find_differences(run_record)
         if same and layout.is_committed(folder):
             rows = parse_plan(run_record).rows

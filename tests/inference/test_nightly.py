@@ -14,6 +14,7 @@ import pytest
 from imgcls.config import build
 from imgcls.data.manifests.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import OutputError
+from imgcls.inference.history import CompactConfig, compact
 from imgcls.inference.incremental import read_failed_before
 from imgcls.inference.known_images import KNOWN_BAD, read_since_table
 from imgcls.inference.nightly import load_planned_manifest
@@ -131,6 +132,34 @@ def test_an_old_manifest_given_again_does_not_undo_later_nights(
     assert nightly.compact() == expected
     nightly.predict(day(3))
     assert nightly.labeled == 0
+
+
+def test_an_image_that_is_back_on_the_same_day_is_labeled_again(
+    nightly: Nightly, images: Images
+) -> None:
+    for at in range(3):
+        images.write(f"{at}.png")
+    moved, away = images.folder / "2.png", nightly.folder / "2.png"
+
+    def predict() -> str:
+        listed = open_manifest(ManifestConfig(path=str(images.folder)))
+        return nightly.predict(day(1), manifest=listed)
+
+    def list_history() -> list[str]:
+        config = CompactConfig(
+            source=str(nightly.labels), output=str(nightly.latest), overwrite=True
+        )
+        paths = pq.read_table(f"{compact(config)}/predictions")["path"].to_pylist()
+        return sorted(Path(path).name for path in paths)
+
+    first = predict()
+    moved.rename(away)
+    assert (predict(), nightly.labeled) == (f"{first}.2", 0)
+    assert list_history() == ["0.png", "1.png"]
+    away.rename(moved)
+    assert (predict(), nightly.labeled) == (f"{first}.3", 1)
+    assert list_history() == ["0.png", "1.png", "2.png"]
+    assert (predict(), nightly.labeled) == (f"{first}.3", 0)
 
 
 def test_an_image_deleted_while_its_first_run_is_unfinished_does_not_come_back(
