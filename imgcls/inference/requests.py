@@ -325,9 +325,9 @@ def check_resumable(output: str, config: PredictConfig) -> None:
     layout.check_output_writable(output)
     if config.overwrite:
         return
-    if layout.load_run(output) is None and filesystem.list_names(
-        filesystem.join(output, layout.PREDICTIONS_FOLDER)
-    ):
+    names = filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER))
+    # only tables: other programs add files such as .DS_Store
+    if layout.load_run(output) is None and any(name.endswith(".parquet") for name in names):
         raise OutputError(
             f"output {output}: holds predictions but no {layout.RUN_FILE}, so no run can be "
             "resumed. Pass another --output, or start over with --overwrite"

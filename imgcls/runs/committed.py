@@ -310,10 +310,12 @@ def open_run(url: str) -> CommittedRun:
         ) from error
     except ValueError as error:
         raise OutputError(layout.damaged_success_message(url, str(error))) from error
-    if not isinstance(success, dict) or "files" not in success:
+    listed = success.get("files") if isinstance(success, dict) else None
+    # earlier versions listed files of other programs, too
+    names = sorted(filter(layout.is_part_name, listed or ()))
+    if not names:
         raise OutputError(layout.damaged_success_message(url, "it names no files"))
     folder = filesystem.join(url, layout.PREDICTIONS_FOLDER)
-    names = sorted(success["files"])
     missing = sorted(set(names) - set(filesystem.list_names(folder)))
     if missing:
         raise OutputError(

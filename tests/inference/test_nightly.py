@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from imgcls.inference.incremental import read_failed_before
 from imgcls.inference.known_images import KNOWN_BAD, read_since_table
 from imgcls.inference.nightly import load_planned_manifest
 from imgcls.inference.nights import OutputSeries, find_past_runs
+from imgcls.inference.result import PredictResult
 from imgcls.inference.status import read_status
 from imgcls.runs import layout
+from imgcls.runs.committed import open_run
 from tests.evaluation.runs import commit, drawn
 from tests.inference.night_simulation import Images, Killed, Nightly
 
@@ -334,6 +337,28 @@ def test_an_unfinished_run_is_never_given_as_a_committed_one(
     assert nightly.labeled == 0
     assert nightly.predict(day(1)) == str(date_folder(nightly, 1))
     assert nightly.labeled == 1  # of 5 rows, 4 were kept
+
+
+def test_files_of_other_programs_are_no_parts_of_a_run(nightly: Nightly, images: Images) -> None:
+    images.day(1, new=5)
+    nightly.build(images)
+    with pytest.raises(Killed):
+        nightly.predict(day(1), killed="rolled up")
+    folder = date_folder(nightly, 1) / "predictions"
+    (folder / ".DS_Store").write_bytes(b"Bud1")
+    (folder / "notes.txt").write_text("looks right")
+    first = nightly.predict(day(1))
+    success = json.loads((date_folder(nightly, 1) / "_SUCCESS").read_text())
+    assert list(success["files"]) == ["part-00000.parquet"]
+    # as an earlier version committed it
+    success["files"] |= {".DS_Store": 4, "notes.txt": 11}
+    (date_folder(nightly, 1) / "_SUCCESS").write_text(json.dumps(success))
+    (folder / "notes.txt").unlink()
+    assert open_run(first).files == (str(folder / "part-00000.parquet"),)
+    assert len(PredictResult(first, 5, None).to_pandas()) == 5
+    nightly.predict(day(2))
+    assert nightly.labeled == 0
+    assert nightly.compact() == nightly.from_scratch()
 
 
 def test_an_empty_mark_is_that_of_a_driver_killed_while_it_wrote_it(
