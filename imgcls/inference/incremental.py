@@ -33,6 +33,7 @@ from imgcls.inference.known_images import (
     KnownImages,
     find_path_column,
     get_since_table_url,
+    is_version_type,
     rank_runs,
     read_planned_rows,
     read_since_table,
@@ -462,9 +463,22 @@ def _find_version_columns(
                 f"since.version: manifest {manifest.source} has no column {name!r} (found: "
                 f"{', '.join(have)})"
             )
+        if not is_version_type(kind := manifest.schema.field(name).type):
+            raise ManifestError(
+                f"since.version: manifest {manifest.source}: column {name!r} is {kind}, which "
+                "cannot be compared; versions are text, numbers, times or bytes. Pass another "
+                "column"
+            )
     if config.version:
         return list(config.version)
-    default = [name for name in DEFAULT_VERSION_COLUMNS if name in have]
+    default = []
+    for name in DEFAULT_VERSION_COLUMNS:
+        if name not in have:
+            continue
+        if is_version_type(kind := manifest.schema.field(name).type):
+            default.append(name)
+        else:
+            log.emit("note", f"column {name!r} is {kind}, which is not compared as a version")
     known = {name for run in runs for name in run.schema.names}
     if runs and not known & set(default):
         log.emit(

@@ -22,7 +22,7 @@ from imgcls.data.storage.storage_settings import bind_iterator
 from imgcls.errors import OK, StorageForbidden, StorageMissing, StorageThrottled, StorageUnavailable
 from imgcls.inference.nights import PlannedRun, RunOrder, compute_run_order, find_origins
 from imgcls.runs import layout
-from imgcls.runs.committed import CommittedRun, iter_tables
+from imgcls.runs.committed import CommittedRun, is_scalar_type, iter_tables
 
 TRANSIENT_STATUSES = frozenset(
     error.status
@@ -211,7 +211,7 @@ class KnownImages:
     def _build_versions(self, table: pa.Table) -> dict[str, Any]:
         return {
             f"v{at}": normalize_version(table[name], nulls=self._nulls)
-            if name in table.schema.names
+            if name in table.schema.names and is_version_type(table.schema.field(name).type)
             else pa.nulls(table.num_rows, pa.large_string())
             for at, name in enumerate(self.version)
         }
@@ -338,18 +338,67 @@ def get_since_table_url(output: str, name: str) -> str:
     return filesystem.join(output, layout.SINCE_FOLDER, f"{name}.parquet")
 
 
+def is_version_type(kind: pa.DataType) -> bool:
+    """Whether a column of this type can be compared as a version: bytes can, lists cannot."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return is_scalar_type(kind) or _is_binary(kind)
+
+
 def normalize_version(column: pa.ChunkedArray, *, nulls: bool = False) -> pa.ChunkedArray:
     """A version column as text; equal values of different types or units get equal text.
 
-    nulls: whether a null gets its own text
+    column: of a type that `is_version_type` accepts
+    nulls:  whether a null gets its own text
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
-        column = column.cast(kind.value_type)
+        kind = kind.value_type
+        column = column.cast(kind)
+    if isinstance(kind, pa.BaseExtensionType):  # such as a UUID
+        kind = kind.storage_type
+        column = column.cast(kind)
     if pa.types.is_timestamp(kind):
         column = column.cast(pa.timestamp("us", kind.tz), safe=False).cast(pa.int64())
-    text = column.cast(pa.large_string())
+    if pa.types.is_floating(kind):
+        text = _format_floats(column)
+    elif _is_binary(kind):
+        text = _format_bytes(column)
+    else:
+        text = column.cast(pa.large_string())
     return pc.fill_null(text, "\0") if nulls else text
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    checks = ("is_binary", "is_large_binary", "is_binary_view", "is_fixed_size_binary")
+    return any(getattr(pa.types, check)(kind) for check in checks)
+
+
+def _format_floats(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whole floats as integers: pandas turns a column of integers with a gap into floats."""
+    values = column.cast(pa.float64())
+    is_whole = pc.and_(pc.equal(pc.floor(values), values), pc.less(pc.abs(values), 2.0**63))
+    whole = pc.if_else(is_whole, values, 0.0).cast(pa.int64()).cast(pa.large_string())
+    return pc.if_else(is_whole, whole, column.cast(pa.large_string()))
+
+
+def _format_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Bytes as text where they are UTF-8, else as hexadecimal digits."""
+    try:
+        return column.cast(pa.large_binary()).cast(pa.large_string())
+    except pa.ArrowInvalid:
+        return pa.chunked_array(
+            [pa.array(map(_format_value, column.to_pylist()), pa.large_string())]
+        )
+
+
+def _format_value(value: bytes | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.hex()
 
 
 def _iter_record_batches(columns: Mapping[str, Any], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

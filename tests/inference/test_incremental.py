@@ -176,6 +176,24 @@ def test_bad_requests_name_what_is_missing(tmp_path: Path) -> None:
         asked(manifest, tmp_path / "out", version=["sha"])
 
 
+def test_a_column_of_lists_is_no_version(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "labels"
+    night(labels / "1", ["/a", "/b"], version=[[1], [2]], etag=[b"\xff", b"\xfe"])
+    manifest = manifest_of(tmp_path, ["/a", "/b"], version=[[1], [3]], etag=[b"\xff", b"\xfd"])
+    assert asked(manifest, labels) == ["/b"]
+    assert "column 'version' is list<element: int64>, which is not compared" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(ManifestError, match=r"column 'version' is list.* Pass another column"):
+        asked(manifest, labels, version=["version"])
+    # what a run cannot compare, it lacks
+    later = manifest_of(tmp_path, ["/a", "/b"], version=["1", "3"])
+    assert asked(later, labels) == []
+    assert asked(later, labels, version=["version"]) == ["/a", "/b"]
+
+
 states = st.lists(
     st.dictionaries(
         st.sampled_from("abcdefgh"), st.tuples(st.booleans(), st.integers(0, 2)), min_size=1
