@@ -75,7 +75,10 @@ class NightlyRequest:
         return own.find_differences(identity)
 
     def has_same_manifest(self, stored: Mapping[str, Any]) -> bool:
-        """Whether a run was planned from this manifest, with the same columns and `relabel`."""
+        """Whether a run was planned from this manifest, with the same columns and `relabel`.
+
+        The columns include those of the versions, which decide which rows have changed.
+        """
         since, planned = stored.get("since", {}), stored["identity"]["manifest"]
         listed = since.get("listed", planned["fingerprint"])
         is_read_alike = (
@@ -87,6 +90,7 @@ class NightlyRequest:
             and tuple(planned.get("drop_columns", ())) == self.manifest.dropped
             and read_csv_options(stored, self.manifest.format) == self.manifest.csv_options
         )
+        is_read_alike = is_read_alike and _read_version_columns(stored) == self.since.version
         is_same = is_read_alike and bool(listed == self.manifest.fingerprint())
         return is_same and bool(since.get("relabel", False)) >= self.relabel
 
@@ -105,6 +109,14 @@ class NightlyRequest:
                 task=self.task,
             )
         )
+
+
+def _read_version_columns(stored: Mapping[str, Any]) -> list[str]:
+    """The version columns that a run was planned with; empty for the default ones."""
+    since = stored.get("since", {})
+    if "version" not in since:  # of an earlier version, which stored its configuration alone
+        since = stored.get("provenance", {}).get("config", {}).get("since") or {}
+    return list(since.get("version", ()))
 
 
 def label_new(
@@ -234,6 +246,7 @@ def _build_job(request: NightlyRequest, output: str, comparison: ManifestCompari
             "sequence": compute_next_sequence(output, comparison.past_runs),
             "since": {
                 "listed": request.manifest.fingerprint(),
+                "version": list(request.since.version),
                 "relabel": request.relabel,
                 "retry_failed": request.retry_failed,
                 **comparison.describe(),

@@ -129,7 +129,6 @@ class Nightly:
             return job.output
 
         request = NightlyRequest(
-            since=SinceConfig(path=str(self.labels)),
             bundle_sha256="b" * 64,
             **{
                 "manifest": options.get("manifest")
@@ -137,6 +136,7 @@ class Nightly:
                 "series": OutputSeries(
                     f"{self.labels}/date={{date}}", datetime.date.fromisoformat(day)
                 ),
+                "since": SinceConfig(path=str(self.labels)),
                 "settings": SETTINGS,
                 "relabel": False,
                 "retry_failed": False,

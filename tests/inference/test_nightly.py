@@ -15,6 +15,7 @@ import pytest
 from imgcls.config import build
 from imgcls.data.manifests.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import OutputError
+from imgcls.inference.config import SinceConfig
 from imgcls.inference.history import CompactConfig, compact
 from imgcls.inference.incremental import read_failed_before
 from imgcls.inference.known_images import KNOWN_BAD, read_since_table
@@ -489,3 +490,35 @@ def test_an_image_that_is_listed_twice_with_two_versions_is_labeled_once(
     assert predict(3, "252") == 0  # the last row decides
     assert predict(4, "153") == 2  # and with it, the others are labeled
     assert predict(5, "153") == 0
+
+
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_other_version_columns_compare_a_manifest_again(
+    nightly: Nightly, images: Images, is_earlier: bool
+) -> None:
+    for at in range(2):
+        images.write(f"{at}.png")
+    nightly.manifest.mkdir()
+    table = nightly.manifest / "images.csv"
+    by_revision = SinceConfig(path=str(nightly.labels), version=["rev"])
+
+    def write(*revisions: int) -> None:
+        rows = [f"{images.folder}/{at}.png,{rev}\n" for at, rev in enumerate(revisions)]
+        table.write_text("path,rev\n" + "".join(rows))
+
+    write(1, 1)
+    nightly.predict(day(1))
+    write(2, 1)
+    second = nightly.predict(day(2))
+    assert nightly.labeled == 0
+    if is_earlier:  # of a version that stored them in the configuration alone
+        file = Path(second, "_run.json")
+        record = json.loads(file.read_text())
+        del record["since"]["version"]
+        record["provenance"]["config"] = {"since": {"path": "labels", "version": []}}
+        file.write_text(json.dumps(record))
+        assert (nightly.predict(day(2)), nightly.labeled) == (second, 0)
+    assert nightly.predict(day(2), since=by_revision) == f"{second}.2"
+    assert nightly.labeled == 1
+    assert nightly.predict(day(2), since=by_revision) == f"{second}.2"
+    assert nightly.labeled == 0
