@@ -112,7 +112,7 @@ def _remove_old_table(output: str, config: CompactConfig) -> None:
         raise OutputError(
             f"output {output}: holds a predict run, not a compacted table. Pass another --output"
         )
-    if filesystem.exists(filesystem.join(output, layout.SUCCESS_FILE)) and not config.overwrite:
+    if layout.is_committed(output) and not config.overwrite:
         raise OutputError(f"output {output}: holds a table already. Set --overwrite to replace it")
     if stored is None and filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER)):
         raise OutputError(f"output {output}: holds other predictions. Pass another --output")

@@ -476,9 +476,13 @@ def test_a_mark_of_another_tool_and_a_run_among_nights_hide_nothing(
     output = compact(CompactConfig(source=str(labels), output=str(tmp_path / "latest")))
     paths = pq.read_table(f"{output}/predictions")["path"].to_pylist()
     assert sorted(paths) == ["/a", "/b"]
-    (labels / "1" / "_SUCCESS").write_text("")
+    (labels / "1" / "_SUCCESS").write_text("done")
     with pytest.raises(OutputError, match=r"labels/1/_SUCCESS: is damaged.*remove it and rerun"):
         asked(manifest, labels)
+    capsys.readouterr()
+    (labels / "1" / "_SUCCESS").write_text("")  # of a driver that was killed while it created it
+    assert asked(manifest, labels) == ["/a", "/c"]
+    assert f"the rows do not count as labeled: {labels}/1" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ provenance

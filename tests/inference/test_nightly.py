@@ -370,6 +370,14 @@ def test_an_empty_mark_is_that_of_a_driver_killed_while_it_wrote_it(
     first = nightly.predict(day(1))
     (date_folder(nightly, 1) / "_SUCCESS").write_text("")
     assert read_status(first)["state"] == "waiting"
+    with pytest.raises(OutputError, match=r"is not committed .* rerun the same"):
+        open_run(first)
+    assert [run.url for run in find_past_runs(str(nightly.labels)).unfinished] == [first]
+    nightly.predict(day(2))  # the other nights go on
+    assert nightly.labeled == 5
+    assert len(nightly.compact()) == 5
+    (nightly.latest / "_SUCCESS").write_text("")
+    assert len(nightly.compact(overwrite=False)) == 5
     assert nightly.predict(day(1)) == first
     assert read_status(first)["state"] == "committed"
     assert len(nightly.compact()) == 5
