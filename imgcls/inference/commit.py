@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.data.storage import filesystem
-from imgcls.errors import ImgclsError, RunFailed, TooManyErrors
-from imgcls.execution.plan import Plan
+from imgcls.errors import OK, ImgclsError, RunFailed, TooManyErrors
+from imgcls.execution.plan import Plan, parse_plan
 from imgcls.inference import rollup
 from imgcls.inference.config import ErrorStatus
 from imgcls.inference.incremental import read_failed_before
@@ -113,9 +113,8 @@ def write_success(
 ) -> None:
     """Mark the run as committed: written last, and only when every row is in the table.
 
-    Raises RunFailed when another driver has marked it already.
+    Raises RunFailed when another driver has marked it already, or a part is missing.
     """
-    files = filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER))
     body = {
         "rows": counts.rows,
         "status": dict(sorted(counts.status.items())),
@@ -126,10 +125,8 @@ def write_success(
         "precision": sorted(precision),
         "engine": sorted(engine),
         "versions": run["provenance"]["versions"],
-        "files": {
-            name: filesystem.size(filesystem.join(output, layout.PREDICTIONS_FOLDER, name))
-            for name in files
-        },
+        # not all files in the folder: other programs add theirs, such as .DS_Store
+        "files": layout.measure_parts(output, parse_plan(run).num_parts),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "steady_images_per_second": steady_rate and round(steady_rate, 2),
         "committed": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -268,8 +265,9 @@ def _measure_embedding_drift(output: str, reference: CommittedRun) -> None:
     run = layout.load_run(output)
     if run is None or not reference.is_made_by(run["identity"]["bundle"]["sha256"]):
         return
-    parts = filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER))
-    files = [filesystem.join(output, layout.PREDICTIONS_FOLDER, name) for name in sorted(parts)]
+    folder = filesystem.join(output, layout.PREDICTIONS_FOLDER)
+    parts = filter(layout.is_part_name, filesystem.list_names(folder))
+    files = [filesystem.join(folder, name) for name in parts]
     if "embedding" not in reference.schema.names or not _has_embeddings(files):
         return
     now, then = (
@@ -309,6 +307,11 @@ def check_ood_share(output: str, counts: RunCounts, allowed: float | None) -> No
             f"unlike the training data (allowed {allowed:.2%}); the run is not committed. Look at "
             "those with is_ood in predictions/, then rerun with a higher --max-ood-share"
         )
+
+
+def has_failed_rows(output: str) -> bool:
+    """Whether a committed run has rows that `--retry-errors` processes again."""
+    return any(count for status, count in read_status(output)["status"].items() if status != OK)
 
 
 def remove_staging(output: str) -> None:

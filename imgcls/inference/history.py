@@ -91,10 +91,10 @@ def compact(config: CompactConfig) -> str:
             known = KnownImages(folder)
             deleted = _find_newest(known, runs, config)
             status: Counter[str] = Counter()
-            rows = _write_parts(output, schema, _read_newest(known, runs), lease, status)
+            rows, parts = _write_parts(output, schema, _read_newest(known, runs), lease, status)
             known.db.close()
         lease.check()
-        _write_success(output, runs, rows, status)
+        _write_success(output, runs, rows, parts, status)
     finally:
         lease.release()
     left_out = (
@@ -112,7 +112,7 @@ def _remove_old_table(output: str, config: CompactConfig) -> None:
         raise OutputError(
             f"output {output}: holds a predict run, not a compacted table. Pass another --output"
         )
-    if filesystem.exists(filesystem.join(output, layout.SUCCESS_FILE)) and not config.overwrite:
+    if layout.is_committed(output) and not config.overwrite:
         raise OutputError(f"output {output}: holds a table already. Set --overwrite to replace it")
     if stored is None and filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER)):
         raise OutputError(f"output {output}: holds other predictions. Pass another --output")
@@ -203,8 +203,8 @@ def _write_parts(
     tables: Iterator[pa.Table],
     lease: Lease,
     status: Counter[str],
-) -> int:
-    """Write parts of about 128 MB and count rows by status; returns the number of rows."""
+) -> tuple[int, int]:
+    """Write parts of about 128 MB, count rows by status; returns the numbers of rows and parts."""
     rows = part = size = 0
     pending: list[pa.Table] = []
 
@@ -232,7 +232,7 @@ def _write_parts(
             flush()
     if pending or part == 0:
         flush()
-    return rows
+    return rows, part
 
 
 def _write_run_record(output: str, runs: Sequence[CommittedRun], config: CompactConfig) -> None:
@@ -267,18 +267,13 @@ def _list_classes(runs: Sequence[CommittedRun]) -> list[str]:
 
 
 def _write_success(
-    output: str, runs: Sequence[CommittedRun], rows: int, status: Counter[str]
+    output: str, runs: Sequence[CommittedRun], rows: int, parts: int, status: Counter[str]
 ) -> None:
     last = runs[-1]
-    folder = filesystem.join(output, layout.PREDICTIONS_FOLDER)
-    files = {
-        name: filesystem.size(filesystem.join(folder, name))
-        for name in filesystem.list_names(folder)
-    }
     body = last.success_record | {
         "rows": rows,
         "status": dict(sorted(status.items())),
-        "files": files,
+        "files": layout.measure_parts(output, parts),
         "merged": len(runs),
         "labelled_until": last.success_record.get(
             "labelled_until", last.success_record["committed"]

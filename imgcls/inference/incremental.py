@@ -22,7 +22,7 @@ from imgcls import log
 from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix
 from imgcls.data.manifests.manifest import Manifest, resolve_paths
 from imgcls.data.storage import filesystem
-from imgcls.errors import ManifestError, OutputError
+from imgcls.errors import ManifestError, OutputError, StorageMissing
 from imgcls.formatting import format_count, format_counts
 from imgcls.inference.config import SinceConfig
 from imgcls.inference.known_images import (
@@ -33,6 +33,7 @@ from imgcls.inference.known_images import (
     KnownImages,
     find_path_column,
     get_since_table_url,
+    is_version_type,
     rank_runs,
     read_planned_rows,
     read_since_table,
@@ -284,25 +285,14 @@ class ManifestComparison:
         for source, started in enumerate(past_runs.unfinished, len(past_runs.committed)):
             if self._source is not None and started.has_rows:
                 known.add_planned(started, source, ranks[started.url], self._source)
-            reported = started.is_refused and request.version_columns and not request.retry_failed
-            if reported and started.has_table:
-                known.add_refused(started)
+            if started.is_refused and not request.retry_failed and started.has_table:
+                known.add_refused(started, ranks[started.url])
         known.add_manifest(request.manifest)
 
     def _classify_rows(self) -> None:
         request, db, count = self._request, self._known.db, len(self._request.version_columns)
-        # of several rows of one image in one night, a failed one decides
-        kept = [*(f"v{at}" for at in range(count)), "status", "current", "below", "source", "nth"]
-        newest = ", ".join(f"arg_max({name}, rank) AS {name}" for name in kept)
-        db.execute(
-            f"CREATE TABLE newest AS SELECT place, {newest}, max(night) AS night FROM (SELECT *, "
-            "(night * 2 + (status <> 0)::INT)::HUGEINT * (1::HUGEINT << 60) + "
-            "(source::HUGEINT << 40) + nth AS rank FROM known WHERE place IS NOT NULL) "
-            "GROUP BY place"
-        )
-        db.execute(
-            "CREATE TABLE last_gone AS SELECT place, max(night) AS night FROM gone GROUP BY 1"
-        )
+        self._find_newest_rows()
+        known_end, reported_end = map(self._find_end_without_path, self._count_without_path())
         transient = ", ".join(
             str(code)
             for code, name in enumerate(self._known.statuses)
@@ -311,8 +301,11 @@ class ManifestComparison:
         retried = f"n.status IN ({transient})" if transient else "false"
         if request.retry_failed:
             retried = "true"
+        without_path = "failed before" if request.retry_failed else "known bad"
+        missing = self._known.get_code(StorageMissing.status)
         why = (
-            "CASE WHEN n.place IS NULL OR g.night > n.night THEN 'new' "
+            f"CASE WHEN a.place IS NULL AND a.nth < {known_end} THEN '{without_path}' "
+            "WHEN n.place IS NULL OR g.night > n.night THEN 'new' "
             f"WHEN {_build_differs_sql('n', count, request.is_explicit)} THEN 'changed' "
             f"WHEN n.status <> 0 AND ({retried} OR NOT ({_build_comparable_sql('n', count)})) "
             "THEN 'failed before' WHEN n.status <> 0 THEN 'known bad' "
@@ -325,13 +318,77 @@ class ManifestComparison:
             if any(self._known.read_counts("SELECT '', count(*) FROM refused").values())
             else "false"
         )
+        refused += f" OR (a.place IS NULL AND a.nth < {reported_end})"
         db.execute(
-            f"CREATE TABLE todo AS SELECT a.nth, {why} AS why, n.status, "
-            f"(why = 'failed before' OR (why IN ('new', 'changed') AND {refused})) AS before "
+            f"CREATE TABLE todo AS SELECT a.nth, {why} AS why, "
+            f"CASE WHEN a.place IS NULL THEN {missing} ELSE n.status END AS status, "
+            f"(why = 'failed before' OR (why IN ('new', 'changed') AND ({refused}))) AS before "
             "FROM listed a LEFT JOIN newest n ON a.place = n.place "
             "LEFT JOIN last_gone g ON a.place = g.place"
         )
+        self._decide_by_last_rows()
+        self._find_deleted_rows()
+
+    def _decide_by_last_rows(self) -> None:
+        """Of several listed rows of one image, treat all as the last one.
+
+        Each would else count as changed on the night after another one was labeled.
+        """
+        db = self._known.db
         db.execute(
+            "CREATE TABLE repeated AS SELECT nth, max(nth) OVER (PARTITION BY place) AS last "
+            "FROM listed WHERE place IN (SELECT a.place FROM listed a JOIN todo t ON a.nth = t.nth "
+            "WHERE t.why = 'changed')"
+        )
+        db.execute(
+            "UPDATE todo SET why = l.why, status = l.status, before = l.before "
+            "FROM repeated r JOIN todo l ON l.nth = r.last "
+            "WHERE todo.nth = r.nth AND r.nth < r.last"
+        )
+
+    def _find_newest_rows(self) -> None:
+        """Find the newest known row of each image, and the last night that lacked it."""
+        db, count = self._known.db, len(self._request.version_columns)
+        # of several rows of one image in one night, a failed one decides
+        kept = [*(f"v{at}" for at in range(count)), "status", "current", "below", "source", "nth"]
+        newest = ", ".join(f"arg_max({name}, rank) AS {name}" for name in kept)
+        db.execute(
+            f"CREATE TABLE newest AS SELECT place, {newest}, max(night) AS night FROM (SELECT *, "
+            "(night * 2 + (status <> 0)::INT)::HUGEINT * (1::HUGEINT << 60) + "
+            "(source::HUGEINT << 40) + nth AS rank FROM known WHERE place IS NOT NULL) "
+            "GROUP BY place"
+        )
+        db.execute(
+            "CREATE TABLE last_gone AS SELECT place, max(night) AS night FROM gone GROUP BY 1"
+        )
+
+    def _count_without_path(self) -> tuple[int, int]:
+        """Rows without a path that were committed, and that were committed or reported.
+
+        Only their number distinguishes those of one night from those of another.
+        """
+        query = "SELECT night, count(*) FROM {} WHERE place IS NULL GROUP BY night"
+        known = self._known.read_counts(query.format("known"))
+        refused = self._known.read_counts(query.format("refused"))
+        total = sum(known.values())
+        reported = [
+            count + sum(before for other, before in known.items() if other < night)
+            for night, count in refused.items()
+        ]
+        return total, max([total, *reported])
+
+    def _find_end_without_path(self, count: int) -> int:
+        """The end of the manifest rows that have the first `count` rows without a path."""
+        found = self._known.db.execute(
+            "SELECT coalesce(max(nth) + 1, 0) FROM "
+            f"(SELECT nth FROM listed WHERE place IS NULL ORDER BY nth LIMIT {count})"
+        ).fetchone()
+        assert found is not None
+        return int(found[0])
+
+    def _find_deleted_rows(self) -> None:
+        """Find the known images below the listed folder that the manifest lacks."""
+        self._known.db.execute(
             "CREATE TABLE deleted AS SELECT source, nth FROM ("
             "SELECT place, night, source, nth FROM newest WHERE below UNION ALL "
             "SELECT place, max(night), arg_max(source, night), arg_max(nth, night) FROM planned "
@@ -406,9 +463,22 @@ def _find_version_columns(
                 f"since.version: manifest {manifest.source} has no column {name!r} (found: "
                 f"{', '.join(have)})"
             )
+        if not is_version_type(kind := manifest.schema.field(name).type):
+            raise ManifestError(
+                f"since.version: manifest {manifest.source}: column {name!r} is {kind}, which "
+                "cannot be compared; versions are text, numbers, times or bytes. Pass another "
+                "column"
+            )
     if config.version:
         return list(config.version)
-    default = [name for name in DEFAULT_VERSION_COLUMNS if name in have]
+    default = []
+    for name in DEFAULT_VERSION_COLUMNS:
+        if name not in have:
+            continue
+        if is_version_type(kind := manifest.schema.field(name).type):
+            default.append(name)
+        else:
+            log.emit("note", f"column {name!r} is {kind}, which is not compared as a version")
     known = {name for run in runs for name in run.schema.names}
     if runs and not known & set(default):
         log.emit(

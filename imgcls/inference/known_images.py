@@ -6,7 +6,7 @@ rows. Also reads and writes `_since/` in a run's folder: the results of the comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from imgcls.data.storage.storage_settings import bind_iterator
 from imgcls.errors import OK, StorageForbidden, StorageMissing, StorageThrottled, StorageUnavailable
 from imgcls.inference.nights import PlannedRun, RunOrder, compute_run_order, find_origins
 from imgcls.runs import layout
-from imgcls.runs.committed import CommittedRun, iter_tables
+from imgcls.runs.committed import CommittedRun, is_scalar_type, iter_tables
 
 TRANSIENT_STATUSES = frozenset(
     error.status
@@ -154,8 +154,11 @@ class KnownImages:
 
         self._insert("planned", rows(), "night", "source", "nth", versions=0)
 
-    def add_refused(self, run: PlannedRun) -> None:
-        """Add the broken images of a refused run, which have been reported by the refusal."""
+    def add_refused(self, run: PlannedRun, night: int) -> None:
+        """Add the broken images of a refused run, which have been reported by the refusal.
+
+        A row without a path is one of them: no later try can succeed.
+        """
         path, root = find_path_column(run)
 
         def rows() -> Iterator[pa.RecordBatch]:
@@ -168,14 +171,15 @@ class KnownImages:
                         table = pa.Table.from_batches([batch])
                         status = table["status"].cast(pa.string())
                         fine = pc.is_in(status, value_set=pa.array([OK, *TRANSIENT_STATUSES]))
-                        bad = table.filter(pc.invert(fine))
+                        bad = table.filter(pc.or_(pc.invert(fine), pc.is_null(table[path])))
                         columns = {
                             "place": resolve_urls(bad[path], root),
                             **self._build_versions(bad),
+                            "night": pa.array(np.full(bad.num_rows, night)),
                         }
-                        yield from _iter_record_batches(columns, self._build_input_schema())
+                        yield from _iter_record_batches(columns, self._build_input_schema("night"))
 
-        self._insert("refused", rows())
+        self._insert("refused", rows(), "night")
 
     def add_manifest(self, manifest: Manifest) -> None:
         """Add the rows of a manifest."""
@@ -207,16 +211,22 @@ class KnownImages:
     def _build_versions(self, table: pa.Table) -> dict[str, Any]:
         return {
             f"v{at}": normalize_version(table[name], nulls=self._nulls)
-            if name in table.schema.names
+            if name in table.schema.names and is_version_type(table.schema.field(name).type)
             else pa.nulls(table.num_rows, pa.large_string())
             for at, name in enumerate(self.version)
         }
 
+    def get_code(self, status: str) -> int:
+        """The code of a status."""
+        self._add_statuses([status])
+        return self.statuses.index(status)
+
+    def _add_statuses(self, names: Iterable[str]) -> None:
+        self.statuses += sorted({*names} - {*self.statuses})
+
     def _encode_statuses(self, status: pa.ChunkedArray) -> pa.ChunkedArray:
         text = status.cast(pa.string())
-        self.statuses += sorted(
-            {str(s) for s in pc.unique(text).to_pylist() if s} - {*self.statuses}
-        )
+        self._add_statuses(str(name) for name in pc.unique(text).to_pylist() if name)
         return pc.index_in(text, value_set=pa.array(self.statuses))
 
     def _build_input_schema(self, *numbers: str) -> pa.Schema:
@@ -328,18 +338,67 @@ def get_since_table_url(output: str, name: str) -> str:
     return filesystem.join(output, layout.SINCE_FOLDER, f"{name}.parquet")
 
 
+def is_version_type(kind: pa.DataType) -> bool:
+    """Whether a column of this type can be compared as a version: bytes can, lists cannot."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return is_scalar_type(kind) or _is_binary(kind)
+
+
 def normalize_version(column: pa.ChunkedArray, *, nulls: bool = False) -> pa.ChunkedArray:
     """A version column as text; equal values of different types or units get equal text.
 
-    nulls: whether a null gets its own text
+    column: of a type that `is_version_type` accepts
+    nulls:  whether a null gets its own text
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
-        column = column.cast(kind.value_type)
+        kind = kind.value_type
+        column = column.cast(kind)
+    if isinstance(kind, pa.BaseExtensionType):  # such as a UUID
+        kind = kind.storage_type
+        column = column.cast(kind)
     if pa.types.is_timestamp(kind):
         column = column.cast(pa.timestamp("us", kind.tz), safe=False).cast(pa.int64())
-    text = column.cast(pa.large_string())
+    if pa.types.is_floating(kind):
+        text = _format_floats(column)
+    elif _is_binary(kind):
+        text = _format_bytes(column)
+    else:
+        text = column.cast(pa.large_string())
     return pc.fill_null(text, "\0") if nulls else text
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    checks = ("is_binary", "is_large_binary", "is_binary_view", "is_fixed_size_binary")
+    return any(getattr(pa.types, check)(kind) for check in checks)
+
+
+def _format_floats(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whole floats as integers: pandas turns a column of integers with a gap into floats."""
+    values = column.cast(pa.float64())
+    is_whole = pc.and_(pc.equal(pc.floor(values), values), pc.less(pc.abs(values), 2.0**63))
+    whole = pc.if_else(is_whole, values, 0.0).cast(pa.int64()).cast(pa.large_string())
+    return pc.if_else(is_whole, whole, column.cast(pa.large_string()))
+
+
+def _format_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Bytes as text where they are UTF-8, else as hexadecimal digits."""
+    try:
+        return column.cast(pa.large_binary()).cast(pa.large_string())
+    except pa.ArrowInvalid:
+        return pa.chunked_array(
+            [pa.array(map(_format_value, column.to_pylist()), pa.large_string())]
+        )
+
+
+def _format_value(value: bytes | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.hex()
 
 
 def _iter_record_batches(columns: Mapping[str, Any], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from imgcls import log
 from imgcls.data.manifests.label_columns import read_label_columns
 from imgcls.data.manifests.manifest import Manifest
+from imgcls.data.manifests.options import read_csv_options
 from imgcls.data.storage import filesystem
 from imgcls.errors import TooManyErrors
 from imgcls.execution.plan import RunIdentity, parse_plan
@@ -74,7 +75,10 @@ class NightlyRequest:
         return own.find_differences(identity)
 
     def has_same_manifest(self, stored: Mapping[str, Any]) -> bool:
-        """Whether a run was planned from this manifest, with the same columns and `relabel`."""
+        """Whether a run was planned from this manifest, with the same columns and `relabel`.
+
+        The columns include those of the versions, which decide which rows have changed.
+        """
         since, planned = stored.get("since", {}), stored["identity"]["manifest"]
         listed = since.get("listed", planned["fingerprint"])
         is_read_alike = (
@@ -83,7 +87,10 @@ class NightlyRequest:
                 for name in ("path_column", "label_column", "root")
             )
             and read_label_columns(planned) == self.manifest.label_columns
+            and tuple(planned.get("drop_columns", ())) == self.manifest.dropped
+            and read_csv_options(stored, self.manifest.format) == self.manifest.csv_options
         )
+        is_read_alike = is_read_alike and _read_version_columns(stored) == self.since.version
         is_same = is_read_alike and bool(listed == self.manifest.fingerprint())
         return is_same and bool(since.get("relabel", False)) >= self.relabel
 
@@ -102,6 +109,14 @@ class NightlyRequest:
                 task=self.task,
             )
         )
+
+
+def _read_version_columns(stored: Mapping[str, Any]) -> list[str]:
+    """The version columns that a run was planned with; empty for the default ones."""
+    since = stored.get("since", {})
+    if "version" not in since:  # of an earlier version, which stored its configuration alone
+        since = stored.get("provenance", {}).get("config", {}).get("since") or {}
+    return list(since.get("version", ()))
 
 
 def label_new(
@@ -145,7 +160,9 @@ def _find_committed(
     """Folder and rows of a committed run that was planned from the same request, if any."""
     if request.retry_failed:
         return None
-    for folder, run_record in stored:
+    # a folder that is listed now is never an old manifest: an older run's images may have been
+    # deleted in a later run, and be back
+    for folder, run_record in stored if request.manifest.files else stored[-1:]:
         same = request.has_same_manifest(run_record) and not request.find_differences(run_record)
         if same and layout.is_committed(folder):
             rows = parse_plan(run_record).rows
@@ -229,6 +246,7 @@ def _build_job(request: NightlyRequest, output: str, comparison: ManifestCompari
             "sequence": compute_next_sequence(output, comparison.past_runs),
             "since": {
                 "listed": request.manifest.fingerprint(),
+                "version": list(request.since.version),
                 "relabel": request.relabel,
                 "retry_failed": request.retry_failed,
                 **comparison.describe(),
@@ -267,6 +285,8 @@ def load_planned_manifest(
         label_columns=read_label_columns(identity),
         root=identity["root"],
         version=identity.get("version"),
+        dropped=tuple(identity.get("drop_columns", ())),
+        csv_options=read_csv_options(run_record, manifest.format),
         _read_batches=batches,
         _compute_fingerprint=lambda: str(identity["fingerprint"]),
     )

@@ -163,15 +163,27 @@ def find_past_runs(url: str, exclude: str | None = None) -> PastRuns:
         [filesystem.join(url, each, layout.SUCCESS_FILE) for each in marked - planned - listings],
     )
     with create_thread_pool(_READ_THREADS, "read") as pool:
-        runs = pool.map(open_run, _list_run_folders(url, planned & marked, exclude))
-        committed = tuple(sorted(runs, key=compute_run_order))
+        finished = _list_run_folders(url, planned & marked, exclude)
+        runs = list(pool.map(_open_if_committed, finished))
+        committed = tuple(sorted(filter(None, runs), key=compute_run_order))
         started = _list_run_folders(url, planned - marked, exclude)
+        started += [each for each, run in zip(finished, runs, strict=True) if run is None]
         records = zip(started, pool.map(layout.load_run, started), strict=True)
         unfinished = [PlannedRun(each, run) for each, run in records if run is not None]
     _log_run_names(
         "not finished, so the rows do not count as labeled", [each.url for each in unfinished]
     )
     return PastRuns(committed, tuple(sorted(unfinished, key=lambda run: run.order)))
+
+
+def _open_if_committed(url: str) -> CommittedRun | None:
+    """A run with a `_SUCCESS`; None where that is empty, see `layout.is_committed`."""
+    try:
+        return open_run(url)
+    except OutputError:
+        if layout.is_committed(url):
+            raise
+        return None
 
 
 def _list_run_folders(url: str, folders: set[str], exclude: str | None) -> list[str]:

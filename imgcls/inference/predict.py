@@ -44,11 +44,11 @@ from imgcls.inference.publish_runs import publish_runs
 from imgcls.inference.ray_metrics import RayMetrics
 from imgcls.inference.registered_runs import build_model_entries
 from imgcls.inference.requests import (
+    check_identity,
     check_request,
     check_resumable,
     estimate_image_bytes,
     estimate_row_bytes,
-    ignore_labels,
     is_on_web,
     iter_image_urls,
     limit_chunk_rows,
@@ -226,8 +226,10 @@ class _PredictRun:
         filesystem.remove(filesystem.join(output, layout.PROGRESS_FILE))
         stored = layout.load_run(output)
         if stored is not None:
-            self._check_identity(stored)
-            if layout.is_committed(output) and not config.retry_errors:
+            check_identity(config, self.manifest, output, self._build_identity(), stored)
+            if layout.is_committed(output) and not (
+                config.retry_errors and commit.has_failed_rows(output)
+            ):
                 return self._return_committed(stored)
         session.connect()
         image_bytes = estimate_image_bytes(config, self.manifest, self.bundle)
@@ -268,18 +270,6 @@ class _PredictRun:
             counts = self._retry_rows(placement, TRANSIENT_STATUSES) or counts
         return self._commit(run, counts)
 
-    def _check_identity(self, stored: dict[str, Any]) -> None:
-        """Raise OutputError when the output holds a run of another manifest, bundle or setting."""
-        identity = self._build_identity()
-        if not self.config.has_predictions:
-            identity = ignore_labels(identity, stored["identity"])
-        if layout.is_committed(self.output) and not self.config.retry_errors:
-            # a run of an earlier version has no values of settings that were added since
-            known = {*stored["identity"]["settings"], "has_predictions"}
-            settings = {key: each for key, each in identity.settings.items() if key in known}
-            identity = replace(identity, settings=settings)
-        identity.check_same_run(self.output, stored["identity"])
-
     def _build_identity(self) -> RunIdentity:
         return RunIdentity(
             manifest=self.manifest.describe_identity(),
@@ -290,10 +280,9 @@ class _PredictRun:
     def _return_committed(self, stored: dict[str, Any]) -> PredictResult:
         rows = parse_plan(stored).rows
         commit.remove_staging(self.output)  # after a kill at the end
-        log.emit(
-            "committed",
-            f"{self.output}: committed before, {format_count(rows, 'row')}; nothing to do",
-        )
+        done = "no row failed, nothing to retry" if self.config.retry_errors else "nothing to do"
+        text = f"{self.output}: committed before, {format_count(rows, 'row')}; {done}"
+        log.emit("committed", text)
         return PredictResult(self.output, rows, None)
 
     def _make_plan(self) -> Plan:

@@ -20,6 +20,7 @@ from imgcls.data import image_files
 from imgcls.data.containers import members
 from imgcls.data.manifests.label_columns import describe_no_labels
 from imgcls.data.manifests.manifest import Manifest, open_manifest
+from imgcls.data.manifests.options import read_csv_options
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.credentials import hide_credentials
 from imgcls.data.storage.http import HttpStore
@@ -124,7 +125,30 @@ def resolve_settings(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def ignore_labels(identity: RunIdentity, stored: Mapping[str, Any]) -> RunIdentity:
+def check_identity(
+    config: PredictConfig,
+    manifest: Manifest,
+    output: str,
+    identity: RunIdentity,
+    stored: Mapping[str, Any],
+) -> None:
+    """Raise OutputError when the output holds a run of another manifest, bundle or setting.
+
+    stored: `_run.json`, which an earlier version may have written
+    """
+    then = stored["identity"]
+    if not config.has_predictions:
+        identity = _ignore_labels(identity, then)
+    if layout.is_committed(output) and not config.retry_errors:
+        # a run of an earlier version has no values of settings that were added since
+        known = {*then["settings"], "has_predictions"}
+        settings = {key: each for key, each in identity.settings.items() if key in known}
+        identity = replace(identity, settings=settings)
+    planned = then["manifest"] | dict(read_csv_options(stored, manifest.format))
+    identity.check_same_run(output, {**then, "manifest": planned})
+
+
+def _ignore_labels(identity: RunIdentity, stored: Mapping[str, Any]) -> RunIdentity:
     """The identity of embeddings alone, which need no labels, for a run of version 0.1.
 
     stored: the identity of this run, whose manifest had one label column at most
@@ -301,9 +325,9 @@ def check_resumable(output: str, config: PredictConfig) -> None:
     layout.check_output_writable(output)
     if config.overwrite:
         return
-    if layout.load_run(output) is None and filesystem.list_names(
-        filesystem.join(output, layout.PREDICTIONS_FOLDER)
-    ):
+    names = filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER))
+    # only tables: other programs add files such as .DS_Store
+    if layout.load_run(output) is None and any(name.endswith(".parquet") for name in names):
         raise OutputError(
             f"output {output}: holds predictions but no {layout.RUN_FILE}, so no run can be "
             "resumed. Pass another --output, or start over with --overwrite"

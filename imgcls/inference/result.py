@@ -66,7 +66,7 @@ class PredictResult:
 
         frames = []
         with storage_settings.use_settings(self.storage):
-            for name in sorted(filesystem.list_names(self.table)):
+            for name in filter(layout.is_part_name, filesystem.list_names(self.table)):
                 with filesystem.open_read(filesystem.join(self.table, name)) as stream:
                     frames.append(pd.read_parquet(stream))
         return pd.concat(frames, ignore_index=True)

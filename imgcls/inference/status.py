@@ -79,6 +79,7 @@ def read_status(output: str) -> dict[str, Any]:
     if success is not None:
         return found | {
             "state": "committed",
+            "rows": success["rows"],  # a compacted history has the plan of its newest run
             "rows_done": success["rows"],
             "status": success["status"],
             "committed": success["committed"],

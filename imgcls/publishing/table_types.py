@@ -1,8 +1,9 @@
 """Types of lakehouse tables: the columns of a run as Delta and Iceberg tables can store them.
 
 Neither has Arrow's dictionaries, fixed-size lists, half floats or unsigned integers. Each becomes
-the narrowest common type that holds all its values. Columns are nullable, so that runs with other
-columns can be added.
+the narrowest common type that holds all its values. Only timestamps are changed: they are stored in
+microseconds, and nanoseconds are cut off. Columns are nullable, so that runs with other columns can
+be added.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def convert_table(table: pa.Table, schema: pa.Schema, place: str) -> pa.Table:
                 "requires. Make the column of the table optional, or pass another target"
             )
         try:
-            columns.append(_decode(column).cast(field.type))
+            columns.append(_cut_nanoseconds(_decode(column)).cast(field.type))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise RequestError(
                 f"{place}: column {field.name!r} has a value that {field.type}, its type in the "
@@ -115,6 +116,28 @@ def convert_table(table: pa.Table, schema: pa.Schema, place: str) -> pa.Table:
 
 def _decode(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
     return column.cast(column.type.value_type) if kinds.is_dictionary(column.type) else column
+
+
+def _cut_nanoseconds(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    """The column with timestamps in microseconds, for which a safe cast refuses nanoseconds."""
+    kind = _use_microseconds(column.type)
+    return column if kind.equals(column.type) else column.cast(kind, safe=False)
+
+
+def _use_microseconds(kind: pa.DataType) -> pa.DataType:
+    if kinds.is_timestamp(kind) and kind.unit == "ns":
+        return pa.timestamp("us", kind.tz)
+    if kinds.is_struct(kind):
+        return pa.struct([field.with_type(_use_microseconds(field.type)) for field in kind])
+    if kinds.is_map(kind):
+        return pa.map_(_use_microseconds(kind.key_type), _use_microseconds(kind.item_type))
+    if kinds.is_list(kind):
+        return pa.list_(_use_microseconds(kind.value_type))
+    if kinds.is_large_list(kind):
+        return pa.large_list(_use_microseconds(kind.value_type))
+    if kinds.is_fixed_size_list(kind):
+        return pa.list_(_use_microseconds(kind.value_type), kind.list_size)
+    return kind
 
 
 def _convert_type(kind: pa.DataType) -> pa.DataType | None:

@@ -289,6 +289,23 @@ def iter_tables(
                 yield cast_string_views(pa.Table.from_batches([batch]))
 
 
+def _read_success(url: str) -> Any:
+    """The content of `_SUCCESS`; raises OutputError where it is damaged, missing or empty."""
+    try:
+        data = filesystem.read(filesystem.join(url, layout.SUCCESS_FILE))
+    except StorageMissing:
+        data = b""
+    if not data:  # see `layout.is_committed`
+        raise OutputError(
+            f"{url}: is not committed (no {layout.SUCCESS_FILE}); rerun the same "
+            "`imgcls predict` command, which resumes the run"
+        )
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise OutputError(layout.damaged_success_message(url, str(error))) from error
+
+
 def open_run(url: str) -> CommittedRun:
     """Open the output folder of `imgcls predict`.
 
@@ -301,19 +318,13 @@ def open_run(url: str) -> CommittedRun:
             f"{url}: holds no labeling run (no {layout.RUN_FILE}); pass the --output folder of "
             "`imgcls predict`"
         )
-    try:
-        success = json.loads(filesystem.read(filesystem.join(url, layout.SUCCESS_FILE)))
-    except StorageMissing as error:
-        raise OutputError(
-            f"{url}: is not committed (no {layout.SUCCESS_FILE}); rerun the same "
-            "`imgcls predict` command, which resumes the run"
-        ) from error
-    except ValueError as error:
-        raise OutputError(layout.damaged_success_message(url, str(error))) from error
-    if not isinstance(success, dict) or "files" not in success:
+    success = _read_success(url)
+    listed = success.get("files") if isinstance(success, dict) else None
+    # earlier versions listed files of other programs, too
+    names = sorted(filter(layout.is_part_name, listed or ()))
+    if not names:
         raise OutputError(layout.damaged_success_message(url, "it names no files"))
     folder = filesystem.join(url, layout.PREDICTIONS_FOLDER)
-    names = sorted(success["files"])
     missing = sorted(set(names) - set(filesystem.list_names(folder)))
     if missing:
         raise OutputError(

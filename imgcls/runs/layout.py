@@ -19,6 +19,7 @@ import contextlib
 import datetime
 import io
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,9 +29,10 @@ import pyarrow.parquet as pq
 from imgcls.data.formats import EXPLANATIONS_FOLDER
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.filesystem import join
-from imgcls.errors import OutputError, StorageError, StorageMissing, request_error
+from imgcls.errors import OutputError, RunFailed, StorageError, StorageMissing, request_error
 
 RUN_FORMAT_VERSION = 1
+_PART_NAME = re.compile(r"part-\d{5,}\.parquet")
 
 RUN_FILE = "_run.json"
 STAGING_FOLDER = "_staging"
@@ -57,6 +59,27 @@ VALIDATION_TOP_K = 5
 
 def part_name(part: int) -> str:
     return f"part-{part:05d}.parquet"
+
+
+def is_part_name(name: str) -> bool:
+    """Whether a file in the folder of predictions is a part, not a file of another program."""
+    return _PART_NAME.fullmatch(name) is not None
+
+
+def measure_parts(output: str, count: int) -> dict[str, int]:
+    """The size of each of a run's parts by name, in bytes; RunFailed where one is missing.
+
+    count: of the plan; a run without rows has one part without rows
+    """
+    folder = join(output, PREDICTIONS_FOLDER)
+    names = [part_name(part) for part in range(max(1, count))]
+    missing = sorted(set(names) - set(filesystem.list_names(folder)))
+    if missing:
+        raise RunFailed(
+            f"output {output}: {PREDICTIONS_FOLDER}/{missing[0]} is missing; nothing was "
+            "committed. Start over with --overwrite"
+        )
+    return {name: filesystem.size(join(folder, name)) for name in names}
 
 
 def part_url(output: str, part: int) -> str:

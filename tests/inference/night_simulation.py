@@ -129,13 +129,14 @@ class Nightly:
             return job.output
 
         request = NightlyRequest(
-            since=SinceConfig(path=str(self.labels)),
             bundle_sha256="b" * 64,
             **{
-                "manifest": open_manifest(ManifestConfig(path=str(self.manifest))),
+                "manifest": options.get("manifest")
+                or open_manifest(ManifestConfig(path=str(self.manifest))),
                 "series": OutputSeries(
                     f"{self.labels}/date={{date}}", datetime.date.fromisoformat(day)
                 ),
+                "since": SinceConfig(path=str(self.labels)),
                 "settings": SETTINGS,
                 "relabel": False,
                 "retry_failed": False,
@@ -183,12 +184,7 @@ class Nightly:
                 output,
                 manifest,
                 RunIdentity(
-                    {
-                        "fingerprint": manifest.fingerprint(),
-                        "path_column": manifest.path_column,
-                        "label_column": manifest.label_column,
-                        "root": manifest.root,
-                    },
+                    manifest.describe_identity(),
                     {"sha256": "b" * 64},
                     SETTINGS if settings is None else settings,
                 ),
@@ -205,6 +201,8 @@ class Nightly:
             assert run is not None
             run["began"] = _shifted(run["began"], clock)
             layout.write_run(output, run)
+        else:  # a resumed run has the manifest of its plan
+            assert job.manifest.describe_identity() == run["identity"]["manifest"]
         if killed == "planned":
             raise Killed
         plan, manifest = parse_plan(run), load_planned_manifest(output, run, job.manifest)

@@ -15,7 +15,13 @@ import pytest
 from imgcls.config import build
 from imgcls.errors import OutputError, RequestError, RunFailed, TooManyErrors
 from imgcls.evaluation.evaluate import evaluate
-from imgcls.inference.commit import check_drift, check_error_rates, report_exit, store_refusal
+from imgcls.inference.commit import (
+    check_drift,
+    check_error_rates,
+    report_exit,
+    store_refusal,
+    write_success,
+)
 from imgcls.inference.config import ErrorStatus, PredictConfig
 from imgcls.inference.history import CompactConfig, compact
 from imgcls.inference.requests import open_reference
@@ -205,6 +211,7 @@ def test_the_drift_of_embeddings_of_the_same_bundle_is_written(
 
     reference = open_run(commit_run("then", 0.0))
     output = commit_run("now", shift)
+    Path(output, "predictions", ".DS_Store").write_bytes(b"Bud1")
     counts = PredictionCounts.from_table(drawn(3000, 1), label_column=None, classes=CLASSES)
     check_drift(output, counts, reference, 0.25)
     assert "drift   embedding: squared maximum mean discrepancy" in capsys.readouterr().out
@@ -214,6 +221,37 @@ def test_the_drift_of_embeddings_of_the_same_bundle_is_written(
     other = commit_run("other", 0.0, bundle_sha256="0" * 64)
     check_drift(other, counts, reference, 0.25)
     assert not (tmp_path / "other" / "metrics" / "embedding_drift.parquet").exists()
+
+
+def test_a_run_that_lacks_a_part_is_not_committed(tmp_path: Path) -> None:
+    table = drawn(50)
+    output = commit(tmp_path / "out", table, parts=2)
+    (output / "_SUCCESS").unlink()
+    run = layout.load_run(str(output))
+    assert run is not None
+    run |= {"plan": run["plan"] | {"part_rows": 30}}
+    run["provenance"]["versions"] = {}
+    counts = PredictionCounts.from_table(table, label_column="label", classes=CLASSES)
+
+    def write() -> None:
+        write_success(
+            str(output),
+            run=run,
+            counts=counts,
+            seconds={"wall": 1.0},
+            steady_rate=None,
+            precision=[],
+            engine=[],
+        )
+
+    part = output / "predictions" / "part-00001.parquet"
+    part.rename(output / "predictions" / "moved.parquet")
+    with pytest.raises(RunFailed, match=r"predictions/part-00001\.parquet is missing"):
+        write()
+    assert not (output / "_SUCCESS").exists()
+    (output / "predictions" / "moved.parquet").rename(part)
+    write()
+    assert open_run(str(output)).rows == 50
 
 
 def test_a_history_knows_the_classes_of_all_its_nights(tmp_path: Path) -> None:

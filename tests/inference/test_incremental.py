@@ -131,9 +131,18 @@ def test_another_bundle_relabels_only_when_asked(
     assert "1 new, 1 of another bundle; 1 row unchanged" in capsys.readouterr().out
 
 
-def test_a_row_without_a_path_is_never_known(tmp_path: Path) -> None:
-    night(tmp_path / "out", [None, "/a"])
-    assert asked(manifest_of(tmp_path, [None, "/a"]), tmp_path / "out") == [None]
+def test_rows_without_a_path_are_known_by_their_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "labels"
+    night(labels / "1", [None, "/a", None], failed=[0, 2])
+    manifest = manifest_of(tmp_path, [None, "/a", "/b", None])
+    assert asked(manifest, labels) == ["/b"]
+    assert "broken and unchanged, not tried again: 2 missing" in capsys.readouterr().out
+    assert asked(manifest, labels, retry_failed=True) == [None, "/b", None]
+    committed_at(night(labels / "2", ["/b"]), "2026-01-02T00:00:00+00:00")
+    assert asked(manifest, labels) == []
+    assert asked(manifest_of(tmp_path, [None, None, "/a", None]), labels) == [None]
 
 
 def test_the_fingerprint_is_of_the_manifest_and_of_what_is_known(tmp_path: Path) -> None:
@@ -165,6 +174,24 @@ def test_bad_requests_name_what_is_missing(tmp_path: Path) -> None:
     night(tmp_path / "out", ["/a"])
     with pytest.raises(ManifestError, match=r"no column 'sha' \(found: path\)"):
         asked(manifest, tmp_path / "out", version=["sha"])
+
+
+def test_a_column_of_lists_is_no_version(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "labels"
+    night(labels / "1", ["/a", "/b"], version=[[1], [2]], etag=[b"\xff", b"\xfe"])
+    manifest = manifest_of(tmp_path, ["/a", "/b"], version=[[1], [3]], etag=[b"\xff", b"\xfd"])
+    assert asked(manifest, labels) == ["/b"]
+    assert "column 'version' is list<element: int64>, which is not compared" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(ManifestError, match=r"column 'version' is list.* Pass another column"):
+        asked(manifest, labels, version=["version"])
+    # what a run cannot compare, it lacks
+    later = manifest_of(tmp_path, ["/a", "/b"], version=["1", "3"])
+    assert asked(later, labels) == []
+    assert asked(later, labels, version=["version"]) == ["/a", "/b"]
 
 
 states = st.lists(
@@ -449,9 +476,13 @@ def test_a_mark_of_another_tool_and_a_run_among_nights_hide_nothing(
     output = compact(CompactConfig(source=str(labels), output=str(tmp_path / "latest")))
     paths = pq.read_table(f"{output}/predictions")["path"].to_pylist()
     assert sorted(paths) == ["/a", "/b"]
-    (labels / "1" / "_SUCCESS").write_text("")
+    (labels / "1" / "_SUCCESS").write_text("done")
     with pytest.raises(OutputError, match=r"labels/1/_SUCCESS: is damaged.*remove it and rerun"):
         asked(manifest, labels)
+    capsys.readouterr()
+    (labels / "1" / "_SUCCESS").write_text("")  # of a driver that was killed while it created it
+    assert asked(manifest, labels) == ["/a", "/c"]
+    assert f"the rows do not count as labeled: {labels}/1" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ provenance

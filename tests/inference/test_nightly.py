@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from imgcls.config import build
 from imgcls.data.manifests.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import OutputError
+from imgcls.inference.config import SinceConfig
+from imgcls.inference.history import CompactConfig, compact
 from imgcls.inference.incremental import read_failed_before
 from imgcls.inference.known_images import KNOWN_BAD, read_since_table
 from imgcls.inference.nightly import load_planned_manifest
 from imgcls.inference.nights import OutputSeries, find_past_runs
+from imgcls.inference.result import PredictResult
 from imgcls.inference.status import read_status
 from imgcls.runs import layout
+from imgcls.runs.committed import open_run
 from tests.evaluation.runs import commit, drawn
 from tests.inference.night_simulation import Images, Killed, Nightly
 
@@ -131,6 +138,34 @@ def test_an_old_manifest_given_again_does_not_undo_later_nights(
     assert nightly.labeled == 0
 
 
+def test_an_image_that_is_back_on_the_same_day_is_labeled_again(
+    nightly: Nightly, images: Images
+) -> None:
+    for at in range(3):
+        images.write(f"{at}.png")
+    moved, away = images.folder / "2.png", nightly.folder / "2.png"
+
+    def predict() -> str:
+        listed = open_manifest(ManifestConfig(path=str(images.folder)))
+        return nightly.predict(day(1), manifest=listed)
+
+    def list_history() -> list[str]:
+        config = CompactConfig(
+            source=str(nightly.labels), output=str(nightly.latest), overwrite=True
+        )
+        paths = pq.read_table(f"{compact(config)}/predictions")["path"].to_pylist()
+        return sorted(Path(path).name for path in paths)
+
+    first = predict()
+    moved.rename(away)
+    assert (predict(), nightly.labeled) == (f"{first}.2", 0)
+    assert list_history() == ["0.png", "1.png"]
+    away.rename(moved)
+    assert (predict(), nightly.labeled) == (f"{first}.3", 1)
+    assert list_history() == ["0.png", "1.png", "2.png"]
+    assert (predict(), nightly.labeled) == (f"{first}.3", 0)
+
+
 def test_an_image_deleted_while_its_first_run_is_unfinished_does_not_come_back(
     nightly: Nightly, images: Images
 ) -> None:
@@ -199,6 +234,30 @@ def test_a_night_that_the_gate_refuses_does_not_fail_the_next_ones(
         images.write(f"camera-1/bad-{at}.png", b"spoilt")
     nightly.build(images)
     assert nightly.predict(day(4)) == "refused"  # five more are new
+
+
+def test_rows_without_a_path_fail_one_night_only(nightly: Nightly, images: Images) -> None:
+    for at in range(3):
+        images.write(f"{at}.png")
+    nightly.manifest.mkdir()
+    table = nightly.manifest / "images.csv"
+
+    def predict(number: int, names: str) -> str:
+        rows = [images.folder / f"{name}.png" if name != "-" else "" for name in names]
+        table.write_text("path,site\n" + "".join(f"{row},x\n" for row in rows))
+        return nightly.predict(day(number))
+
+    assert predict(1, "01---") == "refused"
+    place = predict(2, "012---")
+    assert place == str(date_folder(nightly, 2))
+    assert read_failed_before(place).tolist() == [3, 4, 5]
+    place = predict(3, "012---")
+    assert nightly.labeled == 0
+    assert read_since_table(place, KNOWN_BAD).to_pylist() == 3 * [
+        {"path": None, "status": "missing"}
+    ]
+    place = predict(4, "-012----")
+    assert (nightly.labeled, read_failed_before(place).tolist()) == (2, [])
 
 
 def test_what_a_refused_run_lacks_may_be_repaired_the_same_night(
@@ -281,6 +340,28 @@ def test_an_unfinished_run_is_never_given_as_a_committed_one(
     assert nightly.labeled == 1  # of 5 rows, 4 were kept
 
 
+def test_files_of_other_programs_are_no_parts_of_a_run(nightly: Nightly, images: Images) -> None:
+    images.day(1, new=5)
+    nightly.build(images)
+    with pytest.raises(Killed):
+        nightly.predict(day(1), killed="rolled up")
+    folder = date_folder(nightly, 1) / "predictions"
+    (folder / ".DS_Store").write_bytes(b"Bud1")
+    (folder / "notes.txt").write_text("looks right")
+    first = nightly.predict(day(1))
+    success = json.loads((date_folder(nightly, 1) / "_SUCCESS").read_text())
+    assert list(success["files"]) == ["part-00000.parquet"]
+    # as an earlier version committed it
+    success["files"] |= {".DS_Store": 4, "notes.txt": 11}
+    (date_folder(nightly, 1) / "_SUCCESS").write_text(json.dumps(success))
+    (folder / "notes.txt").unlink()
+    assert open_run(first).files == (str(folder / "part-00000.parquet"),)
+    assert len(PredictResult(first, 5, None).to_pandas()) == 5
+    nightly.predict(day(2))
+    assert nightly.labeled == 0
+    assert nightly.compact() == nightly.from_scratch()
+
+
 def test_an_empty_mark_is_that_of_a_driver_killed_while_it_wrote_it(
     nightly: Nightly, images: Images
 ) -> None:
@@ -289,6 +370,14 @@ def test_an_empty_mark_is_that_of_a_driver_killed_while_it_wrote_it(
     first = nightly.predict(day(1))
     (date_folder(nightly, 1) / "_SUCCESS").write_text("")
     assert read_status(first)["state"] == "waiting"
+    with pytest.raises(OutputError, match=r"is not committed .* rerun the same"):
+        open_run(first)
+    assert [run.url for run in find_past_runs(str(nightly.labels)).unfinished] == [first]
+    nightly.predict(day(2))  # the other nights go on
+    assert nightly.labeled == 5
+    assert len(nightly.compact()) == 5
+    (nightly.latest / "_SUCCESS").write_text("")
+    assert len(nightly.compact(overwrite=False)) == 5
     assert nightly.predict(day(1)) == first
     assert read_status(first)["state"] == "committed"
     assert len(nightly.compact()) == 5
@@ -323,6 +412,45 @@ def test_paths_that_are_corrected_within_a_night_are_read(nightly: Nightly, imag
     assert status == ["ok"] * 5
 
 
+def test_a_manifest_that_is_read_in_another_way_is_another_one(
+    nightly: Nightly, images: Images
+) -> None:
+    """The rows differ, though the bytes are the same."""
+    for name in ("\u00e9.png", "e.png"):
+        images.write(name)
+    table = nightly.folder / "images.csv"
+    table.write_text("path,note\n\u00e9.png,x\ne.png,y\n", encoding="latin-1")
+
+    def listed(**options: Any) -> Manifest:
+        root = str(images.folder)
+        return open_manifest(build(ManifestConfig, {"path": str(table), "root": root, **options}))
+
+    first = nightly.predict(day(1), manifest=listed(encoding="cp437"))
+    assert nightly.labeled == 2
+    right = listed(encoding="latin-1")
+    assert nightly.predict(day(1), manifest=right) == f"{first}.2"
+    assert nightly.labeled == 1
+    assert nightly.predict(day(1), manifest=right) == f"{first}.2"
+    assert nightly.labeled == 0
+    status = pq.read_table(f"{first}.2/predictions")["status"].to_pylist()
+    assert status == ["ok"]
+
+
+def test_an_unfinished_run_is_resumed_with_its_columns(nightly: Nightly, images: Images) -> None:
+    images.day(1, new=5)
+    nightly.build(images)
+    with pytest.raises(Killed):
+        nightly.predict(day(1), killed="labeled")
+    config = build(ManifestConfig, {"path": str(nightly.manifest), "drop_columns": ["mtime"]})
+    fewer = open_manifest(config)
+    assert nightly.predict(day(1), manifest=fewer) == str(date_folder(nightly, 1))
+    assert nightly.labeled == 1
+    assert nightly.compact() == nightly.from_scratch()
+    with pytest.raises(Killed):
+        nightly.predict(day(2), killed="planned", manifest=fewer)
+    assert nightly.predict(day(2)) == str(date_folder(nightly, 2))
+
+
 def test_a_retry_of_a_start_over_that_was_interrupted_is_planned_again(
     nightly: Nightly, images: Images
 ) -> None:
@@ -347,3 +475,58 @@ def test_an_unfinished_run_keeps_the_version_of_the_table_that_it_was_planned_fr
     record["identity"]["manifest"]["version"] = "12"
     planned = load_planned_manifest(str(run), record, today)
     assert planned.describe_identity() == record["identity"]["manifest"]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_an_image_that_is_listed_twice_with_two_versions_is_labeled_once(
+    nightly: Nightly, images: Images, failed: bool
+) -> None:
+    images.write("a.png", b"spoilt" if failed else None)
+    images.write("b.png")
+    nightly.manifest.mkdir()
+    table = nightly.manifest / "images.csv"
+
+    def predict(number: int, versions: str) -> int:
+        names = zip("aba", versions, strict=True)
+        rows = [f"{images.folder}/{name}.png,{version}\n" for name, version in names]
+        table.write_text("path,version\n" + "".join(rows))
+        nightly.predict(day(number))
+        return nightly.labeled
+
+    assert predict(1, "152") == 3
+    assert predict(2, "152") == 0
+    assert predict(3, "252") == 0  # the last row decides
+    assert predict(4, "153") == 2  # and with it, the others are labeled
+    assert predict(5, "153") == 0
+
+
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_other_version_columns_compare_a_manifest_again(
+    nightly: Nightly, images: Images, is_earlier: bool
+) -> None:
+    for at in range(2):
+        images.write(f"{at}.png")
+    nightly.manifest.mkdir()
+    table = nightly.manifest / "images.csv"
+    by_revision = SinceConfig(path=str(nightly.labels), version=["rev"])
+
+    def write(*revisions: int) -> None:
+        rows = [f"{images.folder}/{at}.png,{rev}\n" for at, rev in enumerate(revisions)]
+        table.write_text("path,rev\n" + "".join(rows))
+
+    write(1, 1)
+    nightly.predict(day(1))
+    write(2, 1)
+    second = nightly.predict(day(2))
+    assert nightly.labeled == 0
+    if is_earlier:  # of a version that stored them in the configuration alone
+        file = Path(second, "_run.json")
+        record = json.loads(file.read_text())
+        del record["since"]["version"]
+        record["provenance"]["config"] = {"since": {"path": "labels", "version": []}}
+        file.write_text(json.dumps(record))
+        assert (nightly.predict(day(2)), nightly.labeled) == (second, 0)
+    assert nightly.predict(day(2), since=by_revision) == f"{second}.2"
+    assert nightly.labeled == 1
+    assert nightly.predict(day(2), since=by_revision) == f"{second}.2"
+    assert nightly.labeled == 0

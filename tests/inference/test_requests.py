@@ -15,11 +15,12 @@ from imgcls.cluster.session import Node
 from imgcls.config import build
 from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
-from imgcls.errors import RequestError
+from imgcls.errors import OutputError, RequestError
 from imgcls.execution.plan import RunIdentity
 from imgcls.inference.predict import PredictConfig, predict
 from imgcls.inference.requests import (
     check_output_columns,
+    check_resumable,
     check_timeouts,
     limit_chunk_rows,
     resolve_settings,
@@ -214,3 +215,14 @@ def test_credentials_that_are_not_there_are_asked_for(
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     forget_connections()
     assert "check the credentials" in refused(tmp_path, color_bundle, url("a.jpg"))
+
+
+def test_only_tables_keep_a_folder_of_predictions_from_being_used(tmp_path: Path) -> None:
+    config = build(PredictConfig, {"manifest": "m.csv", "model": "bundle", "output": str(tmp_path)})
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    (folder / ".DS_Store").write_bytes(b"Bud1")
+    check_resumable(str(tmp_path), config)
+    (folder / "part-00000.parquet").touch()
+    with pytest.raises(OutputError, match="holds predictions but no"):
+        check_resumable(str(tmp_path), config)

@@ -48,6 +48,14 @@ def test_a_run_whose_start_over_or_commit_was_killed_ends_with_the_same_table(
     assert committed(output)
     assert not (output / "_staging").exists()
 
+    # no row failed, so there is nothing to retry
+    before = {file: file.read_bytes() for file in sorted(output.rglob("*")) if file.is_file()}
+    gate = ["--reference", str(output), "--max-psi", "0"]
+    assert main([*words, "--retry-errors", *gate]) == 0
+    assert "60 rows; no row failed, nothing to retry" in capsys.readouterr().out
+    after = {file: file.read_bytes() for file in sorted(output.rglob("*")) if file.is_file()}
+    assert after == before
+
     # committed by a version without these settings
     run = json.loads((output / "_run.json").read_text())
     for setting in ("decode", "max_bytes"):
@@ -57,3 +65,17 @@ def test_a_run_whose_start_over_or_commit_was_killed_ends_with_the_same_table(
     assert "committed before" in capsys.readouterr().out
     assert main([*words, "--top-k", "2"]) == 2
     assert "settings.top_k: 5 then, 2 now" in capsys.readouterr().err
+
+    # read in another way, the same bytes are other rows
+    latin = [*words, "--manifest.encoding", "latin-1"]
+    assert main([*latin, "--manifest.escape", "\\"]) == 2
+    error = capsys.readouterr().err
+    assert "manifest.encoding: None then, 'iso8859-1' now" in error
+    assert r"manifest.escape: None then, '\\' now" in error
+    assert main([*words, "--manifest.encoding", "UTF8"]) == 0
+    # committed by a version that stored the encoding in the configuration alone
+    run["provenance"]["config"]["manifest"]["encoding"] = "latin-1"
+    (output / "_run.json").write_text(json.dumps(run))
+    assert main(latin) == 0
+    assert main(words) == 2
+    assert "manifest.encoding: 'iso8859-1' then, None now" in capsys.readouterr().err

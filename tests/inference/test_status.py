@@ -13,10 +13,12 @@ from imgcls.errors import OutputError
 from imgcls.execution.completed import CompletedChunks, write_chunk
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.inference import rollup
+from imgcls.inference.history import CompactConfig, compact
 from imgcls.inference.status import StatusConfig, read_status, status
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 from imgcls.runs.table_counts import TableCounter
+from tests.evaluation.runs import commit, drawn
 from tests.execution.runs import CLASSES, manifest_of, plan_at, predictions, spec_of
 
 
@@ -93,3 +95,17 @@ def test_a_run_that_waits_for_nodes_is_found_before_it_has_a_plan(
     assert f"process {os.getpid()}: waiting for nodes" in capsys.readouterr().out
     with pytest.raises(OutputError, match="no run was started here"):
         read_status(str(tmp_path))
+
+
+def test_a_compacted_history_has_the_rows_of_all_its_nights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, rows in enumerate((50, 10), 1):
+        commit(tmp_path / "labels" / f"date=2026-11-0{number}", drawn(rows))
+    source = str(tmp_path / "labels")
+    output = compact(CompactConfig(source=source, output=str(tmp_path / "latest")))
+    found = status(StatusConfig(output=output))
+    assert (found["rows"], found["rows_done"]) == (60, 60)
+    printed = capsys.readouterr().out
+    assert "60 rows" in printed
+    assert "60 done (100.0%)" in printed

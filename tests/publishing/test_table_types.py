@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import decimal
+from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
@@ -48,10 +49,31 @@ def test_the_largest_unsigned_integer_is_kept() -> None:
 
 
 def test_a_value_that_would_change_is_refused_by_name() -> None:
-    table = pa.table({"taken": pa.array([1], pa.timestamp("ns"))})
+    table = pa.table({"taken": pa.array([2**62], pa.timestamp("s"))})
     schema = build_table_schema(table.schema, "run", has_times=False)
     with pytest.raises(RequestError, match="part: column 'taken' has a value that timestamp"):
         convert_table(table, schema, "part")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda times: times,
+        lambda times: times.dictionary_encode(),
+        lambda times: pa.array([[time] for time in times], pa.list_(times.type)),
+        lambda times: pa.FixedSizeListArray.from_arrays(times, 1),
+        lambda times: pa.StructArray.from_arrays([times, pa.array([1, 2], pa.int8())], ["t", "n"]),
+        lambda times: pa.array([[("t", time)] for time in times], pa.map_(pa.string(), times.type)),
+    ],
+)
+def test_nanoseconds_are_cut_off(wrap: Callable[[pa.Array], pa.Array]) -> None:
+    exact, cut = (
+        wrap(pa.array([1764556800123456000 + more, None], pa.timestamp("ns"))) for more in (789, 0)
+    )
+    schema = build_table_schema(pa.schema([("x", exact.type)]), "run", has_times=False)
+    found, expected = (convert_table(pa.table({"x": x}), schema, "run") for x in (exact, cut))
+    assert found.schema == schema
+    assert found.equals(expected)
 
 
 @pytest.mark.parametrize("kind", [pa.duration("s"), pa.decimal256(50, 2), pa.list_(pa.time32("s"))])

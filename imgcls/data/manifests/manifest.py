@@ -100,6 +100,7 @@ class Manifest:
     files:        the tables of the manifest; empty for a folder or glob of images
     version:      of a table with versions, such as a snapshot; else None
     dropped:      the columns that are not read
+    csv_options:  names and values of those that are not the default, see `ReadOptions`
     """
 
     source: str
@@ -114,6 +115,7 @@ class Manifest:
     version: str | None = None
     dropped: tuple[str, ...] = ()
     label_columns: LabelColumns | None = None
+    csv_options: tuple[tuple[str, str], ...] = ()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Stream the rows, in order; raises ManifestError where a row cannot be read."""
@@ -127,7 +129,7 @@ class Manifest:
         return self._compute_fingerprint()
 
     def describe_identity(self) -> dict[str, Any]:
-        """The entries of a run's identity: fingerprint, columns, root, and a table's version."""
+        """The entries of a run's identity: fingerprint, columns, root, version, CSV options."""
         identity: dict[str, Any] = {
             "fingerprint": self.fingerprint(),
             "path_column": self.path_column,
@@ -140,7 +142,7 @@ class Manifest:
             identity["label_columns"] = self.label_columns.to_json()
         if self.dropped:
             identity["drop_columns"] = list(self.dropped)
-        return identity
+        return identity | dict(self.csv_options)
 
     def find_label_columns(self) -> LabelColumns | None:
         """The labels as those of a multi-label manifest; a column of class names has one each."""
@@ -323,6 +325,7 @@ class _TableFiles:
             _read_batches=lambda: self._iter_batches(schema, config.path_column, has_own_folders),
             _compute_fingerprint=lambda: self._found.compute_fingerprint(images.contained),
             version=self._found.version_name,
+            csv_options=self._options.list_csv_options() if self._found.format == "csv" else (),
         )
 
     def _find_image_columns(self, schema: pa.Schema, *, any_key: bool) -> ImageColumns:

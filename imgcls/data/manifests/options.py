@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
@@ -85,3 +87,32 @@ class ReadOptions:
     keys: KeyNames = DEFAULT_KEYS
     images: ImageColumns = ImageColumns()
     list_labels: tuple[str, ...] = ()
+
+    def list_csv_options(self) -> tuple[tuple[str, str], ...]:
+        """The first three, those without their default value, by name."""
+        try:
+            encoding = codecs.lookup(self.encoding).name
+        except LookupError:  # not read, as for a file with a byte order mark
+            encoding = self.encoding
+        given = {
+            "delimiter": self.delimiter,
+            "encoding": None if encoding in ("utf-8", "utf-8-sig") else encoding,
+            "escape": self.escape,
+        }
+        return tuple((name, value) for name, value in given.items() if value is not None)
+
+
+def read_csv_options(run_record: Mapping[str, Any], format: str) -> tuple[tuple[str, str], ...]:
+    """The options with which a stored run has read its manifest, as `ReadOptions` lists them.
+
+    Runs of earlier versions have them in their configuration alone.
+    """
+    identity = run_record["identity"]["manifest"]
+    names = ("delimiter", "encoding", "escape")
+    stored = tuple((name, identity[name]) for name in names if name in identity)
+    given = run_record.get("provenance", {}).get("config", {}).get("manifest")
+    if stored or format != "csv" or not isinstance(given, Mapping):
+        return stored
+    return ReadOptions(
+        given.get("delimiter"), given.get("encoding", "utf-8"), given.get("escape")
+    ).list_csv_options()

@@ -84,10 +84,10 @@ def is_folder(url: str) -> bool:
 
 
 def size(url: str) -> int:
-    """Size of a file in bytes; raises StorageMissing."""
+    """Size of a file in bytes; raises StorageMissing, StorageError where a server names no size."""
     if is_local(url):
         return _retry_locally(url, lambda: os.stat(local_path(url)).st_size)
-    return int(object_store.call_store(url, "info", needs=GET)["size"])
+    return object_store.get_size(url)
 
 
 def read(url: str) -> bytes:

@@ -14,7 +14,7 @@ import io
 import itertools
 import tempfile
 from collections import deque
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from typing import IO, Any, TypeVar
 
@@ -211,22 +211,66 @@ def _upload(url: str, file: str) -> None:
     retry(url, lambda: store.file_system.put_file(file, path, **store.put_options), PUT)
 
 
+def get_size(url: str) -> int:
+    """Size of an object in bytes; raises StorageError where the server does not name it."""
+    return require_size(url, call_store(url, "info", needs=GET))
+
+
+def require_size(url: str, info: Mapping[str, Any]) -> int:
+    """The size in the driver's information about an object; raises as `get_size`.
+
+    Web servers that compress or generate a file send no Content-Length.
+    """
+    if info.get("size") is None:
+        raise StorageError(
+            f"{shorten_url(url)}: the server does not name its size, which is needed to read parts "
+            "of it; download the file first"
+        )
+    return int(info["size"])
+
+
 def open_object(url: str) -> IO[bytes]:
-    """A seekable stream over an object, read by byte ranges with retries."""
-    size = int(call_store(url, "info", needs=GET)["size"])
+    """A seekable stream over an object, read by byte ranges with retries, or whole without size."""
+    size = _find_size(url)
+    if size is None:
+        return io.BytesIO(get_object(url))
     return io.BufferedReader(_RangeReader(url, size), _READ_BUFFER_BYTES)
 
 
+def _find_size(url: str) -> int | None:
+    size = call_store(url, "info", needs=GET).get("size")
+    return None if size is None else int(size)
+
+
 def iter_object_blocks(url: str, block_bytes: int) -> Iterator[bytes]:
-    """The bytes of an object in order, by concurrent reads of ranges of `block_bytes`."""
-    size = int(call_store(url, "info", needs=GET)["size"])
-    starts = iter(range(0, size, block_bytes))
+    """The bytes of an object in order, by concurrent reads of ranges of `block_bytes`.
+
+    An object without a known size, or from a server that ignores ranges, is read whole.
+    """
+    size = _find_size(url)
+    if size is None:
+        whole = get_object(url)
+    elif size == 0:
+        return
+    else:  # alone, because a server that ignores ranges would send all for each range
+        whole = _request_range_or_object(url, 0, min(size, block_bytes), size=size)
+        if len(whole) < size:
+            yield whole
+            yield from _iter_ranges(url, range(block_bytes, size, block_bytes), size)
+            return
+    for start in range(0, len(whole), block_bytes):
+        yield whole[start : start + block_bytes]
+
+
+def _iter_ranges(url: str, starts: range, size: int) -> Iterator[bytes]:
+    """Ranges of an object in order, each up to the start of the next, read concurrently."""
+    remaining = iter(starts)
     reading: deque[Future[bytes]] = deque()
     with create_thread_pool(_CONCURRENT_RANGES, "range") as pool:
         try:
             while True:
-                for start in itertools.islice(starts, _CONCURRENT_RANGES - len(reading)):
-                    end = min(size, start + block_bytes)
+                for start in itertools.islice(remaining, _CONCURRENT_RANGES - len(reading)):
+                    end = min(size, start + starts.step)
                     reading.append(pool.submit(get_range, url, start, end))
                 if not reading:
                     return
@@ -275,6 +319,7 @@ class _RangeReader(io.RawIOBase):
     def __init__(self, url: str, size: int) -> None:
         self._url, self._size = url, size
         self._position = 0
+        self._object: bytes | None = None  # from a server that ignores ranges
         # Arrow reads from threads of its own, in which no settings apply
         self._read_range = bind_settings(self._request_range)
 
@@ -307,19 +352,37 @@ class _RangeReader(io.RawIOBase):
         return self._read_range(start, self._size) if start < self._size else b""
 
     def _request_range(self, start: int, end: int) -> bytes:
-        return get_range(self._url, start, end)
+        if self._object is None:
+            data = _request_range_or_object(self._url, start, end, size=self._size)
+            if len(data) == end - start:
+                return data
+            self._object = data
+        return self._object[start:end]
 
 
 def get_range(url: str, start: int, end: int, version: str | None = None) -> bytes:
     """The bytes from `start` up to `end` of an object, by one request.
 
     version: of the object, where it is known
-    Raises StorageChanged for an object of another version, in stores that compare it.
+    Raises StorageChanged for an object of another version, in stores that compare it, and
+    StorageError where the server ignores ranges.
     """
+    return _request_range_or_object(url, start, end, version)
+
+
+def _request_range_or_object(
+    url: str, start: int, end: int, version: str | None = None, size: int | None = None
+) -> bytes:
+    """The bytes of a range, or all `size` bytes from a server that ignores ranges."""
 
     def read() -> bytes:
         data = _request_range(url, start, end, version)
-        if len(data) != end - start:
+        if len(data) > end - start and len(data) != size:
+            raise StorageError(
+                f"{shorten_url(url)}: the server ignores ranges, which are needed to read parts of "
+                "it; download the file first"
+            )
+        if len(data) < end - start:
             raise StorageUnavailable(
                 f"{shorten_url(url)}: received {len(data):,} of {end - start:,} bytes"
             )

@@ -17,7 +17,7 @@ from imgcls.data.storage.error_details import shorten_url
 from imgcls.data.storage.storage_errors import translate_error
 from imgcls.data.storage.storage_settings import bind_settings
 from imgcls.data.storage.store import GET
-from imgcls.errors import StorageChanged, StorageMissing, StorageUnavailable
+from imgcls.errors import StorageChanged, StorageMissing
 
 
 class RangeFile(Protocol):
@@ -97,12 +97,7 @@ class _ObjectRanges:
     def __init__(self, url: str) -> None:
         self.url = url
         info = object_store.call_store(url, "info", needs=GET)
-        if info.get("size") is None:
-            raise StorageUnavailable(
-                f"{shorten_url(url)}: its size is unknown, which is needed to read parts of it; "
-                "download the file first"
-            )
-        self.size = int(info["size"])
+        self.size = object_store.require_size(url, info)
         self.version = _find_etag(info)
         # the file may be used by threads in which no settings apply
         self._read = bind_settings(object_store.get_range, url, version=self.version)

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import email.utils
 import gzip
+import io
 import os
 import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from imgcls import config
 from imgcls.data import image_files
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.data.storage import filesystem, storage_settings
 from imgcls.data.storage.http import encode_url
+from imgcls.data.storage.range_file import open_ranges
 from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.errors import (
     ConfigError,
+    StorageError,
     StorageMissing,
     StorageOptedOut,
     StorageThrottled,
     StorageTooLarge,
     StorageUnavailable,
 )
+from imgcls.inference.requests import read_image_size
 from tests.web_server import Reply, Server, serving
 
 MB = 1_000_000
@@ -368,3 +376,46 @@ def test_many_cached_images_hold_no_more_than_the_budget(
     requests = len(server.lines)  # some are begun again when there is room for their bytes
     assert list(image_files.read_ahead(urls, in_flight=8, max_bytes=2 * MB)) == bodies
     assert len(server.lines) == requests
+
+
+# ------------------------------------------------------------------ tables
+
+
+def write_table(rows: int) -> bytes:
+    sink = io.BytesIO()
+    paths = [f"{number}.jpg" for number in range(rows)]
+    pq.write_table(pa.table({"path": paths}), sink, compression="none")
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("name", ["images.csv", "images.parquet"])
+@pytest.mark.parametrize("has_size", [True, False])
+def test_a_manifest_is_read_from_a_server_without_ranges_or_sizes(
+    server: Server, name: str, has_size: bool
+) -> None:
+    csv = "path\n" + "".join(f"{number}.jpg\n" for number in range(1_000_000))
+    body = csv.encode() if name == "images.csv" else write_table(1_000_000)
+    assert len(body) > 2 * filesystem.BLOCK_BYTES
+    server.replies[f"/{name}"] = [Reply(body=body if has_size else lambda: iter([body]))]
+    url = f"{server.url}/{name}"
+    manifest = open_manifest(ManifestConfig(path=url))
+    assert sum(batch.num_rows for batch in manifest.batches()) == 1_000_000
+    assert manifest.fingerprint() == blake2b(body + b"\0end of file\0", digest_size=16).hexdigest()
+    # each time it is opened, for its size and then whole
+    assert len(server.lines) <= 10
+
+
+def test_parts_of_a_file_need_a_server_with_ranges_and_sizes(server: Server) -> None:
+    server.replies["/chunked"] = [Reply(body=lambda: iter([b"0123"]))]
+    for read in (filesystem.size, open_ranges):
+        with pytest.raises(StorageError, match=r"does not name its size.*download the file first"):
+            read(f"{server.url}/chunked")
+    assert read_image_size(f"{server.url}/chunked") == 0
+    server.replies["/whole"] = [Reply(body=b"0123456789")]
+    opened = open_ranges(f"{server.url}/whole")
+    assert opened.size == 10
+    before = len(server.lines)
+    with pytest.raises(StorageError, match=r"the server ignores ranges.*download the file first"):
+        opened.read(2, 4)
+    assert len(server.lines) == before + 1
+    assert opened.read(0, 10) == b"0123456789"
