@@ -366,7 +366,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
-            if name in lines:
+            if name in lines and name != "<<":
                 raise ConfigError(
                     f"line {line}: {name!r} is already set in line {lines[name]}; merge the two, "
                     "or remove one"

@@ -222,7 +222,7 @@ def _check_clean_target(
     if clean is None:
         return
     for manifest in manifests:
-        check_not_read_again(clean, manifest)
+        check_not_read_again([clean], manifest)
     if not filesystem.exists(clean):
         return
     if clean in [filesystem.absolute(manifest.source) for manifest in manifests]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -14,7 +16,8 @@ def write_csv_manifest(target: str, rows: pa.Table, separator: str) -> None:
     """Write a manifest with the column `label`; lists in it become text.
 
     A list without a class is the separator alone, and an unlabeled row has an empty text. Raises
-    ManifestError where a class name contains the separator, and for other nested columns and bytes.
+    ManifestError where a class name contains the separator, for other nested columns, and for bytes
+    that are not UTF-8.
     """
     index = rows.schema.get_field_index("label")
     if index >= 0 and pa.types.is_list(rows.schema.field(index).type):
@@ -24,6 +27,7 @@ def write_csv_manifest(target: str, rows: pa.Table, separator: str) -> None:
             "label",
             join_names(column, separator, f"output {target}", "pass another --csv-separator"),
         )
+    rows = _convert_bytes(rows)
     for field in rows.schema:
         if pa.types.is_nested(field.type) or _is_binary(field.type):
             raise ManifestError(
@@ -32,6 +36,16 @@ def write_csv_manifest(target: str, rows: pa.Table, separator: str) -> None:
             )
     with filesystem.open_write(target) as stream:
         pa_csv.write_csv(rows, stream)
+
+
+def _convert_bytes(rows: pa.Table) -> pa.Table:
+    """The table with text for bytes that are UTF-8."""
+    for at, field in enumerate(rows.schema):
+        if _is_binary(field.type):
+            with contextlib.suppress(pa.ArrowInvalid):
+                text = rows.column(at).cast(pa.binary()).cast(pa.string())
+                rows = rows.set_column(at, field.name, text)
+    return rows
 
 
 def _is_binary(kind: pa.DataType) -> bool:

@@ -38,7 +38,7 @@ def check_output_file(config: LabelsImportConfig, output: str, manifest: Manifes
         raise OutputError(
             f"output {output}: exists; pass another --output, or --overwrite to replace it"
         )
-    check_not_read_again(config.output, manifest)
+    check_not_read_again([config.output], manifest)
     target = resolve_links(output)
     history = filesystem.join(filesystem.parent(target), HISTORY_FILE)
     if history in map(resolve_links, manifest.files):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 
 from imgcls.data.manifests.manifest import Manifest
 from imgcls.data.storage import filesystem
@@ -14,14 +14,22 @@ from imgcls.errors import OutputError
 _GLOB = re.compile(r"[*?\[]")
 
 
-def check_not_read_again(output: str, manifest: Manifest) -> None:
+def check_not_read_again(outputs: Iterable[str], manifest: Manifest) -> None:
     """Raise OutputError where a manifest of several files has, or will have, a file among them.
 
-    output: the file to write, as the user named it
+    outputs: the files to write, as the user named them
     """
-    if _is_among(filesystem.absolute(output), resolve_links(output), manifest):
+    source, is_read = manifest.source, _build_check(manifest)
+    for output in outputs:
+        if _get_scheme(output) != _get_scheme(source) or not is_read(output):
+            continue
+        if not manifest.files:
+            raise OutputError(
+                f"output {output}: is in the folder of images {source}, which would be read as a "
+                "table from then on; pass an --output in another folder"
+            )
         raise OutputError(
-            f"output {output}: is among the files of the manifest {manifest.source}, which would "
+            f"output {output}: is among the files of the manifest {source}, which would "
             "have its rows twice; pass an --output in another folder"
         )
 
@@ -32,29 +40,43 @@ def resolve_links(url: str) -> str:
     return os.path.realpath(absolute) if filesystem.is_local(url) else absolute
 
 
-def _is_among(output: str, target: str, manifest: Manifest) -> bool:
-    """Whether a manifest has a file; target: the output without symbolic links."""
+def _get_scheme(url: str) -> str:
+    return "" if filesystem.is_local(url) else url.partition("://")[0]
+
+
+def _build_check(manifest: Manifest) -> Callable[[str], bool]:
+    """The function that finds whether a manifest has a file, named as the user did."""
     source = manifest.source
+    if source.startswith(("http://", "https://")):
+        return lambda output: False  # whether it is a folder is answered by a download
     files = [resolve_links(file) for file in manifest.files]
-    folder, _, name = target.rpartition("/")
+    folders = {filesystem.parent(file) for file in files}
     if filesystem.is_folder(source):
         own = resolve_links(source).rstrip("/")
         # of folders below, tables are read only where the folder itself has none
-        is_partitioned = bool(files) and own not in {filesystem.parent(file) for file in files}
-        return folder == own or (is_partitioned and target.startswith(f"{own}/"))
-    if len(files) > 1 and target in files:
-        return True
-    if filesystem.exists(source) or not _GLOB.search(source):
-        return False
-    is_named = fnmatch.fnmatchcase(name, source.rpartition("/")[2])
-    if is_named and folder in {file.rpartition("/")[0] for file in files}:
+        is_partitioned = bool(files) and own not in folders
+        return lambda output: (
+            filesystem.parent(target := resolve_links(output)) == own
+            or (is_partitioned and target.startswith(f"{own}/"))
+        )
+    is_glob = bool(_GLOB.search(source)) and not filesystem.exists(source)
+    return lambda output: (
+        (len(files) > 1 and resolve_links(output) in files)
+        or (is_glob and _is_in_glob(output, source, folders))
+    )
+
+
+def _is_in_glob(output: str, source: str, folders: Set[str]) -> bool:
+    """Whether a glob names a file; folders: those of the files that it names now."""
+    folder, _, name = resolve_links(output).rpartition("/")
+    if fnmatch.fnmatchcase(name, source.rpartition("/")[2]) and folder in folders:
         return True
     pattern = filesystem.absolute(source).split("/")
     at = next(at for at, part in enumerate(pattern) if _GLOB.search(part))
     start = resolve_links("/".join(pattern[:at]) or "/").rstrip("/")
-    return _is_matched(target.split("/"), [*start.split("/"), *pattern[at:]]) or _is_matched(
-        output.split("/"), pattern
-    )
+    return _is_matched(
+        [*folder.split("/"), name], [*start.split("/"), *pattern[at:]]
+    ) or _is_matched(filesystem.absolute(output).split("/"), pattern)
 
 
 def _is_matched(parts: Sequence[str], pattern: Sequence[str]) -> bool:

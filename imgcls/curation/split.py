@@ -75,8 +75,8 @@ def split_manifest(config: SplitConfig) -> dict[str, int]:
         )
     shares = _resolve_shares(config)
     files = list_part_files(config)
-    for name in itertools.chain.from_iterable(files.values()):
-        check_not_read_again(filesystem.join(config.output, name), manifest)
+    names = itertools.chain.from_iterable(files.values())
+    check_not_read_again((filesystem.join(config.output, name) for name in names), manifest)
     ours = {name.partition("/")[0] for each in files.values() for name in each}
     stale = _check_output(output, ours, config.overwrite) - ours
     _check_input(output, ours | stale, manifest)

@@ -29,6 +29,7 @@ from imgcls.inference.known_images import (
     DELETED,
     FAILED_BEFORE,
     KNOWN_BAD,
+    ROWS_WITHOUT_PATH,
     TRANSIENT_STATUSES,
     KnownImages,
     find_path_column,
@@ -142,6 +143,7 @@ class ManifestComparison:
     counts:   rows by reason: new, changed, failed before, of another bundle
     rows:     number of rows to label
     deleted:  number of images of earlier runs that a full listing lacks
+    rows_without_path: number of rows of the listed manifest that have none
     """
 
     def __init__(self, request: SinceRequest) -> None:
@@ -169,6 +171,8 @@ class ManifestComparison:
             [_build_path_table(pa.chunked_array([[]], pa.string()), "/"), *self._find_deleted()]
         )
         self.deleted = self._deleted.num_rows
+        counts = self._known.read_counts("SELECT place IS NULL, count(*) FROM listed GROUP BY 1")
+        self.rows_without_path = counts.get(True, 0)
         self.manifest = dataclasses.replace(
             request.manifest,
             _read_batches=self._read_new_rows,
@@ -277,7 +281,7 @@ class ManifestComparison:
 
     def _load_known_images(self) -> None:
         request, known, past_runs = self._request, self._known, self._request.past_runs
-        ranks = rank_runs(past_runs.committed, past_runs.unfinished)
+        self._ranks = ranks = rank_runs(past_runs.committed, past_runs.unfinished)
         for source, run in enumerate(past_runs.committed):
             wanted = request.bundle_sha256 if request.relabel else None
             known.add_run(run, source, ranks, wanted, self._source)
@@ -330,20 +334,22 @@ class ManifestComparison:
         self._find_deleted_rows()
 
     def _decide_by_last_rows(self) -> None:
-        """Of several listed rows of one image, treat all as the last one.
+        """Of several listed rows of one image, treat all as the last one that has a version.
 
         Each would else count as changed on the night after another one was labeled.
         """
-        db = self._known.db
+        db, count = self._known.db, len(self._request.version_columns)
+        has_version = " OR ".join(f"v{at} <> 0" for at in range(count)) or "true"
         db.execute(
-            "CREATE TABLE repeated AS SELECT nth, max(nth) OVER (PARTITION BY place) AS last "
+            "CREATE TABLE repeated AS SELECT nth, coalesce("
+            f"max(CASE WHEN {has_version} THEN nth END) OVER images, max(nth) OVER images) AS last "
             "FROM listed WHERE place IN (SELECT a.place FROM listed a JOIN todo t ON a.nth = t.nth "
-            "WHERE t.why = 'changed')"
+            "WHERE t.why = 'changed') WINDOW images AS (PARTITION BY place)"
         )
         db.execute(
             "UPDATE todo SET why = l.why, status = l.status, before = l.before "
             "FROM repeated r JOIN todo l ON l.nth = r.last "
-            "WHERE todo.nth = r.nth AND r.nth < r.last"
+            "WHERE todo.nth = r.nth AND r.nth <> r.last"
         )
 
     def _find_newest_rows(self) -> None:
@@ -363,19 +369,24 @@ class ManifestComparison:
         )
 
     def _count_without_path(self) -> tuple[int, int]:
-        """Rows without a path that were committed, and that were committed or reported.
+        """Rows without a path that the newest committed run's manifest had, and reported ones.
 
-        Only their number distinguishes those of one night from those of another.
+        Only their number is compared. A run that does not store it has all of them.
         """
+        past, ranks, known, newest = self._request.past_runs, self._ranks, 0, 0
         query = "SELECT night, count(*) FROM {} WHERE place IS NULL GROUP BY night"
-        known = self._known.read_counts(query.format("known"))
-        refused = self._known.read_counts(query.format("refused"))
-        total = sum(known.values())
+        labeled, refused = (
+            self._known.read_counts(query.format(name)) for name in ("known", "refused")
+        )
+        for run in past.committed[-1:]:
+            newest = ranks[run.url]
+            known = run.run_record.get(ROWS_WITHOUT_PATH, labeled.get(newest, 0))
         reported = [
-            count + sum(before for other, before in known.items() if other < night)
-            for night, count in refused.items()
+            run.run_record.get(ROWS_WITHOUT_PATH, refused.get(ranks[run.url], 0))
+            for run in past.unfinished
+            if run.is_refused and ranks[run.url] > newest and not self._request.retry_failed
         ]
-        return total, max([total, *reported])
+        return known, max([known, *reported])
 
     def _find_end_without_path(self, count: int) -> int:
         """The end of the manifest rows that have the first `count` rows without a path."""

@@ -31,6 +31,8 @@ TRANSIENT_STATUSES = frozenset(
 """Statuses that do not depend on an image's bytes: the next run retries these rows."""
 
 DELETED, KNOWN_BAD, FAILED_BEFORE = "deleted", "known_bad", "failed_before"
+ROWS_WITHOUT_PATH = "rows_without_path"
+"""Key of `_run.json`: their number in the listed manifest."""
 """Tables in `_since/`: images that the listing lacks, broken images that were not tried again, and
 rows of the run whose image had failed before."""
 
@@ -342,6 +344,8 @@ def is_version_type(kind: pa.DataType) -> bool:
     """Whether a column of this type can be compared as a version: bytes can, lists cannot."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
     return is_scalar_type(kind) or _is_binary(kind)
 
 

@@ -25,7 +25,7 @@ from imgcls.execution.plan import RunIdentity, parse_plan
 from imgcls.formatting import format_count
 from imgcls.inference.config import SinceConfig
 from imgcls.inference.incremental import ManifestComparison, SinceRequest
-from imgcls.inference.known_images import read_planned_rows
+from imgcls.inference.known_images import ROWS_WITHOUT_PATH, read_planned_rows
 from imgcls.inference.nights import OutputSeries, PlannedRun, compute_next_sequence
 from imgcls.models.bundle import TaskName
 from imgcls.runs import layout
@@ -244,6 +244,7 @@ def _build_job(request: NightlyRequest, output: str, comparison: ManifestCompari
     def notes() -> Mapping[str, Any]:
         return {
             "sequence": compute_next_sequence(output, comparison.past_runs),
+            ROWS_WITHOUT_PATH: comparison.rows_without_path,
             "since": {
                 "listed": request.manifest.fingerprint(),
                 "version": list(request.since.version),

@@ -318,12 +318,16 @@ def _start_proxies(config: ServeConfig) -> None:
     """Start Ray Serve's HTTP proxies, or check that those of the cluster have the same settings."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     current = ray_internals.find_serve_options()
+    certificate, private_key = (
+        file if file is None else os.path.abspath(file)
+        for file in (config.http.certificate, config.http.private_key)
+    )
     wanted = HTTPOptions(
         host=config.http.host,
         port=config.http.port,
         request_timeout_s=config.http.request_timeout_s,
-        ssl_certfile=config.http.certificate,
-        ssl_keyfile=config.http.private_key,
+        ssl_certfile=certificate,
+        ssl_keyfile=private_key,
     )
     if current is None:
         _check_ports_free(config.http)

@@ -18,6 +18,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from imgcls.data.formats import identify_format
 from imgcls.serving.config import MIB, LimitsConfig
 from imgcls.serving.problems import Problem, build_busy_problem, build_too_large_problem
 
@@ -178,9 +179,16 @@ class _FormParser(MultiPartParser):
     def on_headers_finished(self) -> None:
         super().on_headers_finished()
         part = self._current_part
-        content_type = dict(part.item_headers).get(b"content-type", b"")
-        if part.file is None and content_type.strip().lower().startswith(b"image/"):
+        for name, value in part.item_headers:
+            is_text = value.strip().lower().startswith((b"text/", b"application/json"))
+            if name.lower() == b"content-type" and part.file is None and not is_text:
+                raise _build_no_file_error(part.field_name)
+
+    def on_part_end(self) -> None:
+        part = self._current_part
+        if part.file is None and not _is_text(part.data) and identify_format(bytes(part.data)):
             raise _build_no_file_error(part.field_name)
+        super().on_part_end()
 
     def on_end(self) -> None:
         self._is_complete = True
@@ -197,6 +205,13 @@ class _FormParser(MultiPartParser):
         for name, part in self.items:
             if name in file_fields and not isinstance(part, UploadFile):
                 raise _build_no_file_error(name)
+
+
+def _is_text(data: bytearray) -> bool:
+    try:
+        return "\0" not in data.decode()
+    except UnicodeDecodeError:
+        return False
 
 
 def _build_no_file_error(field: str) -> MultiPartException:

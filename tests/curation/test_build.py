@@ -298,3 +298,16 @@ def test_what_a_csv_cannot_have_is_refused(
     with pytest.raises(ManifestError, match=message):
         build_from(**settings, output_format="csv")
     assert not (tmp_path / "out" / "manifest.csv").exists()
+
+
+def test_bytes_of_text_are_text_in_a_csv(tmp_path: Path) -> None:
+    table = {"path": ["a", "b"], "mark": pa.array([b"a1", None]), "two": pa.array([b"xy"] * 2)}
+    table["two"] = table["two"].cast(pa.binary(2))
+    pq.write_table(pa.table(table), tmp_path / "m.parquet")
+    build_from(
+        source=str(tmp_path / "m.parquet"), output=str(tmp_path / "out"), output_format="csv"
+    )
+    lines = (tmp_path / "out" / "manifest.csv").read_text().splitlines()
+    assert [line.split(",")[1:] for line in lines] == [
+        ['"mark"', '"two"'], ['"a1"', '"xy"'], ["", '"xy"']
+    ]  # fmt: skip

@@ -188,6 +188,9 @@ def test_a_folder_of_tables_gets_no_parts(tmp_path: Path) -> None:
     photographs(tmp_path, 12).rename(folder / "all.csv")
     with pytest.raises(OutputError, match="would have its rows twice"):
         split_manifest(split_config(folder, folder, by="patient"))
+    images = tmp_path / "images"
+    with pytest.raises(OutputError, match="is in the folder of images"):
+        split_manifest(split_config(images, images))
     split_manifest(split_config(folder, folder / "parts", by="patient"))
     assert open_manifest(ManifestConfig(path=str(folder))).files == (str(folder / "all.csv"),)
 

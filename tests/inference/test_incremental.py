@@ -140,9 +140,23 @@ def test_rows_without_a_path_are_known_by_their_number(
     assert asked(manifest, labels) == ["/b"]
     assert "broken and unchanged, not tried again: 2 missing" in capsys.readouterr().out
     assert asked(manifest, labels, retry_failed=True) == [None, "/b", None]
-    committed_at(night(labels / "2", ["/b"]), "2026-01-02T00:00:00+00:00")
+    newer = committed_at(night(labels / "2", ["/b"]), "2026-01-02T00:00:00+00:00")
+    record = json.loads((newer / "_run.json").read_text())
+    (newer / "_run.json").write_text(json.dumps(record | {"rows_without_path": 2}))
     assert asked(manifest, labels) == []
     assert asked(manifest_of(tmp_path, [None, None, "/a", None]), labels) == [None]
+
+
+def test_nights_that_labeled_all_rows_without_a_path_again_do_not_add_up(tmp_path: Path) -> None:
+    labels = tmp_path / "labels"
+    for day in (1, 2, 3):  # of an earlier version, or with --retry-failed
+        folder = night(labels / str(day), [None, f"/{day}", None], failed=[0, 2])
+        committed_at(folder, f"2026-01-0{day}T00:00:00+00:00")
+    manifest = manifest_of(tmp_path, [None, None, None, "/1", "/2", "/3", None])
+    assert asked(manifest, labels) == [None, None]
+    # of a newer manifest without such rows, nothing is known
+    committed_at(night(labels / "4", ["/4"]), "2026-01-04T00:00:00+00:00")
+    assert asked(manifest_of(tmp_path, ["/4", None]), labels) == [None]
 
 
 def test_the_fingerprint_is_of_the_manifest_and_of_what_is_known(tmp_path: Path) -> None:

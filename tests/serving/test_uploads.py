@@ -71,18 +71,23 @@ def test_a_form_that_was_cut_off_is_rejected(server: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    ("headers", "status"),
+    ("headers", "data", "status"),
     [
-        (b'name="image"', 400),  # curl -F 'image=<a.jpg'
-        (b'name="photo"\r\nContent-Type: image/jpeg', 400),
-        (b'name="comment"', 200),
-        (b'name="comment"\r\nContent-Type: text/plain', 200),
+        (b'name="image"', b"some text", 400),  # curl -F 'image=<a.jpg'
+        (b'name="photo"\r\nContent-Type: image/jpeg', b"some text", 400),
+        (b'name="photo"\r\nContent-Type: application/octet-stream', b"some text", 400),
+        (b'name="p"\r\nContent-Type: image/png\r\nContent-Type: text/plain', b"some text", 400),
+        (b'name="photo"', jpeg(), 400),
+        (b'name="comment"', b"some text", 200),
+        (b'name="comment"', "caf\u00e9".encode("latin-1"), 200),
+        (b'name="comment"\r\nContent-Type: text/plain', b"some text", 200),
+        (b'name="comment"\r\nContent-Type: application/json', b"{}", 200),
     ],
 )
 def test_an_image_without_a_file_name_is_rejected_and_a_text_field_is_not(
-    server: Running, headers: bytes, status: int
+    server: Running, headers: bytes, data: bytes, status: int
 ) -> None:
-    parts = [build_part(headers, b"some text"), build_part(FILE % 1, jpeg())]
+    parts = [build_part(headers, data), build_part(FILE % 1, jpeg())]
     for order in (parts, parts[::-1]):
         response = post(server, b"".join(order) + b"--x--\r\n", headers=FORM)
         if status == 400:

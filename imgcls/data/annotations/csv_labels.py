@@ -65,11 +65,11 @@ def read_csv(url: str, *, several: bool) -> Export:
     try:
         return _read(url, several=several)
     except ManifestError as error:
-        # its remedy names options of a manifest, which an export does not have
-        what = str(error).removeprefix(f"manifest {url}: ").rpartition("; ")[0]
-        raise RequestError(
-            f"{url}: {what}; save it as CSV UTF-8, with the quotes inside values doubled"
-        ) from error
+        text = str(error).removeprefix(f"manifest {url}: ")
+        what, _, remedy = text.rpartition("; ")
+        if "--manifest." in remedy:  # an option that an export does not have
+            text = f"{what}; save it as CSV UTF-8, with the quotes inside values doubled"
+        raise RequestError(f"{url}: {text}") from error
 
 
 def _read(url: str, *, several: bool) -> Export:

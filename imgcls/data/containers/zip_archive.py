@@ -188,10 +188,11 @@ def _parse_entry(
     if end > len(data):
         return None
     raw, extra = data[name_at:extra_at], data[extra_at : extra_at + extra_bytes]
-    name = _decode_name(raw, extra, is_utf8=bool(flags & _UTF8))
     host = made_by >> 8
-    if host in _WINDOWS and "/" not in name:
-        name = name.replace("\\", "/")  # as PowerShell 5.1 and old .NET write folders
+    name, is_utf8 = _decode_name(raw, extra, is_utf8=bool(flags & _UTF8))
+    # PowerShell 5.1 and old .NET write folders so; in Shift-JIS, it is a byte of a character
+    if is_utf8 and host in _WINDOWS and "/" not in name:
+        name = name.replace("\\", "/")
     name = name.removeprefix("./")
     if name.endswith("/") or not name:
         return None, end
@@ -204,8 +205,8 @@ def _parse_entry(
     return Member(name, offset + shift, size, stored, method, crc, problem), end
 
 
-def _decode_name(raw: bytes, extra: bytes, *, is_utf8: bool) -> str:
-    """The name of a member as text.
+def _decode_name(raw: bytes, extra: bytes, *, is_utf8: bool) -> tuple[str, bool]:
+    """The name of a member as text, and whether it is UTF-8.
 
     Info-ZIP and macOS write UTF-8 without the flag for it; Info-ZIP also writes the name in UTF-8
     to an extra field, whose CRC-32 is that of the name in the header.
@@ -216,11 +217,11 @@ def _decode_name(raw: bytes, extra: bytes, *, is_utf8: bool) -> str:
             raw, is_utf8 = field[5:], True
     raw = raw.partition(b"\0")[0]
     if is_utf8:
-        return archive_index.decode_name(raw)
+        return archive_index.decode_name(raw), True
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8"), True
     except UnicodeDecodeError:
-        return raw.decode("cp437")
+        return raw.decode("cp437"), False
 
 
 def _find_extra_field(extra: bytes, kind: int) -> bytes | None:

@@ -15,8 +15,6 @@ import pyarrow.types as kinds
 
 from imgcls.errors import ManifestError
 
-_PLAIN_TYPES = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-
 
 def widen_types(schema: pa.Schema) -> pa.Schema:
     """Widen the types of a schema, so that they can have the values of all files.
@@ -150,7 +148,11 @@ def _widen_type(kind: pa.DataType, *, inside: bool = False) -> pa.DataType:
         return pa.large_list(_widen_field(kind.value_field))
     if kinds.is_list(kind):
         return pa.list_(_widen_field(kind.value_field))
-    return _PLAIN_TYPES.get(kind, kind)
+    if kinds.is_string_view(kind):
+        return pa.string()
+    if kinds.is_binary_view(kind):
+        return pa.binary()
+    return kind
 
 
 def _widen_field(field: pa.Field) -> pa.Field:

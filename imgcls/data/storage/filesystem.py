@@ -87,7 +87,7 @@ def size(url: str) -> int:
     """Size of a file in bytes; raises StorageMissing, StorageError where a server names no size."""
     if is_local(url):
         return _retry_locally(url, lambda: os.stat(local_path(url)).st_size)
-    return object_store.get_size(url)
+    return object_store.get_object_size(url)
 
 
 def read(url: str) -> bytes:

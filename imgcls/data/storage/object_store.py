@@ -211,13 +211,13 @@ def _upload(url: str, file: str) -> None:
     retry(url, lambda: store.file_system.put_file(file, path, **store.put_options), PUT)
 
 
-def get_size(url: str) -> int:
+def get_object_size(url: str) -> int:
     """Size of an object in bytes; raises StorageError where the server does not name it."""
     return require_size(url, call_store(url, "info", needs=GET))
 
 
 def require_size(url: str, info: Mapping[str, Any]) -> int:
-    """The size in the driver's information about an object; raises as `get_size`.
+    """The size in the driver's information about an object; raises as `get_object_size`.
 
     Web servers that compress or generate a file send no Content-Length.
     """

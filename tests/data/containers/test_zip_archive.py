@@ -138,6 +138,12 @@ def test_folders_of_windows_are_folders(tmp_path: Path, name: str, host: int, fo
     assert write_raw_name(tmp_path / "x.zip", name.encode(), host=host) == [found]
 
 
+def test_a_backslash_within_a_character_is_no_folder(tmp_path: Path) -> None:
+    raw = "\u8868.jpg".encode("shift-jis")
+    assert raw[1:2] == b"\\"
+    assert write_raw_name(tmp_path / "x.zip", raw, host=0) == [raw.decode("cp437")]
+
+
 def test_a_member_over_the_limit_is_not_decompressed(tmp_path: Path) -> None:
     members = {"a.jpg": bytes(1_000_000)}
     archive = write_zip(tmp_path / "x.zip", members, zipfile.ZIP_DEFLATED)
