@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
+from imgcls.data.manifests.image_columns import has_bytes
 from imgcls.data.storage import filesystem
 from imgcls.errors import ManifestError
 
@@ -29,7 +30,7 @@ def write_csv_manifest(target: str, rows: pa.Table, separator: str) -> None:
         )
     rows = _convert_bytes(rows)
     for field in rows.schema:
-        if pa.types.is_nested(field.type) or _is_binary(field.type):
+        if pa.types.is_nested(field.type) or has_bytes(field.type):
             raise ManifestError(
                 f"output {target}: column {field.name!r} is {field.type}, which CSV cannot have; "
                 "remove it, or pass --output-format parquet"
@@ -41,19 +42,11 @@ def write_csv_manifest(target: str, rows: pa.Table, separator: str) -> None:
 def _convert_bytes(rows: pa.Table) -> pa.Table:
     """The table with text for bytes that are UTF-8."""
     for at, field in enumerate(rows.schema):
-        if _is_binary(field.type):
+        if has_bytes(field.type):
             with contextlib.suppress(pa.ArrowInvalid):
                 text = rows.column(at).cast(pa.binary()).cast(pa.string())
                 rows = rows.set_column(at, field.name, text)
     return rows
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_fixed_size_binary(kind)
-    )
 
 
 def join_names(lists: pa.ListArray, separator: str, place: str, remedy: str) -> pa.Array:

@@ -19,10 +19,11 @@ def check_not_read_again(outputs: Iterable[str], manifest: Manifest) -> None:
 
     outputs: the files to write, as the user named them
     """
-    source, is_read = manifest.source, _build_check(manifest)
-    for output in outputs:
-        if _get_scheme(output) != _get_scheme(source) or not is_read(output):
-            continue
+    source = manifest.source
+    near = [output for output in outputs if _get_scheme(output) == _get_scheme(source)]
+    if not near:
+        return
+    for output in filter(_build_check(manifest), near):
         if not manifest.files:
             raise OutputError(
                 f"output {output}: is in the folder of images {source}, which would be read as a "
@@ -47,8 +48,6 @@ def _get_scheme(url: str) -> str:
 def _build_check(manifest: Manifest) -> Callable[[str], bool]:
     """The function that finds whether a manifest has a file, named as the user did."""
     source = manifest.source
-    if source.startswith(("http://", "https://")):
-        return lambda output: False  # whether it is a folder is answered by a download
     files = [resolve_links(file) for file in manifest.files]
     folders = {filesystem.parent(file) for file in files}
     if filesystem.is_folder(source):

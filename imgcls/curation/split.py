@@ -27,6 +27,7 @@ from imgcls.curation.outputs import check_not_read_again
 from imgcls.curation.stratification import Unit, stratify
 from imgcls.data import image_files
 from imgcls.data.decoding.image_features import compute_digest
+from imgcls.data.manifests.image_columns import has_bytes
 from imgcls.data.manifests.manifest import (
     Manifest,
     log_label_variants,
@@ -217,7 +218,7 @@ def _hash_key(key: bytes, seed: int) -> int:
 def _read_digests(manifest: Manifest, column: pa.ChunkedArray) -> list[str | None]:
     """Digests of the images' bytes, as text or as bytes."""
     kind = column.type
-    if pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind):
+    if has_bytes(kind):
         return [None if digest is None else digest.hex() for digest in column.to_pylist()]
     if not is_scalar_type(kind):
         raise ManifestError(

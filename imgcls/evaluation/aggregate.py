@@ -42,7 +42,7 @@ from imgcls.metrics.discrimination import ScoreCounts
 from imgcls.metrics.label_sets import SET_COLUMN, SetCounts
 from imgcls.metrics.multilabel import MultiLabelCounts
 from imgcls.metrics.selective import SelectiveCounts
-from imgcls.runs.committed import CommittedRun, RowGroupRange, cast_string_views
+from imgcls.runs.committed import CommittedRun, RowGroupRange, cast_views
 
 MAX_SLICES = 1_000
 PIECE_ROWS = 1_000_000
@@ -410,7 +410,7 @@ def read_piece(
     with filesystem.open_read(run.files[piece.file]) as stream:
         file = pq.ParquetFile(stream, read_dictionary=text)
         for batch in file.iter_batches(rows, row_groups=list(piece.row_groups), columns=names):
-            yield cast_string_views(pa.Table.from_batches([batch]))
+            yield cast_views(pa.Table.from_batches([batch]))
 
 
 def _convert_labels_to_text(table: pa.Table, label_column: str | None) -> pa.Table:

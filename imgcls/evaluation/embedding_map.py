@@ -19,7 +19,7 @@ from imgcls.data.manifests.manifest import normalize_labels
 from imgcls.evaluation.label_join import JOINED_COLUMN, JoinedLabels
 from imgcls.evaluation.row_lookup import read_part_rows
 from imgcls.models.embeddings import normalize_embeddings
-from imgcls.runs.committed import CommittedRun, cast_string_views
+from imgcls.runs.committed import CommittedRun, cast_views
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
@@ -172,7 +172,7 @@ def _sample_rows(run: CommittedRun, names: list[str], rng: np.random.Generator) 
         wanted = min(each.rows, max(1, round(MAX_ROWS * each.rows / total)))
         position = each.first_row + np.sort(rng.choice(each.rows, wanted, replace=False))
         positions[each.file].append(position)
-    tables = [cast_string_views(run.schema.empty_table().select(names))]
+    tables = [cast_views(run.schema.empty_table().select(names))]
     for file, parts in positions.items():
         tables.append(read_part_rows(run.files[file], names, np.concatenate(parts)))
     table = pa.concat_tables(tables).unify_dictionaries()

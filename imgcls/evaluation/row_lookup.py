@@ -22,7 +22,7 @@ from imgcls.evaluation.label_join import (
     select_run_columns,
 )
 from imgcls.metrics.columns import Ints
-from imgcls.runs.committed import CommittedRun, cast_string_views
+from imgcls.runs.committed import CommittedRun, cast_views
 
 if TYPE_CHECKING:
     from imgcls.evaluation.aggregate import RunAggregate
@@ -123,7 +123,7 @@ def read_rows(
     found = [
         read_part_rows(run.files[file], names, positions[files == file])
         for file in np.unique(files)
-    ] or [cast_string_views(pa.schema([run.schema.field(name) for name in names]).empty_table())]
+    ] or [cast_views(pa.schema([run.schema.field(name) for name in names]).empty_table())]
     return pa.concat_tables(found).take(np.argsort(np.argsort(files, kind="stable")))
 
 
@@ -139,9 +139,7 @@ def read_part_rows(url: str, names: list[str], positions: np.ndarray) -> pa.Tabl
             end = start + file.metadata.row_group(group).num_rows
             here = wanted[(wanted >= start) & (wanted < end)] - start
             if len(here):
-                taken.append(
-                    cast_string_views(file.read_row_group(group, columns=names)).take(here)
-                )
+                taken.append(cast_views(file.read_row_group(group, columns=names)).take(here))
             start = end
     back = np.empty_like(order)
     back[order] = np.arange(len(order))

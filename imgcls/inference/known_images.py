@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from imgcls.data.manifests.image_columns import has_bytes
 from imgcls.data.manifests.image_urls import normalize_urls, resolve_urls
 from imgcls.data.manifests.manifest import Manifest
 from imgcls.data.storage import filesystem
@@ -346,7 +347,7 @@ def is_version_type(kind: pa.DataType) -> bool:
         kind = kind.value_type
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
-    return is_scalar_type(kind) or _is_binary(kind)
+    return is_scalar_type(kind) or has_bytes(kind)
 
 
 def normalize_version(column: pa.ChunkedArray, *, nulls: bool = False) -> pa.ChunkedArray:
@@ -366,16 +367,11 @@ def normalize_version(column: pa.ChunkedArray, *, nulls: bool = False) -> pa.Chu
         column = column.cast(pa.timestamp("us", kind.tz), safe=False).cast(pa.int64())
     if pa.types.is_floating(kind):
         text = _format_floats(column)
-    elif _is_binary(kind):
+    elif has_bytes(kind):
         text = _format_bytes(column)
     else:
         text = column.cast(pa.large_string())
     return pc.fill_null(text, "\0") if nulls else text
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    checks = ("is_binary", "is_large_binary", "is_binary_view", "is_fixed_size_binary")
-    return any(getattr(pa.types, check)(kind) for check in checks)
 
 
 def _format_floats(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -13,7 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from imgcls.data.manifests.image_columns import has_bytes
 from imgcls.data.manifests.label_columns import LabelColumns, read_label_columns
+from imgcls.data.manifests.schemas import conform_table, widen_types
 from imgcls.data.storage import filesystem
 from imgcls.errors import (
     BundleError,
@@ -263,19 +265,12 @@ def is_scalar_type(kind: pa.DataType) -> bool:
     """Whether a type is text, a number or a time, by which rows can be grouped and joined."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    refused = ("is_nested", "is_binary", "is_large_binary", "is_binary_view", "is_interval")
-    return not (
-        any(getattr(pa.types, check)(kind) for check in refused)
-        or pa.types.is_fixed_size_binary(kind)
-    )
+    return not (has_bytes(kind) or pa.types.is_nested(kind) or pa.types.is_interval(kind))
 
 
-def cast_string_views(table: pa.Table) -> pa.Table:
-    """Cast string views to strings, because Arrow can neither take nor filter views."""
-    for place, field in enumerate(table.schema):
-        if pa.types.is_string_view(field.type):
-            table = table.set_column(place, field.name, table.column(place).cast(pa.string()))
-    return table
+def cast_views(table: pa.Table) -> pa.Table:
+    """Cast views of text and bytes to plain types, see `widen_types`."""
+    return conform_table(table, widen_types(table.schema), "the predictions")
 
 
 def iter_tables(
@@ -286,7 +281,7 @@ def iter_tables(
         with filesystem.open_read(url) as opened:
             file = pq.ParquetFile(opened)
             for batch in file.iter_batches(batch_rows, columns=list(names)):
-                yield cast_string_views(pa.Table.from_batches([batch]))
+                yield cast_views(pa.Table.from_batches([batch]))
 
 
 def _read_success(url: str) -> Any:

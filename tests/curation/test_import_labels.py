@@ -296,20 +296,22 @@ def test_labels_in_a_column_per_class_stay_there(tmp_path: Path) -> None:
     assert table["dog"].to_pylist() == ["0", "0", "1"]
 
 
-@pytest.mark.parametrize("kind", [pa.decimal128(1, 0), pa.decimal128(5, 2), pa.bool_(), pa.int8()])
-def test_class_columns_keep_their_type(tmp_path: Path, kind: pa.DataType) -> None:
-    def column(values: list[int | None]) -> pa.Array:
-        known = [None if value is None else Decimal(value) for value in values]
-        return pa.array(known, pa.decimal128(5, 2)).cast(pa.int8()).cast(kind, safe=False)
-
-    own = {"cat": [1, None], "dog": [0, 1]}
-    if kind == pa.decimal128(1, 0):
-        columns = {
-            name: pa.array([None if v is None else Decimal(v) for v in values], kind)
-            for name, values in own.items()
-        }
-    else:
-        columns = {name: column(values) for name, values in own.items()}
+@pytest.mark.parametrize(
+    ("kind", "convert"),
+    [
+        (pa.decimal128(1, 0), Decimal),
+        (pa.decimal128(5, 2), Decimal),
+        (pa.bool_(), bool),
+        (pa.int8(), int),
+    ],
+)
+def test_class_columns_keep_their_type(
+    tmp_path: Path, kind: pa.DataType, convert: Callable[[int], Any]
+) -> None:
+    columns = {
+        "cat": pa.array([convert(1), None], kind),
+        "dog": pa.array([convert(0), convert(1)], kind),
+    }
     onto = tmp_path / "train.parquet"
     pq.write_table(pa.table({"path": ["/a.jpg", "/b.jpg"], **columns}), onto)
     export = write_labels(tmp_path, [("/b.jpg", ["cat"], "ann", 1)], several=True)

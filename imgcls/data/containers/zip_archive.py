@@ -36,7 +36,7 @@ _AES = 99
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _ZIP64, _UNICODE_PATH = 1, 0x7075
 _UNIX, _WINDOWS = 3, (0, 10)
-"""Hosts of archives: MS-DOS or FAT, and NTFS, are `_WINDOWS`."""
+"""Systems that wrote a member; Windows writes the numbers of FAT and of NTFS."""
 
 
 class ZipArchive(Archive):
@@ -190,7 +190,7 @@ def _parse_entry(
     raw, extra = data[name_at:extra_at], data[extra_at : extra_at + extra_bytes]
     host = made_by >> 8
     name, is_utf8 = _decode_name(raw, extra, is_utf8=bool(flags & _UTF8))
-    # PowerShell 5.1 and old .NET write folders so; in Shift-JIS, it is a byte of a character
+    # PowerShell 5.1 and old .NET separate folders by it; in Shift-JIS, characters contain its byte
     if is_utf8 and host in _WINDOWS and "/" not in name:
         name = name.replace("\\", "/")
     name = name.removeprefix("./")

@@ -191,7 +191,7 @@ def _read_fields(
 
 
 def _read_constant(name: str) -> str | None:
-    """The value of NaN, which pandas writes for no value, and of the infinities."""
+    """The value of NaN or an infinity: pandas writes NaN for a missing value."""
     return None if name == "NaN" else name
 
 

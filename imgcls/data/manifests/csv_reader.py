@@ -263,7 +263,7 @@ def _detect_encoding(head: bytes, options: ReadOptions, place: str) -> str:
         if head.startswith(mark):
             return encoding
     try:
-        "a".encode(options.encoding)  # fails for codecs of other things than text
+        "a".encode(options.encoding)  # fails for a codec that does not encode text
         if codecs.lookup(options.encoding).name not in ("utf-8", "utf-8-sig"):
             return options.encoding
     except (LookupError, UnicodeError) as error:

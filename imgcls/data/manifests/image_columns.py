@@ -97,6 +97,11 @@ def is_bytes(type: pa.DataType) -> bool:
     return bool(kinds.is_binary(type) or kinds.is_large_binary(type) or kinds.is_binary_view(type))
 
 
+def has_bytes(type: pa.DataType) -> bool:
+    """Whether a type has bytes as values, of any length or of one."""
+    return is_bytes(type) or bool(kinds.is_fixed_size_binary(type))
+
+
 def is_text(type: pa.DataType) -> bool:
     """Whether a type has text as values."""
     if kinds.is_dictionary(type):
