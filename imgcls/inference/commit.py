@@ -132,6 +132,7 @@ def write_success(
         "committed": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     data = (json.dumps(body, indent=2) + "\n").encode()
+    layout.remove_unfinished_files(output)
     mark = filesystem.join(output, layout.SUCCESS_FILE)
     if filesystem.create(mark, data):
         return

@@ -95,6 +95,7 @@ def _explain_run(
         return
     rows = select_rows(run, count)
     folder = filesystem.join(run.url, EXPLANATIONS_FOLDER)
+    filesystem.remove_temporary_files(folder)
     names = [_name_file(run, row) for row in rows.to_pylist()]
     present = set(filesystem.list_names(folder))
     if not present.issuperset(names):

@@ -280,6 +280,7 @@ def _write_success(
         ),
         "committed": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    layout.remove_unfinished_files(output)
     if not filesystem.create(
         filesystem.join(output, layout.SUCCESS_FILE), (json.dumps(body, indent=2) + "\n").encode()
     ):

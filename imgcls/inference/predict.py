@@ -470,8 +470,6 @@ class _PredictRun:
             commit.check_errors(output, plan, counts, path_column, limits)
             commit.check_drift(output, counts, self.reference, config.max_psi)
             commit.check_ood_share(output, counts, config.max_ood_share)
-        for folder in (layout.PREDICTIONS_FOLDER, layout.METRICS_FOLDER, ""):
-            filesystem.remove_temporary_files(filesystem.join(output, folder))
         lease.check()
         job_run = self.job_run
         commit.write_success(

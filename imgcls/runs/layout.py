@@ -137,6 +137,12 @@ def remove_run(output: str) -> None:
         filesystem.remove(join(output, name))
 
 
+def remove_unfinished_files(output: str) -> None:
+    """Remove what killed drivers were writing into a run's folders; the caller has its lease."""
+    for folder in (PREDICTIONS_FOLDER, METRICS_FOLDER, SINCE_FOLDER, ""):
+        filesystem.remove_temporary_files(join(output, folder))
+
+
 def write_tables(folder: str, tables: Mapping[str, pa.Table]) -> None:
     """Write each table to `NAME.parquet`, atomically."""
     for name, table in tables.items():

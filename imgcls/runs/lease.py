@@ -114,8 +114,13 @@ class Lease:
                     filesystem.remove(filesystem.join(self._folder, name))
         if filesystem.is_local(self._folder):
             with contextlib.suppress(OSError):
-                filesystem.remove_temporary_files(self._folder, older_than=10)
+                filesystem.remove_temporary_files(
+                    self._folder, older_than=10, is_abandoned=self._is_of_earlier_holder
+                )
                 os.rmdir(filesystem.local_path(self._folder))
+
+    def _is_of_earlier_holder(self, name: str) -> bool:
+        return 0 < _parse_number(name) < self._number
 
     def _renew_until_stopped(self) -> None:
         while not self._stop.wait(self._term / _RENEWALS_PER_TERM):

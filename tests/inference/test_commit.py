@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls.config import build
+from imgcls.data.storage import disk
 from imgcls.errors import OutputError, RequestError, RunFailed, TooManyErrors
 from imgcls.evaluation.evaluate import evaluate
 from imgcls.inference.commit import (
@@ -250,7 +251,12 @@ def test_a_run_that_lacks_a_part_is_not_committed(tmp_path: Path) -> None:
         write()
     assert not (output / "_SUCCESS").exists()
     (output / "predictions" / "moved.parquet").rename(part)
+    unfinished = [output / name for name in ("_run.json", "metrics/x.parquet", "_since/x.parquet")]
+    for path in unfinished:  # of a driver that was killed
+        path.parent.mkdir(exist_ok=True)
+        Path(disk.temporary_name(str(path))).touch()
     write()
+    assert not list(output.rglob("*.tmp"))
     assert open_run(str(output)).rows == 50
 
 

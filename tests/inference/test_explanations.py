@@ -12,6 +12,7 @@ from PIL import Image
 
 from imgcls.cluster.interrupts import Interruption
 from imgcls.data.formats import EXPLANATIONS_FOLDER
+from imgcls.data.storage import disk
 from imgcls.errors import Interrupted, RunFailed
 from imgcls.inference import explanations
 from imgcls.inference.explanations import explain_runs, select_rows
@@ -128,6 +129,7 @@ def test_an_interrupted_explanation_is_resumed_with_the_same_files(
         explain_runs(bundle, [str(run)], 4, stopped)
     kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(kept) == 2
+    Path(disk.temporary_name(str(folder / "x.jpg"))).touch()  # of a driver that was killed
     monkeypatch.setattr(explanations, "explain_rows", draw)
     explain_runs(bundle, [str(run)], 4, Interruption())
     assert read_files(run) == whole

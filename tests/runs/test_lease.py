@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from imgcls.data.storage import filesystem
+from imgcls.data.storage import disk, filesystem
 from imgcls.errors import OutputError, OutputLocked, RunFailed
 from imgcls.runs.lease import Lease
 from tests.processes import REPOSITORY, wait_for
@@ -314,6 +314,23 @@ def test_giving_a_lease_back_cleans_up_and_lets_the_next_in(
     assert after.request("go") == "held"
     assert after.request("release") == "released"
     assert not (Path(output) / "_lease").exists()
+
+
+def test_files_of_a_driver_killed_while_it_renewed_are_removed_and_not_those_of_a_rival(
+    driver: Callable[..., Driver], output: str
+) -> None:
+    dead = driver()
+    assert dead.request("go") == "held"
+    dead.process.kill()
+    dead.process.wait()
+    unfinished = Path(disk.temporary_name(str(record(output, 1))))
+    unfinished.write_bytes(b"{")
+    lease = Lease.acquire(output, TERM)
+    rival = Path(disk.temporary_name(str(record(output, 3))))
+    rival.write_bytes(b"{")
+    lease.release()
+    assert not unfinished.exists()
+    assert rival.exists()
 
 
 def test_a_damaged_record_is_refused_with_the_remedy(output: str) -> None:

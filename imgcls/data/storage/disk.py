@@ -124,7 +124,7 @@ def write_durably(path: str, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-_TEMPORARY_NAME = re.compile(r"\..*\.[0-9a-f]{12}\.tmp", re.DOTALL)
+_TEMPORARY_NAME = re.compile(r"\.(.*)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
 
 def temporary_name(path: str) -> str:
@@ -137,4 +137,10 @@ def temporary_name(path: str) -> str:
 
 def is_temporary(name: str) -> bool:
     """Whether a file name is one of `temporary_name`; files of other programs are not touched."""
-    return _TEMPORARY_NAME.fullmatch(name) is not None
+    return parse_temporary(name) is not None
+
+
+def parse_temporary(name: str) -> str | None:
+    """Name (its first 100 bytes) for which `temporary_name` built this one; None for others."""
+    found = _TEMPORARY_NAME.fullmatch(name)
+    return found[1] if found else None

@@ -280,16 +280,24 @@ def remove(url: str) -> None:
             object_store.call_store(url, "rm", needs=DELETE, long=True, recursive=True)
 
 
-def remove_temporary_files(folder: str, older_than: float = 0.0) -> None:
+def remove_temporary_files(
+    folder: str,
+    older_than: float = 0.0,
+    is_abandoned: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Remove temporary files of killed writers from a local folder; stores keep none.
 
-    older_than: minimum age in seconds; younger files may belong to a running writer
+    older_than:   minimum age in seconds; younger files may belong to a running writer
+    is_abandoned: whether the file of a name has no running writer; removed at any age
     """
     if not is_local(folder):
         return
     with contextlib.suppress(FileNotFoundError), os.scandir(local_path(folder)) as entries:
         for entry in entries:
-            if disk.is_temporary(entry.name) and time.time() - entry.stat().st_mtime >= older_than:
+            name = disk.parse_temporary(entry.name)
+            if name is None:
+                continue
+            if is_abandoned(name) or time.time() - entry.stat().st_mtime >= older_than:
                 os.unlink(entry.path)
 
 
