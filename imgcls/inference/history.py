@@ -131,8 +131,8 @@ def _find_newest(known: KnownImages, runs: Sequence[CommittedRun], config: Compa
     if config.manifest is not None:
         known.add_manifest(open_manifest(config.manifest))
         only = "AND place IN (SELECT place FROM listed)"
-    # of several rows of one night, the first one; a null path is no image
-    rank = "(night::HUGEINT << 60) + (source::HUGEINT << 40) - nth"
+    # of several rows of one night, the last one, as `--since` has it; a null path is no image
+    rank = "(night::HUGEINT << 60) + (source::HUGEINT << 40) + nth"
     known.db.execute(
         "CREATE TABLE newest AS SELECT place, arg_max(source, rank) AS source, "
         f"arg_max(nth, rank) AS nth, max(night) AS night FROM (SELECT *, {rank} AS rank FROM known "

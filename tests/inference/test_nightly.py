@@ -498,6 +498,12 @@ def test_an_image_that_is_listed_twice_with_two_versions_is_labeled_once(
     assert predict(3, "252") == 0  # the last row decides
     assert predict(4, "153") == 2  # and with it, the others are labeled
     assert predict(5, "153") == 0
+    compact(CompactConfig(source=str(nightly.labels), output=str(nightly.latest)))
+    for night in nightly.labels.iterdir():
+        shutil.rmtree(night)
+    nightly.latest.rename(nightly.labels / "history")
+    assert predict(6, "153") == 0  # a compacted history has the version that decided
+    assert predict(7, "154") == 2
 
 
 @pytest.mark.parametrize("is_earlier", [False, True])
