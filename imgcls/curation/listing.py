@@ -8,6 +8,7 @@ are complete are not listed again.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import re
 import tempfile
@@ -87,7 +88,12 @@ def build_listing(config: ListingConfig, lease: Lease) -> int:
         )
     log_skipped_files(source, skipped, "their names are not those of images")
     lease.check()
-    body = {"source": source, "rows": rows, "seconds": round(time.monotonic() - started, 3)}
+    body = {
+        "source": source,
+        "rows": rows,
+        "seconds": round(time.monotonic() - started, 3),
+        "listed": datetime.datetime.now(datetime.UTC).isoformat(),
+    }
     filesystem.write(
         filesystem.join(output, LISTING_DONE_FILE), (json.dumps(body, indent=2) + "\n").encode()
     )

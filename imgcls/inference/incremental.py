@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import tempfile
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -19,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from imgcls import log
-from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix
+from imgcls.data.formats import has_image_suffix
+from imgcls.data.manifests.listing_record import find_listed_folder
 from imgcls.data.manifests.manifest import Manifest, resolve_paths
 from imgcls.data.storage import filesystem
 from imgcls.errors import ManifestError, OutputError, StorageMissing
@@ -427,24 +427,6 @@ def _build_comparable_sql(known: str, count: int) -> str:
     """SQL: whether a manifest row and a known row both have a version column."""
     terms = [f"(a.v{at} <> 0 AND {known}.v{at} <> 0)" for at in range(count)]
     return " OR ".join(terms) or "false"
-
-
-def find_listed_folder(manifest: Manifest) -> str | None:
-    """The folder of which a manifest lists all images; None if it may list only some."""
-    if not manifest.files:  # a folder of images, or a pattern
-        folder = filesystem.absolute(manifest.source).rstrip("/")
-        return folder if manifest.root.rstrip("/") == folder else None
-    folder = filesystem.parent(manifest.files[0])
-    if filesystem.absolute(manifest.source) != folder:
-        return None
-    names = set(filesystem.list_names(folder))
-    if not {LISTING_FILE, LISTING_DONE_FILE} <= names:
-        return None
-    try:
-        body = json.loads(filesystem.read(filesystem.join(folder, LISTING_DONE_FILE)))
-    except ValueError:
-        return None
-    return str(body["source"]) if isinstance(body, dict) and "source" in body else None
 
 
 def read_failed_before(output: str) -> np.ndarray:

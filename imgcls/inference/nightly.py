@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.data.manifests.label_columns import read_label_columns
+from imgcls.data.manifests.listing_record import read_listing_time
 from imgcls.data.manifests.manifest import Manifest
 from imgcls.data.manifests.options import read_csv_options
 from imgcls.data.storage import filesystem
@@ -94,6 +95,15 @@ class NightlyRequest:
         is_same = is_read_alike and bool(listed == self.manifest.fingerprint())
         return is_same and bool(since.get("relabel", False)) >= self.relabel
 
+    def is_old_manifest(self, stored: Mapping[str, Any]) -> bool:
+        """Whether the very listing of an older run is given again, instead of one that equals it.
+
+        Of one that equals it, images may have been deleted in a later run, and be back.
+        """
+        is_listed_now = not self.manifest.files
+        listed_at = stored.get("since", {}).get("listed_at")
+        return not is_listed_now and listed_at == read_listing_time(self.manifest)
+
     def compare(self, output: str, exclude: str | None = None) -> ManifestComparison:
         """Compare the manifest with all earlier runs except `exclude`, for a run in `output`."""
         return ManifestComparison(
@@ -160,10 +170,10 @@ def _find_committed(
     """Folder and rows of a committed run that was planned from the same request, if any."""
     if request.retry_failed:
         return None
-    # a folder that is listed now is never an old manifest: an older run's images may have been
-    # deleted in a later run, and be back
-    for folder, run_record in stored if request.manifest.files else stored[-1:]:
+    newest = stored[-1][0]
+    for folder, run_record in stored:
         same = request.has_same_manifest(run_record) and not request.find_differences(run_record)
+        same = same and (folder == newest or request.is_old_manifest(run_record))
         if same and layout.is_committed(folder):
             rows = parse_plan(run_record).rows
             log.emit(
@@ -247,6 +257,7 @@ def _build_job(request: NightlyRequest, output: str, comparison: ManifestCompari
             ROWS_WITHOUT_PATH: comparison.rows_without_path,
             "since": {
                 "listed": request.manifest.fingerprint(),
+                "listed_at": read_listing_time(request.manifest),
                 "version": list(request.since.version),
                 "relabel": request.relabel,
                 "retry_failed": request.retry_failed,

@@ -275,7 +275,7 @@ def test_a_history_has_the_newest_row_of_each_image_and_where_it_is_from(tmp_pat
     assert [row["path"] for row in rows] == [
         f"{folder}/1/a", f"{folder}/1/b", f"{folder}/2/b", f"{folder}/2/c",
     ]  # fmt: skip
-    assert [row["site"] for row in rows] == ["x", "y", None, None]
+    assert [row["site"] for row in rows] == ["x", "z", None, None]
     assert [row["bundle_sha256"] for row in rows] == [OLD, OLD, NEW, NEW]
     assert [row["run"] for row in rows] == [f"{folder}/{n}" for n in (1, 1, 2, 2)]
     assert rows[3]["status"] == "missing"

@@ -138,15 +138,19 @@ def test_an_old_manifest_given_again_does_not_undo_later_nights(
     assert nightly.labeled == 0
 
 
+@pytest.mark.parametrize("is_built", [False, True])
 def test_an_image_that_is_back_on_the_same_day_is_labeled_again(
-    nightly: Nightly, images: Images
+    nightly: Nightly, images: Images, is_built: bool
 ) -> None:
     for at in range(3):
         images.write(f"{at}.png")
     moved, away = images.folder / "2.png", nightly.folder / "2.png"
 
     def predict() -> str:
-        listed = open_manifest(ManifestConfig(path=str(images.folder)))
+        if is_built:
+            nightly.build(images)
+        source = nightly.manifest if is_built else images.folder
+        listed = open_manifest(ManifestConfig(path=str(source)))
         return nightly.predict(day(1), manifest=listed)
 
     def list_history() -> list[str]:
@@ -157,6 +161,8 @@ def test_an_image_that_is_back_on_the_same_day_is_labeled_again(
         return sorted(Path(path).name for path in paths)
 
     first = predict()
+    if is_built:
+        shutil.copytree(nightly.manifest, nightly.folder / "old")
     moved.rename(away)
     assert (predict(), nightly.labeled) == (f"{first}.2", 0)
     assert list_history() == ["0.png", "1.png"]
@@ -164,6 +170,10 @@ def test_an_image_that_is_back_on_the_same_day_is_labeled_again(
     assert (predict(), nightly.labeled) == (f"{first}.3", 1)
     assert list_history() == ["0.png", "1.png", "2.png"]
     assert (predict(), nightly.labeled) == (f"{first}.3", 0)
+    if is_built:  # the very listing of before
+        shutil.rmtree(nightly.manifest)
+        (nightly.folder / "old").rename(nightly.manifest)
+        assert (nightly.predict(day(1)), nightly.labeled) == (first, 0)
 
 
 def test_an_image_deleted_while_its_first_run_is_unfinished_does_not_come_back(
