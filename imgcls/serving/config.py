@@ -109,8 +109,8 @@ class ReplicaConfig(Section):
     max_replicas: PositiveInt | None = None
     """Maximum number of replicas; autoscaled if above min_replicas. Default: min_replicas."""
     cpus: PositiveFloat | None = None
-    """CPUs reserved for one replica, for decoding and the model. Default: an equal share, at most
-    those of one node."""
+    """CPUs reserved for one replica, for decoding and the model. Default: an equal share for
+    max_replicas if all fit on the nodes, else for min_replicas; at most those of one node."""
     target_ongoing_requests: PositiveInt = 16
     """Target number of concurrent requests per replica for autoscaling."""
     drain_period_s: NonNegativeFloat = 5.0

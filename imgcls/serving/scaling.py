@@ -56,8 +56,11 @@ def plan_replicas(
         cpus_each = config.cpus or max(0.5, smallest_share)
         gpus_each, reason = 1.0, f"{gpus:g} GPUs, one replica per GPU"
     else:
+        most = config.max_replicas or min_replicas
         cpus_each = (
             config.cpus
+            # without an autoscaler, the maximum has room only on the nodes at hand
+            or (_share_cpus(nodes, most) if max_nodes is None else None)
             or _share_cpus(nodes, min_replicas)
             or _share_cpus(max_nodes or [], min_replicas)
             or 1.0
@@ -68,13 +71,15 @@ def plan_replicas(
         raise ResourcesError(problem)
     max_replicas = max(min_replicas, config.max_replicas or min_replicas)
     count = f"{min_replicas}" if max_replicas == min_replicas else f"{min_replicas}-{max_replicas}"
+    fitting = _count_fitting(nodes, cpus_each, gpus_each)
+    limit = f" (only {fitting} fit)" if max_nodes is None and fitting < max_replicas else ""
     return ReplicaPlan(
         min_replicas,
         max_replicas,
         cpus_each,
         gpus_each,
         max(1, math.floor(cpus_each)),
-        f"{reason}: {count} replicas, CPUs per replica: {cpus_each:g}",
+        f"{reason}: {count} replicas{limit}, CPUs per replica: {cpus_each:g}",
     )
 
 

@@ -24,7 +24,10 @@ from imgcls.serving.scaling import plan_replicas
         # the default minimum is at most the maximum
         ([Node(16, 0)], {"max_replicas": 4}, (4, 4, 4, 0)),
         ([Node(16, 4)], {"max_replicas": 2}, (2, 2, 4, 1)),
-        ([Node(16, 0)], {"max_replicas": 12}, (8, 12, 2, 0)),
+        ([Node(16, 0)], {"max_replicas": 12}, (8, 12, 1, 0)),
+        # the maximum has room, where it can have it
+        ([Node(8, 0)], {"min_replicas": 1, "max_replicas": 4}, (1, 4, 2, 0)),
+        ([Node(4, 0)], {"min_replicas": 1, "max_replicas": 8}, (1, 8, 4, 0)),
         ([Node(16, 2), Node(16, 2)], {}, (4, 4, 8, 1)),
         ([Node(2, 4)], {}, (4, 4, 0.5, 1)),
         # the CPUs of a replica are on the node of its GPU
@@ -39,6 +42,7 @@ def test_replicas_share_the_cpus_or_take_a_gpu_each(
     plan = plan_replicas(nodes, ReplicaConfig(**settings), max_nodes=None)
     assert (plan.min_replicas, plan.max_replicas, plan.cpus, plan.gpus) == expected
     assert plan.threads == max(1, int(plan.cpus))
+    assert ("only" in plan.reason) == (plan.max_replicas * plan.cpus > sum(n.cpus for n in nodes))
     assert plan.device == ("cuda" if plan.gpus else "cpu")
 
 
