@@ -298,9 +298,7 @@ def _parse(
                 continue
             else:
                 value, position = typing.cast(str, following), position + 1
-        for given in (key, key.partition(".")[0]):
-            if given in unnamed:
-                unnamed.remove(given)
+        unnamed = [each for each in unnamed if each not in (key, key.partition(".")[0])]
         if key == "config":
             files.append(value)
         elif field is not None and _is_list(field.annotation) and not equals:
@@ -396,10 +394,12 @@ def _read_yaml(file: str, problems: list[str]) -> Mapping[str, Any]:
 
 def _merge(model: type[Section] | None, tree: dict[str, Any], update: Mapping[Any, Any]) -> None:
     """Lay a YAML tree over another: section by section, anything else as a whole."""
+    keys: dict[str, Any] = {}
     for raw, value in update.items():
-        # YAML 1.1 reads a bare key `on` as true
-        name = "on" if raw is True else str(raw)
+        name = "on" if raw is True else str(raw)  # YAML 1.1 reads a bare key `on` as true
         name = name if model is None else name.replace("-", "_")
+        if keys.setdefault(name, raw) != raw:
+            raise ConfigError(f"{name}: is set as {keys[name]!r} and as {raw!r}; remove one")
         section, optional = find_section(model, name)
         if section is None:
             tree[name] = value

@@ -435,6 +435,12 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(
     assert found.startswith(f"--config {file}: {problem}")
 
 
+def test_a_key_that_is_set_with_a_dash_and_with_an_underscore_is_refused(tmp_path: Path) -> None:
+    file = written(tmp_path, "optim: {weight-decay: 1, weight_decay: 2}")
+    with pytest.raises(ConfigError, match="decay: is set as 'weight-decay' and as 'weight_decay'"):
+        load("--config", file)
+
+
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
     (found,) = problems("--config", tmp_path)
     assert found == f"--config {tmp_path}: Is a directory; give the path of a YAML file"
