@@ -42,7 +42,10 @@ MIN_GROWN_CHUNKS = 8192
 """Minimum number of chunks with more than 256 rows: eight for each of a thousand workers."""
 MIN_CHUNKS_PER_PART = 16
 """Minimum number of chunks with more than 256 rows in a whole part."""
-SMALL_MANIFEST_ROWS = 32 * DEFAULT_CHUNK_ROWS
+CHUNKS_PER_WORKER = 32
+"""Number of chunks per worker of a small manifest: at the end a worker waits for a part of one."""
+MAX_SMALL_MANIFEST_ROWS = 16 * CHUNKS_PER_WORKER * DEFAULT_CHUNK_ROWS
+"""Rows that a manifest may have to count as small for many workers: so many are held in memory."""
 MAX_PART_BYTES = 128_000_000
 
 
@@ -144,13 +147,14 @@ def make_plan(
     provenance: Mapping[str, Any],
     classes: list[str] | None,
     max_chunk_rows: int = MAX_CHUNK_ROWS,
+    workers: int = 1,
     may_be_empty: bool = False,
     any_labels: bool = False,
     notes: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Stream the manifest into shards below `output`, then write `_run.json`.
 
-    chunk_rows, part_rows, row_bytes, max_chunk_rows: see `choose_sizes`
+    chunk_rows, part_rows, row_bytes, max_chunk_rows, workers: see `choose_sizes`
     limit:      number of rows to take from the start of the manifest
     classes:    of the model, if the run has one
     any_labels: accept labels of which none is a class of the model
@@ -158,7 +162,7 @@ def make_plan(
     Raises ManifestError when it has no row, or no label that is a class of the model.
     """
     with archive_index.use_index_folder(layout.index_folder(output)):
-        head, rest = _read_first_rows(manifest, SMALL_MANIFEST_ROWS, limit)
+        head, rest = _read_first_rows(manifest, _get_small_manifest_rows(workers), limit)
     if head.num_rows == 0 and not may_be_empty:
         raise ManifestError(f"manifest {manifest.source}: has no rows")
     choose = functools.partial(
@@ -167,6 +171,7 @@ def make_plan(
         part_rows=part_rows,
         row_bytes=row_bytes,
         max_chunk_rows=max_chunk_rows,
+        workers=workers,
     )
     chunk, part = choose(head.num_rows)
     labels = None if classes is None else _LabelChecker(manifest, classes)
@@ -226,10 +231,11 @@ def choose_sizes(
     part_rows: int,
     row_bytes: int,
     max_chunk_rows: int = MAX_CHUNK_ROWS,
+    workers: int = 1,
 ) -> tuple[int, int]:
     """Rows per chunk and per part of a manifest.
 
-    A small manifest has chunks of less than 256 rows, to keep every worker busy. From
+    A small manifest has chunks of less than 256 rows, to keep every worker busy to the end. From
     MIN_GROWN_CHUNKS chunks of 512 rows on they double with the manifest, because each chunk costs
     requests, and memory and time of the driver. The size of a part is the same for all manifests
     that are not small: it is needed before their rows are counted.
@@ -238,16 +244,22 @@ def choose_sizes(
     part_rows:      maximum number of rows of a final file
     row_bytes:      expected size of an output row in Parquet, in bytes
     max_chunk_rows: limit of the chunks' growth
+    workers:        processes that share the chunks
     """
     largest = min(part_rows, max(1, MAX_PART_BYTES // row_bytes))
-    if chunk_rows is None and rows >= SMALL_MANIFEST_ROWS:
+    if chunk_rows is None and rows >= _get_small_manifest_rows(workers):
         usual = min(largest, DEFAULT_CHUNK_ROWS)
         limit = _double(usual, min(MAX_CHUNK_ROWS, largest // MIN_CHUNKS_PER_PART))
         chunk = _double(usual, min(limit, max_chunk_rows, rows // MIN_GROWN_CHUNKS))
         return chunk, largest // limit * limit
-    # a 32nd of a small manifest, rounded up to a multiple of 32
-    chunk = min(largest, chunk_rows or max(32, -(-rows // 32 // 32) * 32))
+    share = -(-rows // (CHUNKS_PER_WORKER * workers))
+    chunk = min(largest, chunk_rows or max(32, -(-share // 32) * 32))  # whole batches of 32
     return chunk, largest // chunk * chunk
+
+
+def _get_small_manifest_rows(workers: int) -> int:
+    """The number of rows from which on a manifest is not small."""
+    return min(MAX_SMALL_MANIFEST_ROWS, CHUNKS_PER_WORKER * workers * DEFAULT_CHUNK_ROWS)
 
 
 def _double(rows: int, limit: int) -> int:

@@ -241,7 +241,7 @@ class _PredictRun:
             LABELING, config.scale, self.driver.interruption, image_bytes * chunk_rows
         )
         check_device(config.precision, config.engine, placement.device)
-        self.plan = parse_plan(stored) if stored is not None else self._make_plan()
+        self.plan = parse_plan(stored) if stored is not None else self._make_plan(placement)
         run = layout.load_run(output)
         assert run is not None
         with log.context(run_id=self.plan.run_id):
@@ -285,7 +285,7 @@ class _PredictRun:
         log.emit("committed", text)
         return PredictResult(self.output, rows, None)
 
-    def _make_plan(self) -> Plan:
+    def _make_plan(self, placement: Placement) -> Plan:
         """Plan the run: write the manifest shards and `_run.json`."""
         config, classes = self.config, self.classes
         comparison = self.job.comparison
@@ -303,6 +303,8 @@ class _PredictRun:
                 provenance=build_provenance(config.model_dump(mode="json", exclude={"storage"})),
                 classes=classes if config.has_predictions else None,
                 max_chunk_rows=limit_chunk_rows(config, self.bundle),
+                # batches of a GPU are larger than the smallest chunks
+                workers=placement.workers if placement.device == "cpu" else 1,
                 may_be_empty=config.since is not None,
                 # after a first night, a few new rows may all have labels of new classes
                 any_labels=comparison is not None and bool(comparison.past_runs.committed),

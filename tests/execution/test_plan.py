@@ -113,6 +113,26 @@ def test_chunks_grow_with_the_manifest_and_keep_a_small_one_in_many_hands(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("workers", "cut"),
+    [
+        (2, {100: 32, 4000: 64, 16_383: 256, 16_384: 256}),
+        (16, {4000: 32, 50_000: 128, 100_000: 224, 131_072: 256}),
+        (100, {10_000: 32, 131_071: 64, 131_072: 256, 10**9: 4096}),
+    ],
+)
+def test_the_chunks_of_a_small_manifest_keep_all_workers_busy_to_the_end(
+    workers: int, cut: dict[int, int]
+) -> None:
+    found = {
+        rows: choose_sizes(
+            rows, chunk_rows=None, part_rows=1_000_000, row_bytes=128, workers=workers
+        )[0]
+        for rows in cut
+    }
+    assert found == cut
+
+
+@pytest.mark.parametrize(
     ("rows", "chunk_rows", "objects"),
     [
         (1_000_000, 256, 3_911),
