@@ -31,7 +31,7 @@ def iterate_batches(
 
     Raises RequestError for an input that is neither an image nor an iterable of images.
     """
-    is_single = isinstance(images, (str, bytes, os.PathLike, Image.Image))
+    is_single = isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image))
     if isinstance(images, np.ndarray) and images.dtype != object:
         is_single = images.ndim < 4  # four dimensions: an array of images
         if images.dtype.kind == "U":
