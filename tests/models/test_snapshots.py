@@ -176,6 +176,35 @@ def test_the_input_size_of_a_bundle_can_be_changed(tmp_path: Path) -> None:
     assert networks.resolve_model(resolved)[0].options["image_size"] == 64
 
 
+def test_weights_of_a_bundle_have_the_options_of_its_network(tmp_path: Path) -> None:
+    def save_options(name: str, options: dict[str, Any], crop: int) -> str:
+        architecture = zoo.resolve_architecture(name, options)
+        preprocess = zoo.get_default_preprocess(architecture)
+        sized = preprocess.model_copy(update={"crop": crop, "resize": crop})
+        spec = BundleSpec(architecture=architecture, classes=["a", "b"], preprocess=sized)
+        save_bundle(str(tmp_path / name), spec, {"weight": torch.zeros(1)})
+        return f"{tmp_path}/{name}/model.safetensors"
+
+    def find_options(name: str, weights: str, size: int | None = None, **own: Any) -> Any:
+        architecture = zoo.resolve_architecture(name, own)
+        if size is not None:
+            architecture = zoo.set_image_size(architecture, size)
+        return zoo.add_pretrained_options(architecture, weights, size).options
+
+    trained = save_options("squeezenet1_1", {"head_relu": False}, 224)
+    assert find_options("squeezenet1_1", trained) == {"head_relu": False}
+    assert find_options("squeezenet1_1", trained, head_relu=True) == {"head_relu": True}
+    # of ImageNet's weights, another one is set
+    assert find_options("inception_v3", save_options("inception_v3", {}, 299)) == {}
+    small = save_options("timm:vit_tiny_patch16_224", {"img_size": 64}, 64)
+    assert find_options("timm:vit_tiny_patch16_224", small) == {"img_size": 64}
+    assert find_options("timm:vit_tiny_patch16_224.augreg_in21k", small) == {"img_size": 64}
+    assert find_options("timm:vit_tiny_patch16_384", small) == {"img_size": 64}
+    assert find_options("timm:vit_tiny_patch16_224", small, 96) == {"img_size": 96}
+    assert find_options("timm:vit_tiny_patch16_224", small, 224) == {}
+    assert find_options("resnet18", small) == {}
+
+
 class HubHandler(BaseHTTPRequestHandler):
     """Answers as the Hub does for the repository owner/name of models."""
 
