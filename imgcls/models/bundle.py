@@ -13,13 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    FiniteFloat,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from imgcls.config import Section, UnitFloat
 from imgcls.data.decoding.preprocess import DecodeMode, Preprocess
@@ -440,7 +434,12 @@ def read_description(url: str) -> Bundle:
     try:
         spec = BundleSpec.model_validate({k: v for k, v in body.items() if k != "weights_sha256"})
     except ValidationError as error:
-        raise BundleError(f"{place}: {error.errors()[0]['msg']}") from error
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        reason = f"{key}: {first['msg']}" if key else first["msg"]
+        raise BundleError(
+            f"{place}: {BUNDLE_FILE}: {reason}; use the version of imgcls that wrote it"
+        ) from error
     spec = _restore_never_accept(spec)
     return Bundle(url=url, spec=spec, weights_sha256=weights_sha256, sha256=stated)
 
