@@ -28,6 +28,8 @@ _ACTIVATIONS: dict[Any, tuple[str, tuple[float, ...]]] = {
     nn.Sigmoid: ("sigmoid", ()),
 }
 """oneDNN's name of each activation, and its parameters."""
+_RESIDUAL_ACTIVATIONS = (nn.ReLU, F.relu)
+"""Activations that torch fuses after the addition of a residual."""
 
 
 class FusedConv2d(nn.Module):
@@ -128,8 +130,15 @@ def insert_fused_convolutions(
     graph = trace_network(network) if has_onednn_kernels(weight.dtype) else None
     if graph is None:
         return None
-    sample = weight.new_zeros((1, 3, side, side)).to(memory_format=torch.channels_last)
-    replace_convolutions(graph, sample, keep=keep, activations=_ACTIVATIONS, build=_build_layer)
+    sample = weight.new_zeros((2, 3, side, side)).to(memory_format=torch.channels_last)
+    replace_convolutions(
+        graph,
+        sample,
+        keep=keep,
+        activations=_ACTIVATIONS,
+        residual_activations=_RESIDUAL_ACTIVATIONS,
+        build=_build_layer,
+    )
     return graph
 
 

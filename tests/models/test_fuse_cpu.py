@@ -98,6 +98,50 @@ def test_a_residual_that_is_read_again_keeps_its_memory() -> None:
     assert [args[2] for args in sums] == [False]
 
 
+class Sum(nn.Module):
+    """A convolution, what is added to its result, and an activation."""
+
+    def __init__(self, kind: str, activation: nn.Module) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 16, 3, padding=1)
+        self.two = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.three = nn.Conv2d(16, 16, 3, padding=1)
+        self.position = nn.Parameter(torch.randn(1, 16, 16, 16))
+        self.head = nn.Linear(16, 2)
+        self.kind, self.activation = kind, activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.one(x)
+        added = {"input": first, "residual": first, "position": self.position}[self.kind]
+        second = self.two(first if self.kind == "input" else torch.tanh(first))
+        total = self.activation(added + second)
+        out: torch.Tensor = self.head(self.three(total).mean((2, 3)))
+        return out
+
+
+SUMS = [
+    *(("residual", activation) for activation in (nn.ReLU6(), nn.Hardswish(), nn.Sigmoid())),
+    *(
+        (kind, activation)
+        for kind in ("input", "position")
+        for activation in (nn.ReLU(), nn.SiLU())
+    ),
+]
+
+
+@needs_onednn
+@pytest.mark.parametrize(("kind", "activation"), SUMS)
+@torch.inference_mode()
+def test_a_sum_with_a_convolution_is_that_of_the_steps(kind: str, activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    network = Sum(kind, activation).eval().to(memory_format=torch.channels_last)
+    batch = batch_of(5, 16)
+    expected = network(batch)
+    made = fuse_convolutions(network, 16, keep=network.head)
+    assert sum(isinstance(module, FusedConv2d) for module in made.modules()) == 3
+    torch.testing.assert_close(made(batch), expected)
+
+
 @needs_onednn
 @torch.inference_mode()
 def test_a_scaled_addition_is_not_fused() -> None:
