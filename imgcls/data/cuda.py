@@ -207,9 +207,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError) as error:
         raise RequestError(f"device: {device!r} is not cpu, cuda or cuda:INDEX") from error
-    count = torch.cuda.device_count() if found.type == "cuda" else 0
-    if found.type == "cuda" and (found.index or 0) >= count:
-        raise RequestError(f"device {found}: torch finds {count} GPUs; pass another, or cpu")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device {found}: torch finds no GPU; pass cpu")
     if str(found) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return found
