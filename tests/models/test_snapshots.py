@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -130,6 +131,10 @@ def test_a_file_of_weights_has_the_preprocessing_of_its_folder_or_none(tmp_path:
     preprocess = found.load_preprocess()
     assert preprocess.crop / preprocess.resize == pytest.approx(0.9, abs=0.005)
     assert find_snapshot_of_weights(str(tmp_path / "other.safetensors")) is None
+    with contextlib.chdir(tmp_path):  # the same file
+        named = find_snapshot_of_weights("model.safetensors")
+        assert named is not None
+        assert (named.url, named.load_preprocess()) == (found.url, preprocess)
     # what cannot be read is no default
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BundleError, match=r"a folder with a network has timm's or "):
