@@ -79,6 +79,9 @@ class FusedConv2d(nn.Module):
                 x, *weights, self.activation, self.scalars, None
             )
             return result
+        if self._groups > 1 and not in_place:
+            # torch fuses grouped convolutions in place only; its other way fails in bfloat16
+            residual, in_place = residual.clone(memory_format=torch.channels_last), True
         after = (None if self.activation == "none" else self.activation, self.scalars, None)
         if in_place:
             result = torch.ops.mkldnn._convolution_pointwise_.binary(

@@ -112,7 +112,9 @@ class Sum(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first = self.one(x)
-        added = {"input": first, "residual": first, "position": self.position}[self.kind]
+        added = self.position if self.kind == "position" else first
+        if self.kind == "strided":
+            added = torch.tanh(first).transpose(2, 3)
         second = self.two(first if self.kind == "input" else torch.tanh(first))
         total = self.activation(added + second)
         out: torch.Tensor = self.head(self.three(total).mean((2, 3)))
@@ -121,25 +123,29 @@ class Sum(nn.Module):
 
 SUMS = [
     *(("residual", activation) for activation in (nn.ReLU6(), nn.Hardswish(), nn.Sigmoid())),
-    *(
-        (kind, activation)
-        for kind in ("input", "position")
-        for activation in (nn.ReLU(), nn.SiLU())
-    ),
+    *((kind, nn.ReLU()) for kind in ("input", "position", "strided")),
+    ("input", nn.SiLU()),
 ]
 
 
 @needs_onednn
 @pytest.mark.parametrize(("kind", "activation"), SUMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_a_sum_with_a_convolution_is_that_of_the_steps(kind: str, activation: nn.Module) -> None:
+def test_a_sum_with_a_convolution_is_that_of_the_steps(
+    kind: str, activation: nn.Module, dtype: torch.dtype
+) -> None:
+    if not has_onednn_kernels(dtype):
+        pytest.skip("no bf16 convolutions for this CPU")
     torch.manual_seed(0)
-    network = Sum(kind, activation).eval().to(memory_format=torch.channels_last)
+    network = Sum(kind, activation).eval()
     batch = batch_of(5, 16)
     expected = network(batch)
+    network = network.to(dtype).to(memory_format=torch.channels_last)
     made = fuse_convolutions(network, 16, keep=network.head)
     assert sum(isinstance(module, FusedConv2d) for module in made.modules()) == 3
-    torch.testing.assert_close(made(batch), expected)
+    close = {"atol": 0.01, "rtol": 0.0} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(made(batch.to(dtype)).float(), expected, **close)
 
 
 @needs_onednn

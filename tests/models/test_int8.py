@@ -72,7 +72,7 @@ def test_a_quantized_network_stays_near_the_original(
     assert kinds.count(FusedConv2d) == 0
 
 
-@pytest.mark.parametrize("kind", ["residual", "input", "position"])
+@pytest.mark.parametrize("kind", ["residual", "input", "position", "strided"])
 @torch.inference_mode()
 def test_a_sum_in_int8_stays_near_that_of_the_steps(kind: str) -> None:
     torch.manual_seed(0)
