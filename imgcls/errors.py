@@ -170,7 +170,7 @@ class ImageError(ImgclsError):
 
 
 class EmptyImage(ImageError):
-    """The file has no bytes."""
+    """The file has no bytes, or the image no pixels."""
 
     status = "empty"
 

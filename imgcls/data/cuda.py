@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 
 from imgcls import log
+from imgcls.errors import RequestError
 
 DEVICE_FAILURE_STATUS = 70
 """Exit status of a process whose GPU has failed."""
@@ -200,8 +201,14 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device with its index; None: the GPU if there is one, else the CPU.
 
     torchvision rebuilds its JPEG decoder when the device differs, also "cuda" from "cuda:0".
+    Raises RequestError for a device that torch does not know, or a GPU that it does not find.
     """
-    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise RequestError(f"device: {device!r} is not cpu, cuda or cuda:INDEX") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device {found}: torch finds no GPU; pass cpu")
     if str(found) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return found

@@ -11,15 +11,9 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    Field,
-    FiniteFloat,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from imgcls.config import Section, UnitFloat
 from imgcls.data.decoding.preprocess import DecodeMode, Preprocess
@@ -145,13 +139,9 @@ class BundleSpec(Section):
     @field_validator("classes")
     @classmethod
     def _check_classes(cls, classes: list[str]) -> list[str]:
-        doubled = (
-            sorted({name for name in classes if classes.count(name) > 1})
-            if len(set(classes)) < len(classes)
-            else []
-        )
-        if doubled:
-            raise ValueError(f"class {doubled[0]!r} is listed twice; remove one of the two")
+        if len(set(classes)) < len(classes):
+            doubled = min(name for name in classes if classes.count(name) > 1)
+            raise ValueError(f"class {doubled!r} is listed twice; remove one of the two")
         return classes
 
     @model_validator(mode="after")
@@ -222,6 +212,10 @@ class Bundle:
         """The same bundle with another decode route for JPEGs; unchanged for None."""
         if decode is None:
             return self
+        if decode not in get_args(DecodeMode):
+            raise RequestError(
+                f"decode: {decode!r} is not one of {', '.join(get_args(DecodeMode))}"
+            )
         preprocess = self.spec.preprocess.model_copy(update={"decode": decode})
         return replace(self, spec=self.spec.model_copy(update={"preprocess": preprocess}))
 
@@ -440,7 +434,12 @@ def read_description(url: str) -> Bundle:
     try:
         spec = BundleSpec.model_validate({k: v for k, v in body.items() if k != "weights_sha256"})
     except ValidationError as error:
-        raise BundleError(f"{place}: {error.errors()[0]['msg']}") from error
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        reason = f"{key}: {first['msg']}" if key else first["msg"]
+        raise BundleError(
+            f"{place}: {BUNDLE_FILE}: {reason}; use the version of imgcls that wrote it"
+        ) from error
     spec = _restore_never_accept(spec)
     return Bundle(url=url, spec=spec, weights_sha256=weights_sha256, sha256=stated)
 

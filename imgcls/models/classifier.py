@@ -82,7 +82,7 @@ class Classifier:
     BundleError
         If the weights do not fit the network.
     RequestError
-        If this hardware cannot run the precision.
+        For an unknown option, or one that this hardware cannot run.
 
     Examples
     --------
@@ -167,7 +167,7 @@ class Classifier:
             return cls(read_description(os.fspath(url)), **options)
 
     def classify(self, batch: Pixels | torch.Tensor, *, embeddings: bool = False) -> Scores:
-        """Scores of a batch: (N, 3, crop, crop) uint8 RGB, N at least 1; a tensor on any device."""
+        """Scores of (N, 3, crop, crop) uint8 RGB on any device; RequestError for other arrays."""
         return self.submit(batch, embeddings=embeddings).get()
 
     def upload(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -186,6 +186,7 @@ class Classifier:
 
         top_k: number of best classes to find on a GPU; None for no `Scores.order`
         """
+        sources.check_pixels(batch, self.preprocess.crop)
         pixels = self._engine.upload(batch)
         timer = CudaTimer(self.device)
         logits, features = self._engine.run(pixels, features=embeddings)
@@ -421,11 +422,8 @@ class Classifier:
         if not pixels:
             return []
         scored = self.classify(stack_images(pixels), embeddings=self.ood_detector is not None)
-        ranked = self.rank_scores(
-            scored.scores,
-            None if scored.embedding is None else self.find_ood(scored.embedding),
-            top_k=top_k,
-        )
+        ood = None if scored.embedding is None else self.find_ood(scored.embedding)
+        ranked = self.rank_scores(scored.scores, ood, top_k=top_k)
         return [
             prediction if finite else self.build_not_finite_error()
             for prediction, finite in zip(ranked, scored.is_finite, strict=True)

@@ -13,7 +13,7 @@ import io
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,18 @@ from imgcls.errors import (
     OutputError,
     RequestError,
     RunFailed,
+    StorageMissing,
     first_line,
 )
-from imgcls.models.bundle import MODEL_CARD_FILE, Bundle, BundleSpec, TaskName, load_bundle
+from imgcls.models.bundle import (
+    BUNDLE_FILE,
+    MODEL_CARD_FILE,
+    Bundle,
+    BundleSpec,
+    TaskName,
+    load_bundle,
+)
+from imgcls.models.bundle_card import render_minimal_card
 from imgcls.models.classifier import Classifier
 from imgcls.models.config import ExportConfig, ExportFormat
 from imgcls.models.single_label import SINGLE_LABEL
@@ -106,11 +115,7 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
     bundle = load_bundle(config.model)
     _check_packages(config.formats)
     output = filesystem.absolute(config.output)
-    if filesystem.list_names(output) and not config.overwrite:
-        raise OutputError(
-            f"output {output}: contains {filesystem.list_names(output)[0]}; pass another "
-            "--output, or --overwrite"
-        )
+    _check_output(output, overwrite=config.overwrite)
     pixels = _load_comparison_images(bundle, config)
     scored = Classifier(bundle, precision="fp32", device="cpu").classify(pixels)
     if not scored.is_finite.all():
@@ -122,32 +127,48 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
     expected = scored.scores
     portable = PortableNetwork(bundle).eval()
     files: dict[str, Any] = {}
+    contents: dict[str, bytes] = {}
     for format in config.formats:
         data, run = _EXPORTERS[format](portable, bundle.spec.preprocess.crop)
-        files[EXPORT_FILES[format]] = compare_scores(
+        result = compare_scores(
             format, expected, run(pixels), portable.task, bundle.spec.resolve_thresholds()
         )
-        filesystem.write(filesystem.join(output, EXPORT_FILES[format]), data)
-        result = files[EXPORT_FILES[format]]
+        files[EXPORT_FILES[format]], contents[EXPORT_FILES[format]] = result, data
         log.show(
             f"{EXPORT_FILES[format]:<12} {len(data) / 1e6:,.1f} MB; {result['same_label']} of "
             f"{result['images']} images have the same {_LABEL_TEXTS[bundle.spec.task]}, scores "
             f"differ by {result['largest_difference']:.1e} at most",
         )
-    for name in (*EXPORT_FILES.values(), EXAMPLE_FILE):
-        if name not in files:
-            filesystem.remove(filesystem.join(output, name))
     description = _build_description(bundle.spec) | {"files": files, "sha256": bundle.sha256}
-    texts = {
-        EXPORT_DESCRIPTION_FILE: json.dumps(description, indent=2, ensure_ascii=False) + "\n",
-        MODEL_CARD_FILE: _build_card(bundle, config.formats),
-    }
+    contents[MODEL_CARD_FILE] = _build_card(bundle, config.formats).encode()
     if "onnx" in config.formats:
-        texts[EXAMPLE_FILE] = render_example(bundle.spec)
-    for name, text in texts.items():
-        filesystem.write(filesystem.join(output, name), text.encode())
+        contents[EXAMPLE_FILE] = render_example(bundle.spec).encode()
+    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+    _write_export(output, contents | {EXPORT_DESCRIPTION_FILE: text.encode()})
     log.show(f"export       {output}")
     return description
+
+
+def _check_output(output: str, *, overwrite: bool) -> None:
+    """Raise OutputError for a folder with a bundle, or with other files and no `overwrite`."""
+    names = filesystem.list_names(output)
+    if BUNDLE_FILE in names:
+        raise OutputError(
+            f"output {output}: is a bundle, whose {MODEL_CARD_FILE} the export would replace; pass "
+            "another --output"
+        )
+    if names and not overwrite:
+        raise OutputError(
+            f"output {output}: contains {names[0]}; pass another --output, or --overwrite"
+        )
+
+
+def _write_export(output: str, contents: Mapping[str, bytes]) -> None:
+    """Replace the files of an earlier export; the description is removed first, written last."""
+    for name in (EXPORT_DESCRIPTION_FILE, EXAMPLE_FILE, *EXPORT_FILES.values()):
+        filesystem.remove(filesystem.join(output, name))
+    for name, data in contents.items():
+        filesystem.write(filesystem.join(output, name), data)
 
 
 def compare_scores(
@@ -315,7 +336,11 @@ def _build_description(spec: BundleSpec) -> dict[str, Any]:
 
 def _build_card(bundle: Bundle, formats: Sequence[ExportFormat]) -> str:
     """The bundle's model card, with front matter for the Hugging Face hub."""
-    text = filesystem.read(filesystem.join(bundle.url, MODEL_CARD_FILE)).decode().rstrip()
+    try:
+        card = filesystem.read(filesystem.join(bundle.url, MODEL_CARD_FILE))
+        text = card.decode(errors="replace").rstrip()
+    except StorageMissing:  # it is not a part of the model
+        text = render_minimal_card(bundle.spec).rstrip()
     if not text.startswith("---\n"):
         tags = ["image-classification", "imgcls", bundle.spec.architecture.name]
         library = "onnx" if "onnx" in formats else "pytorch"

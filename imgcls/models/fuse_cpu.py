@@ -28,6 +28,8 @@ _ACTIVATIONS: dict[Any, tuple[str, tuple[float, ...]]] = {
     nn.Sigmoid: ("sigmoid", ()),
 }
 """oneDNN's name of each activation, and its parameters."""
+_RESIDUAL_ACTIVATIONS = (nn.ReLU, F.relu)
+"""Activations that torch fuses after the addition of a residual."""
 
 
 class FusedConv2d(nn.Module):
@@ -77,6 +79,9 @@ class FusedConv2d(nn.Module):
                 x, *weights, self.activation, self.scalars, None
             )
             return result
+        if self._groups > 1 and not in_place:
+            # torch fuses grouped convolutions in place only; its other way fails in bfloat16
+            residual, in_place = residual.clone(memory_format=torch.channels_last), True
         after = (None if self.activation == "none" else self.activation, self.scalars, None)
         if in_place:
             result = torch.ops.mkldnn._convolution_pointwise_.binary(
@@ -128,8 +133,15 @@ def insert_fused_convolutions(
     graph = trace_network(network) if has_onednn_kernels(weight.dtype) else None
     if graph is None:
         return None
-    sample = weight.new_zeros((1, 3, side, side)).to(memory_format=torch.channels_last)
-    replace_convolutions(graph, sample, keep=keep, activations=_ACTIVATIONS, build=_build_layer)
+    sample = weight.new_zeros((2, 3, side, side)).to(memory_format=torch.channels_last)
+    replace_convolutions(
+        graph,
+        sample,
+        keep=keep,
+        activations=_ACTIVATIONS,
+        residual_activations=_RESIDUAL_ACTIVATIONS,
+        build=_build_layer,
+    )
     return graph
 
 

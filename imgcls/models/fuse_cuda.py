@@ -27,6 +27,7 @@ slower than its plain one. Source: github.com/pytorch/pytorch/issues/68506."""
 COMPARED_ROWS = 4
 """Images at the start and at the end of a batch whose results are compared."""
 
+_ACTIVATIONS = (nn.ReLU, F.relu)
 _ERRORS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-14}
 """Accepted mean error of a layer, as a fraction of the mean of what is added up in it: the distance
 of two numbers of a 16-bit dtype. Of float32, products and sums may be computed in another order."""
@@ -106,9 +107,10 @@ def insert_cuda_convolutions(
         graph.class_heads = traced.class_heads
     replaced = replace_convolutions(
         graph,
-        _make_sample(network, 1, side),
+        _make_sample(network, 2, side),
         keep=keep,
-        activations=(nn.ReLU, F.relu),
+        activations=_ACTIVATIONS,
+        residual_activations=_ACTIVATIONS,
         build=_build_layer,
     )
     return graph if replaced else None

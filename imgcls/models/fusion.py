@@ -27,7 +27,8 @@ class FusionSite:
     convolution:   the layer
     input_shape:   (N, C, H, W) in the sample that was run
     has_residual:  whether a tensor of its result's shape is added to its result
-    frees_residual: whether neither that tensor nor a view of its memory is read afterwards
+    frees_residual: whether neither that tensor nor a view of its memory is read afterwards, nor by
+        the convolution itself
     activation:    class or function of the step after that, if it is among those asked for
     """
 
@@ -55,19 +56,23 @@ def replace_convolutions(
     *,
     keep: nn.Module,
     activations: Container[Any],
+    residual_activations: Container[Any],
     build: BuildFn,
 ) -> int:
     """Replace convolutions and the steps after them in a graph; returns the number replaced.
 
-    sample: an input, which is run to learn the shapes
+    sample: an input, which is run to learn the shapes; of two images, so that a tensor that is
+        added to each of them, such as a position embedding, is not taken for a residual
     keep:   a layer that is not replaced
+    activations, residual_activations: classes and functions that can be fused, without and with the
+        addition of a residual
     """
     shapes = _ShapeRecorder(graph)
     with torch.inference_mode():
         shapes.run(sample)
     fix_padding(graph, shapes.shapes)
     _remove_training_layers(graph)
-    replacer = _Replacer(graph, shapes.shapes, activations)
+    replacer = _Replacer(graph, shapes.shapes, (activations, residual_activations))
     for number, node in enumerate(list(graph.graph.nodes)):
         module = replacer.modules[str(node.target)] if node.op == "call_module" else None
         if module is not None and module is not keep and _is_fusable(module):
@@ -84,7 +89,7 @@ class _Replacer:
         self,
         graph: fx.GraphModule,
         shapes: dict[fx.Node, tuple[int, ...]],
-        activations: Container[Any],
+        activations: tuple[Container[Any], Container[Any]],
     ) -> None:
         self._graph = graph
         self._shapes = shapes
@@ -95,18 +100,21 @@ class _Replacer:
 
     def replace(self, node: fx.Node, name: str, build: BuildFn) -> None:
         """Replace a convolution by the layer that is built for it, if one is."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
         last, residual = node, self._find_residual(node)
         if residual is not None:
             (last,) = node.users
-        frees_residual = residual is not None and self._is_last_use(residual, last)
+        # a convolution may not overwrite its own input
+        frees_residual = (
+            residual is not None and residual is not source and self._is_last_use(residual, last)
+        )
         activation = None
         if len(last.users) == 1:
             (follower,) = last.users
             kind = get_node_kind(follower, self.modules)
-            if kind in self._activations:
+            if kind in self._activations[residual is not None]:
                 activation, last = kind, follower
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
         site = FusionSite(
             str(node.target),
             self.modules[str(node.target)],

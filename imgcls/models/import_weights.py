@@ -43,7 +43,7 @@ def import_model(config: ImportConfig) -> Bundle:
     architecture = zoo.resolve_architecture(config.arch, config.options)
     if config.crop is not None:
         architecture = zoo.set_image_size(architecture, config.crop)
-    architecture = zoo.add_pretrained_options(architecture, config.weights)
+    architecture = zoo.add_pretrained_options(architecture, config.weights, config.crop)
     output = filesystem.absolute(config.output)
     check_bundle_output(output, overwrite=config.overwrite)
     classes = [] if config.classes is None else read_class_list(config.classes)
@@ -69,8 +69,7 @@ def import_model(config: ImportConfig) -> Bundle:
     else:
         zoo.apply_weights(network, matched.state, replace_head=True)
         _clear_heads(network)
-    if config.crop is not None:
-        _check_input_size(network, config.crop)
+    _check_input_size(network, spec.preprocess.crop)
     bundle = save_bundle(output, spec, network.state_dict())
     number = f"{len(classes):,} classes" if classes else "a backbone, for `imgcls embed`"
     kind = ", multilabel" if config.task == "multilabel" else ""

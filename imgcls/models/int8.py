@@ -101,8 +101,10 @@ class QuantizedConv2d(nn.Module):
                 *setting, *shape, self._activation, self._scalars, ""
             )
             return done
+        if not in_place:
+            residual = residual.clone(memory_format=torch.channels_last)
         done = torch.ops.onednn.qconv2d_pointwise.binary(
-            *setting, residual if in_place else residual.clone(), *shape, *self._residual,
+            *setting, residual, *shape, *self._residual,
             "sum", 1.0, self._activation, self._scalars, "",
         )  # fmt: skip
         return done

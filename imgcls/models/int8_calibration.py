@@ -49,7 +49,9 @@ def record_ranges(
     """
     graph = insert_fused_convolutions(network, side, keep=keep)
     if graph is None:
-        raise ValueError("the network has no convolution that can be quantized")
+        raise ValueError(
+            "the network has no convolution that can be quantized in torch; use --engine openvino"
+        )
     pack_convolutions(graph)
     recorder = _RangeRecorder(graph)
     with torch.inference_mode():

@@ -122,16 +122,17 @@ class OodDetector:
             arrays_sha256=hashlib.sha256(self.serialize()).hexdigest(),
         )
 
-    def compute_scores(self, embeddings: Floats) -> Floats:
+    def compute_scores(self, embeddings: NDArray[np.floating]) -> Floats:
         """(N,) float32 scores of (N, E) embeddings; infinite for one that is not finite."""
         found = np.empty(len(embeddings), np.float32)
         block = max(1, _BLOCK_VALUES // self._weight.shape[1])
         for start in range(0, len(embeddings), block):
             part = slice(start, start + block)
-            found[part] = self._score(embeddings[part].astype(np.float32))
-        with np.errstate(over="ignore", invalid="ignore"):
-            has_length = np.isfinite(np.linalg.norm(embeddings, axis=1))
-        found[~(has_length & np.isfinite(found))] = np.inf
+            vectors = embeddings[part].astype(np.float32)  # the length of float16 overflows at 256
+            values = self._score(vectors)
+            with np.errstate(over="ignore", invalid="ignore"):
+                has_length = np.isfinite(np.linalg.norm(vectors, axis=1))
+            found[part] = np.where(has_length & np.isfinite(values), values, np.inf)
         return found
 
     def _score(self, embeddings: Floats) -> Floats:
@@ -148,7 +149,7 @@ class OodDetector:
         nearest: Floats = 1 - np.partition(similarity, place, axis=1)[:, place]
         return nearest
 
-    def classify(self, embeddings: Floats) -> OodScores:
+    def classify(self, embeddings: NDArray[np.floating]) -> OodScores:
         """Scores of (N, E) embeddings, and which exceed the maximum."""
         values = self.compute_scores(embeddings)
         return OodScores(values, values > np.float32(self.max_score))

@@ -74,8 +74,8 @@ def find_snapshot_of_weights(weights: str | None) -> Snapshot | None:
 
     Raises BundleError for a configuration that cannot be read, since it has the preprocessing.
     """
-    folder, _, name = (weights or "").rpartition("/")
-    if not folder or name not in WEIGHTS_FILES:
+    folder = _find_folder_of_weights(weights or "")
+    if folder is None:
         return None
     try:
         if _has_file(folder, BUNDLE_FILE):
@@ -88,8 +88,8 @@ def find_snapshot_of_weights(weights: str | None) -> Snapshot | None:
 
 def check_weights(weights: str, data: bytes) -> None:
     """Raise BundleError if a weights file of a bundle is not the one that its description names."""
-    folder, _, name = weights.rpartition("/")
-    if not folder or name != WEIGHTS_FILE or not _has_file(folder, BUNDLE_FILE):
+    folder = _find_folder_of_weights(weights)
+    if folder is None or not weights.endswith(WEIGHTS_FILE) or not _has_file(folder, BUNDLE_FILE):
         return
     expected, found = read_description(folder).weights_sha256, hashlib.sha256(data).hexdigest()
     if expected != found:
@@ -97,6 +97,13 @@ def check_weights(weights: str, data: bytes) -> None:
             f"model.weights {weights}: has SHA-256 {found[:12]}..., but the bundle in its folder "
             f"names {expected[:12]}...; the file is damaged, copy the bundle again"
         )
+
+
+def _find_folder_of_weights(weights: str) -> str | None:
+    """The folder of a file that has the name of a snapshot's weights."""
+    if weights.rpartition("/")[2] not in WEIGHTS_FILES:
+        return None
+    return filesystem.absolute(weights).rpartition("/")[0] or None  # also of a name alone
 
 
 def _has_file(folder: str, name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from imgcls.data.decoding.decode import Pixels
 from imgcls.data.decoding.pixels import convert_to_rgb
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.errors import ImgclsError, RequestError
+
+if TYPE_CHECKING:
+    import torch
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 IMAGE_SOURCE_TYPES = (
@@ -31,7 +34,7 @@ def iterate_batches(
 
     Raises RequestError for an input that is neither an image nor an iterable of images.
     """
-    is_single = isinstance(images, (str, bytes, os.PathLike, Image.Image))
+    is_single = isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image))
     if isinstance(images, np.ndarray) and images.dtype != object:
         is_single = images.ndim < 4  # four dimensions: an array of images
         if images.dtype.kind == "U":
@@ -61,6 +64,16 @@ def check_positive(**numbers: int) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise RequestError(f"{name}: {value!r} is not an integer of at least 1")
+
+
+def check_pixels(batch: Pixels | torch.Tensor, side: int) -> None:
+    """Raise RequestError for a batch that is not (N, 3, side, side) uint8."""
+    shape, dtype = tuple(batch.shape), str(batch.dtype).removeprefix("torch.")
+    if dtype != "uint8" or len(shape) != 4 or shape[1:] != (3, side, side):
+        raise RequestError(
+            f"batch: is {dtype} {shape}; pass uint8 (N, 3, {side}, {side}) with values from 0 to "
+            "255, or images of any size to `predict`"
+        )
 
 
 def load_pixels(source: Any, preprocess: Preprocess) -> Pixels:

@@ -21,7 +21,7 @@ from imgcls.errors import BundleError, StorageError, request_error
 from imgcls.formatting import suggest_names
 from imgcls.models.bundle import Architecture
 from imgcls.models.finite import check_finite_tensors
-from imgcls.models.libraries.base import PRETRAINED
+from imgcls.models.libraries.base import PRETRAINED, Snapshot
 from imgcls.models.libraries.registry import LIBRARIES, find_library
 from imgcls.models.snapshots import (
     check_weights,
@@ -68,12 +68,16 @@ def resolve_snapshot(
     snapshot = load_snapshot(folder)
     if weights == PRETRAINED:
         weights = find_weights(snapshot)
-    stored = dict(snapshot.options)
-    if image_size is not None:
-        architecture = resolve_architecture(snapshot.name)
-        option = find_library(architecture).find_size_option(architecture, image_size)
-        stored = {k: v for k, v in stored.items() if k not in ("img_size", option)}
-    return snapshot.name, weights, {**stored, **options}
+    return snapshot.name, weights, {**_take_options(snapshot, image_size), **options}
+
+
+def _take_options(snapshot: Snapshot, image_size: int | None) -> dict[str, Any]:
+    """The options of the network in a snapshot, without its input size if another is set."""
+    if image_size is None:
+        return dict(snapshot.options)
+    architecture = resolve_architecture(snapshot.name)
+    option = find_library(architecture).find_size_option(architecture, image_size)
+    return {k: v for k, v in snapshot.options.items() if k not in ("img_size", option)}
 
 
 def build_network(architecture: Architecture, num_classes: int) -> nn.Module:
@@ -105,14 +109,30 @@ def get_default_preprocess(architecture: Architecture, weights: str | None = Non
     return library.get_preprocess(architecture, weights)
 
 
-def add_pretrained_options(architecture: Architecture, weights: str | None = None) -> Architecture:
-    """Add the options that the ImageNet weights of an architecture were trained with.
+def add_pretrained_options(
+    architecture: Architecture, weights: str | None = None, image_size: int | None = None
+) -> Architecture:
+    """Add the options that the weights of an architecture were trained with.
 
-    weights: as for `get_default_preprocess`
+    weights:    as for `get_default_preprocess`; a file of a snapshot with this architecture has its
+        options there, and with another one of the library its input size
+    image_size: input size, in place of that in the snapshot
     """
-    library = find_library(architecture)
-    options = library.get_pretrained_options(architecture, weights)
+    library, snapshot = find_library(architecture), find_snapshot_of_weights(weights)
+    if snapshot is None or snapshot.source != library.source:
+        options = library.get_pretrained_options(architecture, weights)
+    elif _remove_tag(snapshot.name) == _remove_tag(library.prefix + architecture.name):
+        options = _take_options(snapshot, image_size)
+    else:
+        if image_size is None:
+            architecture = set_image_size(architecture, snapshot.load_preprocess().crop)
+        options = library.get_pretrained_options(architecture, weights)
     return architecture.model_copy(update={"options": {**options, **architecture.options}})
+
+
+def _remove_tag(name: str) -> str:
+    """The name of an architecture without that of its weights in timm."""
+    return name.partition(".")[0]
 
 
 def set_image_size(architecture: Architecture, size: int) -> Architecture:

@@ -44,7 +44,7 @@ def resolve_model(config: ModelConfig) -> tuple[Architecture, Preprocess]:
     if config.image_size is not None:
         architecture = zoo.set_image_size(architecture, config.image_size)
     if config.weights is not None:
-        architecture = zoo.add_pretrained_options(architecture, config.weights)
+        architecture = zoo.add_pretrained_options(architecture, config.weights, config.image_size)
     preprocess = zoo.get_default_preprocess(architecture, config.weights)
     crop = config.image_size or preprocess.crop
     kept = config.crop_pct or max(_MIN_CROP_PCT, preprocess.crop / preprocess.resize)

@@ -294,6 +294,41 @@ def test_the_decode_setting_of_the_bundle_can_be_replaced(small: Classifier) -> 
     assert Classifier(small.bundle, device="cpu").preprocess == small.preprocess
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "bfloat16"}, "precision: 'bfloat16' is not one of auto, fp32, bf16"),
+        ({"engine": "onnx"}, "engine: 'onnx' is not one of auto, torch, openvino"),
+        ({"decode": "quick"}, "decode: 'quick' is not one of exact, fast"),
+        ({"device": "gpu"}, "device: 'gpu' is not cpu, cuda or cuda:INDEX"),
+        pytest.param(
+            {"device": "cuda:1"},
+            "device cuda:1: torch finds no GPU; pass cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_an_option_that_does_not_exist_is_refused(
+    color_bundle: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        Classifier.load(str(color_bundle), **{"device": "cpu", **options})
+
+
+def test_a_batch_of_another_shape_or_dtype_is_refused(small: Classifier) -> None:
+    side = small.preprocess.crop
+    wrong = [
+        np.zeros((2, 3, side, side), np.float32),
+        torch.zeros(2, 3, side, side),
+        np.zeros((2, 3, 2 * side, side), np.uint8),
+        np.zeros((2, side, side, 3), np.uint8),
+        np.zeros((3, side, side), np.uint8),
+    ]
+    for batch in wrong:
+        with pytest.raises(RequestError, match=rf"pass uint8 \(N, 3, {side}, {side}\)"):
+            small.classify(batch)
+
+
 def test_an_image_that_cannot_be_used_is_an_error_here(small: Classifier, tmp_path: Path) -> None:
     with pytest.raises(StorageMissing):
         small.predict([tmp_path / "none.jpg"])

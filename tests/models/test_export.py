@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from imgcls.config import build
-from imgcls.errors import OutputError, RequestError, RunFailed
+from imgcls.errors import OutputError, RequestError, RunFailed, StorageError
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, VectorScaling, save_bundle
 from imgcls.models.classifier import Classifier
@@ -214,3 +214,31 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     (output / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"contains mine\.txt"):
         export_bundle(asked(color_bundle, output))
+    # nor is a bundle, whose card would be that of the export
+    card = (color_bundle / "README.md").read_bytes()
+    with pytest.raises(OutputError, match="is a bundle"):
+        export_bundle(asked(color_bundle, color_bundle, overwrite=True))
+    assert (color_bundle / "README.md").read_bytes() == card
+
+
+def test_new_models_are_never_described_by_an_earlier_export(
+    tmp_path: Path, color_bundle: Path, multilabel_bundle: Path
+) -> None:
+    output = tmp_path / "out"
+    export_bundle(asked(color_bundle, output, formats="torchscript"))
+    (output / "README.md").unlink()
+    (output / "README.md" / "in the way").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"README\.md"):
+        export_bundle(asked(multilabel_bundle, output, formats="torchscript", overwrite=True))
+    assert not (output / "model.json").exists()
+
+
+def test_a_bundle_without_a_card_can_be_exported(tmp_path: Path, color_bundle: Path) -> None:
+    copied = tmp_path / "bundle"
+    shutil.copytree(color_bundle, copied)
+    (copied / "README.md").unlink()
+    export_bundle(asked(copied, tmp_path / "out", formats="torchscript"))
+    assert "small_cnn, 3 classes" in (tmp_path / "out" / "README.md").read_text()
+    (copied / "README.md").write_bytes("# Schön".encode("latin-1"))
+    export_bundle(asked(copied, tmp_path / "out", formats="torchscript", overwrite=True))
+    assert "# Sch\ufffdn" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

@@ -98,6 +98,56 @@ def test_a_residual_that_is_read_again_keeps_its_memory() -> None:
     assert [args[2] for args in sums] == [False]
 
 
+class Sum(nn.Module):
+    """A convolution, what is added to its result, and an activation."""
+
+    def __init__(self, kind: str, activation: nn.Module) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 16, 3, padding=1)
+        self.two = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.three = nn.Conv2d(16, 16, 3, padding=1)
+        self.position = nn.Parameter(torch.randn(1, 16, 16, 16))
+        self.head = nn.Linear(16, 2)
+        self.kind, self.activation = kind, activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.one(x)
+        added = self.position if self.kind == "position" else first
+        if self.kind == "strided":
+            added = torch.tanh(first).transpose(2, 3)
+        second = self.two(first if self.kind == "input" else torch.tanh(first))
+        total = self.activation(added + second)
+        out: torch.Tensor = self.head(self.three(total).mean((2, 3)))
+        return out
+
+
+SUMS = [
+    *(("residual", activation) for activation in (nn.ReLU6(), nn.Hardswish(), nn.Sigmoid())),
+    *((kind, nn.ReLU()) for kind in ("input", "position", "strided")),
+    ("input", nn.SiLU()),
+]
+
+
+@needs_onednn
+@pytest.mark.parametrize(("kind", "activation"), SUMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_sum_with_a_convolution_is_that_of_the_steps(
+    kind: str, activation: nn.Module, dtype: torch.dtype
+) -> None:
+    if not has_onednn_kernels(dtype):
+        pytest.skip("no bf16 convolutions for this CPU")
+    torch.manual_seed(0)
+    network = Sum(kind, activation).eval()
+    batch = batch_of(5, 16)
+    expected = network(batch)
+    network = network.to(dtype).to(memory_format=torch.channels_last)
+    made = fuse_convolutions(network, 16, keep=network.head)
+    assert sum(isinstance(module, FusedConv2d) for module in made.modules()) == 3
+    close = {"atol": 0.01, "rtol": 0.0} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(made(batch.to(dtype)).float(), expected, **close)
+
+
 @needs_onednn
 @torch.inference_mode()
 def test_a_scaled_addition_is_not_fused() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from imgcls import cli
 from imgcls.models import zoo
-from imgcls.models.bundle import load_bundle
+from imgcls.models.bundle import BundleSpec, load_bundle, save_bundle
 from imgcls.models.classifier import Classifier
 from tests.processes import imgcls
 
@@ -126,6 +126,29 @@ def test_an_input_size_that_the_network_cannot_process_is_refused(
         "crop 48: VisionTransformer cannot process images of this size" in capsys.readouterr().err
     )
     assert not (tmp_path / "bundle").exists()
+
+
+def test_weights_of_a_bundle_classify_as_the_bundle(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    architecture = zoo.resolve_architecture("squeezenet1_1", {"head_relu": False})
+    preprocess = zoo.get_default_preprocess(architecture)
+    spec = BundleSpec(
+        architecture=architecture,
+        classes=CLASSES,
+        preprocess=preprocess.model_copy(update={"crop": 64, "resize": 64}),
+    )
+    made = zoo.build_network(architecture, 3)
+    save_bundle(str(tmp_path / "trained"), spec, made.state_dict())
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    command = ["model", "import", "--arch", "squeezenet1_1", "--output", str(tmp_path / "imported")]
+    command += ["--weights", str(tmp_path / "trained" / "model.safetensors")]
+    assert cli.main([*command, "--classes", str(tmp_path / "classes.txt")]) == 0
+    batch = np.random.default_rng(0).integers(0, 256, (4, 3, 64, 64), dtype=np.uint8)
+    scores = [
+        Classifier.load(str(tmp_path / name), precision="fp32", device="cpu").classify(batch).scores
+        for name in ("trained", "imported")
+    ]
+    np.testing.assert_array_equal(*scores)
 
 
 @pytest.mark.shared

@@ -27,6 +27,7 @@ from imgcls.models.int8 import (
 )
 from imgcls.models.int8_calibration import record_int8_ranges, record_ranges
 from tests.models.test_classifier import bundle_of, random_batch
+from tests.models.test_fuse_cpu import Sum
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -69,6 +70,20 @@ def test_a_quantized_network_stays_near_the_original(
     assert kinds.count(QuantizedConv2d) == convolutions
     assert kinds.count(Dequantize) == floating
     assert kinds.count(FusedConv2d) == 0
+
+
+@pytest.mark.parametrize("kind", ["residual", "input", "position", "strided"])
+@torch.inference_mode()
+def test_a_sum_in_int8_stays_near_that_of_the_steps(kind: str) -> None:
+    torch.manual_seed(0)
+    network = Sum(kind, nn.ReLU()).eval().to(memory_format=torch.channels_last)
+    batch = torch.randn(5, 3, 16, 16).to(memory_format=torch.channels_last)
+    expected = network(batch)
+    copied = copy.deepcopy(network)
+    ranges = record_ranges(copied, 16, keep=copied.head, batches=[batch])
+    made = quantize_network(network, 16, keep=network.head, ranges=ranges)
+    assert any(isinstance(module, QuantizedConv2d) for module in made.modules())
+    assert float((made(batch) - expected).abs().max()) < 0.02 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("side", [7, 8, 13, 14])
@@ -131,5 +146,7 @@ def test_without_a_convolution_there_is_nothing_to_quantize(
     monkeypatch.setattr(
         "imgcls.models.int8_calibration.insert_fused_convolutions", lambda *_, **__: None
     )
-    with pytest.raises(BundleError, match="int8: the network has no convolution that can be"):
+    with pytest.raises(
+        BundleError, match=r"int8: the network has no convolution that can be .*; use --engine"
+    ):
         record_int8_ranges(bundle, [])

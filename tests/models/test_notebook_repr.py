@@ -15,7 +15,7 @@ from PIL import Image
 
 from imgcls.data import image_files
 from imgcls.data.decoding import decode
-from imgcls.errors import ImageError, NotAnImage, RequestError, StorageError
+from imgcls.errors import EmptyImage, ImageError, NotAnImage, RequestError, StorageError
 from imgcls.models.classifier import Classifier
 from tests.browser import opened
 from tests.conftest import draw
@@ -71,6 +71,26 @@ def test_what_cannot_be_read_is_reported(classifier: Classifier, tmp_path: Path)
         closed = Image.open(stream)
     with pytest.raises(ImageError, match="closed file"):
         classifier.predict(closed)
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad", "squash"])
+def test_an_image_without_pixels_has_no_prediction(color_bundle: Path, mode: Any) -> None:
+    classifier = Classifier.load(str(color_bundle), device="cpu")
+    classifier.preprocess = classifier.preprocess.model_copy(update={"mode": mode})
+    outside = draw("red").crop((3, 3, 3, 9))
+    given = [np.zeros((0, 8, 3), np.uint8), np.zeros((8, 0), np.uint8), outside, draw("red")]
+    found = classifier.predict(given, errors="return")
+    assert [each.status for each in found] == ["empty"] * 3 + ["ok"]
+    assert found[0].error == "image 0 (ndarray): the image has no pixels: 8 x 0"
+    with pytest.raises(EmptyImage, match="image 0"):
+        classifier.explain(outside, classifier.classes[0])
+
+
+def test_the_bytes_of_one_image_may_be_of_any_type(classifier: Classifier) -> None:
+    data = encoded(drawn(30, 20), "PNG")
+    (expected,) = classifier.predict(data)
+    assert classifier.predict(bytearray(data)) == [expected]
+    assert classifier.predict(memoryview(data)) == [expected]
 
 
 def test_a_file_above_the_limit_has_the_status_of_a_labeling_run(

@@ -53,6 +53,19 @@ def test_energy_is_minus_the_log_sum_of_the_logits() -> None:
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
 
+@pytest.mark.parametrize("method", ["knn", "energy", "joint_energy"])
+def test_long_embeddings_in_float16_have_the_scores_of_float32(method: Any) -> None:
+    detector = build_knn(50)
+    if method != "knn":
+        rng = np.random.default_rng(0)
+        arrays = {"weight": rng.normal(size=(2, 8)), "bias": np.zeros(2, np.float32)}
+        detector = OodDetector(method, arrays, 1)
+    queries = np.random.default_rng(1).normal(size=(20, 8)).astype(np.float16) * 300
+    found = detector.compute_scores(queries)
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found, detector.compute_scores(queries.astype(np.float32)))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("method", ["knn", "energy", "joint_energy"])
 def test_an_embedding_that_is_not_finite_is_out_of_distribution(method: Any, value: float) -> None:

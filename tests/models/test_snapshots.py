@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -130,6 +131,10 @@ def test_a_file_of_weights_has_the_preprocessing_of_its_folder_or_none(tmp_path:
     preprocess = found.load_preprocess()
     assert preprocess.crop / preprocess.resize == pytest.approx(0.9, abs=0.005)
     assert find_snapshot_of_weights(str(tmp_path / "other.safetensors")) is None
+    with contextlib.chdir(tmp_path):  # the same file
+        named = find_snapshot_of_weights("model.safetensors")
+        assert named is not None
+        assert (named.url, named.load_preprocess()) == (found.url, preprocess)
     # what cannot be read is no default
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BundleError, match=r"a folder with a network has timm's or "):
@@ -174,6 +179,35 @@ def test_the_input_size_of_a_bundle_can_be_changed(tmp_path: Path) -> None:
     # and kept where it is not
     resolved = networks.resolve_model_snapshot(asked.model_copy(update={"image_size": None}))
     assert networks.resolve_model(resolved)[0].options["image_size"] == 64
+
+
+def test_weights_of_a_bundle_have_the_options_of_its_network(tmp_path: Path) -> None:
+    def save_options(name: str, options: dict[str, Any], crop: int) -> str:
+        architecture = zoo.resolve_architecture(name, options)
+        preprocess = zoo.get_default_preprocess(architecture)
+        sized = preprocess.model_copy(update={"crop": crop, "resize": crop})
+        spec = BundleSpec(architecture=architecture, classes=["a", "b"], preprocess=sized)
+        save_bundle(str(tmp_path / name), spec, {"weight": torch.zeros(1)})
+        return f"{tmp_path}/{name}/model.safetensors"
+
+    def find_options(name: str, weights: str, size: int | None = None, **own: Any) -> Any:
+        architecture = zoo.resolve_architecture(name, own)
+        if size is not None:
+            architecture = zoo.set_image_size(architecture, size)
+        return zoo.add_pretrained_options(architecture, weights, size).options
+
+    trained = save_options("squeezenet1_1", {"head_relu": False}, 224)
+    assert find_options("squeezenet1_1", trained) == {"head_relu": False}
+    assert find_options("squeezenet1_1", trained, head_relu=True) == {"head_relu": True}
+    # of ImageNet's weights, another one is set
+    assert find_options("inception_v3", save_options("inception_v3", {}, 299)) == {}
+    small = save_options("timm:vit_tiny_patch16_224", {"img_size": 64}, 64)
+    assert find_options("timm:vit_tiny_patch16_224", small) == {"img_size": 64}
+    assert find_options("timm:vit_tiny_patch16_224.augreg_in21k", small) == {"img_size": 64}
+    assert find_options("timm:vit_tiny_patch16_384", small) == {"img_size": 64}
+    assert find_options("timm:vit_tiny_patch16_224", small, 96) == {"img_size": 96}
+    assert find_options("timm:vit_tiny_patch16_224", small, 224) == {}
+    assert find_options("resnet18", small) == {}
 
 
 class HubHandler(BaseHTTPRequestHandler):

@@ -19,7 +19,7 @@ from PIL import Image, ImageFile
 from imgcls.data import formats
 from imgcls.data.decoding import png, tiff
 from imgcls.data.decoding.image_headers import SampleFormat, read_sample_format
-from imgcls.errors import ImageError, TruncatedImage, UnsupportedImage
+from imgcls.errors import EmptyImage, ImageError, TruncatedImage, UnsupportedImage
 
 Pixels = npt.NDArray[np.uint8]
 SampleArray = npt.NDArray[Any]
@@ -52,9 +52,11 @@ def load_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
 def convert_to_rgb(image: Image.Image) -> Image.Image:
     """Convert a Pillow image of any mode to RGB: transparency over white, 16 bits scaled to 8.
 
-    Raises UnsupportedImage for modes whose range is unknown.
+    Raises UnsupportedImage for modes whose range is unknown, EmptyImage without pixels.
     """
     image.load()
+    if 0 in image.size:
+        raise EmptyImage(f"the image has no pixels: {image.width} x {image.height}")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
