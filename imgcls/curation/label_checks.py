@@ -11,7 +11,7 @@ from imgcls.curation.config import LabelsImportConfig
 from imgcls.curation.label_consensus import LabelDecision, LabelNames
 from imgcls.curation.label_history import HISTORY_FILE, PENDING_FILE
 from imgcls.curation.label_lookup import FoundImages
-from imgcls.curation.outputs import check_not_read_again, resolve_links
+from imgcls.curation.outputs import check_not_read_again
 from imgcls.data.manifests.manifest import Manifest, log_label_variants
 from imgcls.data.storage import filesystem
 from imgcls.errors import ConfigError, OutputError, RequestError
@@ -39,9 +39,9 @@ def check_output_file(config: LabelsImportConfig, output: str, manifest: Manifes
             f"output {output}: exists; pass another --output, or --overwrite to replace it"
         )
     check_not_read_again([config.output], manifest)
-    target = resolve_links(output)
+    target = filesystem.resolve_links(output)
     history = filesystem.join(filesystem.parent(target), HISTORY_FILE)
-    if history in map(resolve_links, manifest.files):
+    if history in map(filesystem.resolve_links, manifest.files):
         raise OutputError(
             f"onto {config.onto.path}: is the history of labels of the folder of --output, which "
             "the import replaces; pass a manifest, or an --output in another folder"
@@ -50,7 +50,7 @@ def check_output_file(config: LabelsImportConfig, output: str, manifest: Manifes
     if config.images is not None:
         inputs["images"] = config.images.path
     for key, url in inputs.items():
-        resolved = resolve_links(url)
+        resolved = filesystem.resolve_links(url)
         if resolved == target:
             raise OutputError(f"output {output}: is the file of {key}; pass another --output")
         if key == "export" and filesystem.parent(target) == resolved.rstrip("/"):

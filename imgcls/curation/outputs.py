@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence, Set
 
@@ -35,12 +34,6 @@ def check_not_read_again(outputs: Iterable[str], manifest: Manifest) -> None:
         )
 
 
-def resolve_links(url: str) -> str:
-    """An absolute path without symbolic links; a URL is returned unchanged."""
-    absolute = filesystem.absolute(url)
-    return os.path.realpath(absolute) if filesystem.is_local(url) else absolute
-
-
 def _get_scheme(url: str) -> str:
     return "" if filesystem.is_local(url) else url.partition("://")[0]
 
@@ -48,31 +41,31 @@ def _get_scheme(url: str) -> str:
 def _build_check(manifest: Manifest) -> Callable[[str], bool]:
     """The function that finds whether a manifest has a file, named as the user did."""
     source = manifest.source
-    files = [resolve_links(file) for file in manifest.files]
+    files = [filesystem.resolve_links(file) for file in manifest.files]
     folders = {filesystem.parent(file) for file in files}
     if filesystem.is_folder(source):
-        own = resolve_links(source).rstrip("/")
+        own = filesystem.resolve_links(source).rstrip("/")
         # of folders below, tables are read only where the folder itself has none
         is_partitioned = bool(files) and own not in folders
         return lambda output: (
-            filesystem.parent(target := resolve_links(output)) == own
+            filesystem.parent(target := filesystem.resolve_links(output)) == own
             or (is_partitioned and target.startswith(f"{own}/"))
         )
     is_glob = bool(_GLOB.search(source)) and not filesystem.exists(source)
     return lambda output: (
-        (len(files) > 1 and resolve_links(output) in files)
+        (len(files) > 1 and filesystem.resolve_links(output) in files)
         or (is_glob and _is_in_glob(output, source, folders))
     )
 
 
 def _is_in_glob(output: str, source: str, folders: Set[str]) -> bool:
     """Whether a glob names a file; folders: those of the files that it names now."""
-    folder, _, name = resolve_links(output).rpartition("/")
+    folder, _, name = filesystem.resolve_links(output).rpartition("/")
     if fnmatch.fnmatchcase(name, source.rpartition("/")[2]) and folder in folders:
         return True
     pattern = filesystem.absolute(source).split("/")
     at = next(at for at, part in enumerate(pattern) if _GLOB.search(part))
-    start = resolve_links("/".join(pattern[:at]) or "/").rstrip("/")
+    start = filesystem.resolve_links("/".join(pattern[:at]) or "/").rstrip("/")
     return _is_matched(
         [*folder.split("/"), name], [*start.split("/"), *pattern[at:]]
     ) or _is_matched(filesystem.absolute(output).split("/"), pattern)

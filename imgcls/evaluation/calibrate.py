@@ -150,7 +150,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     run = open_run(config.predictions)
     run.check_predictions()
     run.check_bundle(bundle)
-    check_bundle_output(config.output, overwrite=config.overwrite, source=config.model)
+    check_bundle_output(config.output, overwrite=config.overwrite, source=bundle.url)
     _check_purpose(config, bundle)
     if config.max_ood_rate is not None:
         check_runs(config, bundle, run)

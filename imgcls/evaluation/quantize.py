@@ -77,7 +77,7 @@ def quantize_bundle(config: QuantizeConfig) -> Bundle:
         If the output has a bundle.
     """
     bundle = load_bundle(config.model)
-    check_bundle_output(config.output, overwrite=config.overwrite, source=config.model)
+    check_bundle_output(config.output, overwrite=config.overwrite, source=bundle.url)
     manifest = open_manifest(config.manifest)
     if bundle.spec.task == "single_label" and manifest.label_columns is not None:
         log.emit(

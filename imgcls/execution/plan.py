@@ -45,7 +45,7 @@ MIN_CHUNKS_PER_PART = 16
 CHUNKS_PER_WORKER = 32
 """Number of chunks per worker of a small manifest: at the end a worker waits for a part of one."""
 MAX_SMALL_MANIFEST_ROWS = 16 * CHUNKS_PER_WORKER * DEFAULT_CHUNK_ROWS
-"""Rows that a manifest may have to count as small for many workers: so many are held in memory."""
+"""Maximum number of rows of a small manifest, which are held in memory, for many workers."""
 MAX_PART_BYTES = 128_000_000
 
 
@@ -173,20 +173,15 @@ def make_plan(
         max_chunk_rows=max_chunk_rows,
         workers=workers,
     )
-    chunk, part = choose(head.num_rows)
     labels = None if classes is None else _LabelChecker(manifest, classes)
-    with (
-        archive_index.use_index_folder(layout.index_folder(output)),
-        _ShardWriter(output, manifest.schema, chunk, part) as writer,
-    ):
-        for table in itertools.chain((head,), rest):
-            if labels is not None:
-                labels.add(table)
-            writer.add(table)
+    tables: Iterator[pa.Table] = itertools.chain((head,), rest)
+    if labels is not None:
+        tables = labels.iter_counted(tables)
+    rows = _write_shards(output, manifest, tables, *choose(head.num_rows))
     if labels is not None:
         labels.check(refuse=not any_labels)
-    chunk, part = choose(writer.rows)  # the same part, now that the number of rows is known
-    plan = Plan(identity.compute_run_id(), writer.rows, chunk, part)
+    # parts of the same size, now that the number of rows is known
+    plan = Plan(identity.compute_run_id(), rows, *choose(rows))
     run = {
         "identity": asdict(identity),
         "plan": asdict(plan),
@@ -204,12 +199,21 @@ def restore_shards(output: str, manifest: Manifest, plan: Plan) -> None:
     present = filesystem.list_names(filesystem.parent(layout.shard_url(output, 0)))
     if {layout.part_name(part) for part in range(plan.num_parts)} <= set(present):
         return
+    tables = _limit_rows(manifest, plan.rows)
+    _write_shards(output, manifest, tables, plan.chunk_rows, plan.part_rows)
+
+
+def _write_shards(
+    output: str, manifest: Manifest, tables: Iterator[pa.Table], chunk_rows: int, part_rows: int
+) -> int:
+    """Write one shard per part; returns the number of rows."""
     with (
         archive_index.use_index_folder(layout.index_folder(output)),
-        _ShardWriter(output, manifest.schema, plan.chunk_rows, plan.part_rows) as writer,
+        _ShardWriter(output, manifest.schema, chunk_rows, part_rows) as writer,
     ):
-        for table in _limit_rows(manifest, plan.rows):
+        for table in tables:
             writer.add(table)
+    return writer.rows
 
 
 def read_shard_chunk(shard: pq.ParquetFile, plan: Plan, index: int) -> pa.Table:
@@ -373,12 +377,15 @@ class _LabelChecker:
         self._unknown: Counter[str] = Counter()
         self._known = 0
 
-    def add(self, table: pa.Table) -> None:
-        for name, count in self._count_labels(table).items():
-            if name in self._classes:
-                self._known += count
-            elif count:
-                self._unknown[name] += count
+    def iter_counted(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """The tables, whose labels are counted."""
+        for table in tables:
+            for name, count in self._count_labels(table).items():
+                if name in self._classes:
+                    self._known += count
+                elif count:
+                    self._unknown[name] += count
+            yield table
 
     def _count_labels(self, table: pa.Table) -> Mapping[str, int]:
         manifest = self._manifest

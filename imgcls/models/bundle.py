@@ -228,10 +228,11 @@ def is_registry_uri(url: str) -> bool:
 def check_bundle_output(url: str, *, overwrite: bool, source: str | None = None) -> None:
     """Check that writing a bundle would not replace one that may be in use.
 
-    source: the bundle that the new one is made from
+    source: URL of the bundle that the new one is made from
     Raises RequestError if this is the output itself, OutputError if a bundle exists there.
     """
-    if source is not None and filesystem.absolute(url) == filesystem.absolute(source):
+    folders = [filesystem.resolve_links(each).rstrip("/") for each in (url, source) if each]
+    if len(set(folders)) < len(folders):
         raise RequestError(
             "output: is the input bundle, which may be in use; pass another --output"
         )

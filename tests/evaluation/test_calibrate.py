@@ -318,6 +318,10 @@ def test_another_models_run_no_scores_and_no_labels_are_rejected(
         calibrate(request(bundle, blind))
     with pytest.raises(RequestError, match="is the input bundle"):
         calibrate(request(bundle, bare, output=bundle.url))
+    linked = tmp_path / "linked"
+    linked.symlink_to(bundle.url)
+    with pytest.raises(RequestError, match="is the input bundle"):
+        calibrate(request(bundle, bare, output=f"{linked}/", overwrite=True))
 
 
 @pytest.mark.parametrize("per_class", [False, True])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from imgcls.config import build
+from imgcls.errors import RequestError
 from imgcls.evaluation.calibrate import calibrate
 from imgcls.evaluation.config import CalibrateConfig, QuantizeConfig
 from imgcls.evaluation.quantize import quantize_bundle
@@ -28,6 +29,9 @@ def run_calibrate(folder: Path, colors: Callable[..., Path]) -> str:
     sha256 = load_bundle(URI).sha256
     run = commit(folder / "run", drawn(600, 2, sharpness=2.0), bundle_sha256=sha256)
     settings = {"model": URI, "predictions": str(run), "output": str(folder / "made")}
+    stored = settings | {"output": load_bundle(URI).url, "overwrite": True}
+    with pytest.raises(RequestError, match="is the input bundle"):
+        calibrate(build(CalibrateConfig, stored))
     made = calibrate(build(CalibrateConfig, settings)).bundle
     return str(made.spec.provenance["calibration"]["bundle_sha256"])
 

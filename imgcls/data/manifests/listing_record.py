@@ -22,7 +22,7 @@ def find_listed_folder(manifest: Manifest) -> str | None:
 def read_listing_time(manifest: Manifest) -> str | None:
     """When `manifest build` ended (ISO 8601); None for a table from elsewhere.
 
-    Tells two listings with the same rows apart.
+    Two listings with the same rows differ in it.
     """
     return _read_record(manifest).get("listed") if manifest.files else None
 

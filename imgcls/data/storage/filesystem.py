@@ -71,6 +71,11 @@ def absolute(url: str) -> str:
     return os.path.abspath(local_path(url)) if is_local(url) else url
 
 
+def resolve_links(url: str) -> str:
+    """An absolute path without symbolic links; a URL is returned unchanged."""
+    return os.path.realpath(local_path(url)) if is_local(url) else url
+
+
 def exists(url: str) -> bool:
     if is_local(url):
         return os.path.lexists(local_path(url))
