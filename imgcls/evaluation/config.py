@@ -227,7 +227,7 @@ class QuantizeConfig(Section):
     output: str
     """Folder of the new bundle."""
     images: int = Field(default=1024, ge=2 * MIN_IMAGES)
-    """Images to read from the start of the manifest: half to calibrate, half to evaluate."""
+    """Images to draw at random from the first million rows: half to calibrate, half to evaluate."""
     engine: EngineName = "auto"
     """Engine to quantize for. openvino: for x86 CPUs with AVX2. torch: for VNNI or AMX. auto: torch
     if this CPU has one of them, else openvino."""

@@ -51,6 +51,8 @@ _REASONS = {
 }
 _BATCH_SIZE = 32
 _IO_CONCURRENCY = 16
+_MAX_ROWS = 1_000_000
+"""Rows of the manifest from which images are drawn, at most."""
 
 
 @with_config_storage
@@ -197,29 +199,41 @@ def _measure_cost(
 def _read_pixels(
     manifest: Manifest, bundle: Bundle, count: int
 ) -> tuple[list[Pixels], NDArray[np.int64]]:
-    """Pixels of the first N readable images, and their labels.
+    """Pixels of N readable images that are drawn at random, and their labels.
 
     The labels are (N,) class indices, for multilabel (N, C) POSITIVE or NEGATIVE; UNKNOWN without.
     """
     pixels: list[Pixels] = []
     labels: list[NDArray[np.int64]] = []
-    for batch in manifest.batches():
-        table = pa.Table.from_batches([batch]).slice(0, 4 * count)
-        urls = [manifest.resolve(path) for path in table.column(manifest.path_column).to_pylist()]
-        rows = _encode_labels(manifest, table, bundle.spec)
-        for blob, row in zip(
-            image_files.read_ahead(iter(urls), _IO_CONCURRENCY), rows, strict=True
-        ):
-            try:
-                if not isinstance(blob, bytes):
-                    continue
-                pixels.append(decode.decode_image(blob, bundle.spec.preprocess)[0])
-            except ImageError:
+    table = _draw_rows(manifest, 4 * count)
+    urls = [manifest.resolve(path) for path in table.column(manifest.path_column).to_pylist()]
+    rows = _encode_labels(manifest, table, bundle.spec)
+    for blob, row in zip(image_files.read_ahead(iter(urls), _IO_CONCURRENCY), rows, strict=True):
+        try:
+            if not isinstance(blob, bytes):
                 continue
-            labels.append(row)
-            if len(pixels) == count:
-                return pixels, np.array(labels)
+            pixels.append(decode.decode_image(blob, bundle.spec.preprocess)[0])
+        except ImageError:
+            continue
+        labels.append(row)
+        if len(pixels) == count:
+            break
     return pixels, np.array(labels, np.int64)
+
+
+def _draw_rows(manifest: Manifest, count: int) -> pa.Table:
+    """Up to N rows in random order: the rows of many manifests are sorted by class."""
+    columns = manifest.find_label_columns()
+    names = [manifest.path_column, *(() if columns is None else columns.names)]
+    tables: list[pa.Table] = []
+    rows = 0
+    for batch in manifest.batches():
+        tables.append(pa.Table.from_batches([batch]).select(names))
+        rows += batch.num_rows
+        if rows >= _MAX_ROWS:
+            break
+    order = np.random.default_rng(0).permutation(rows)[:count]
+    return pa.concat_tables(tables).take(order) if tables else manifest.schema.empty_table()
 
 
 def _encode_labels(manifest: Manifest, table: pa.Table, spec: BundleSpec) -> NDArray[np.int64]:

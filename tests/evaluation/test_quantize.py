@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imgcls.data.manifests.manifest import ManifestConfig
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.errors import OutputError, RequestError
 from imgcls.evaluation import quantize
 from imgcls.evaluation.config import QuantizeConfig
@@ -56,7 +56,8 @@ def test_the_cost_is_measured_on_images_that_were_not_used_for_calibration(
     before = load_bundle(str(color_bundle))
     assert made.weights_sha256 == before.weights_sha256
     assert made.spec.model_copy(update={"int8": None}) == before.spec
-    good = [i for i in range(70) if i not in (3, 5)][1:64:2]
+    drawn = np.random.default_rng(0).permutation(70).tolist()
+    good = [i for i in drawn if i not in (3, 5)][1:64:2]
     files = [str(tmp_path / "images" / f"{i:05d}.jpg") for i in good]
     labels = np.array([list(COLORS)[i % 3] for i in good])
     rough, exact = (
@@ -94,7 +95,8 @@ def test_the_cost_of_a_multilabel_model_is_measured_by_its_decisions(
     made = quantize_bundle(config.model_copy(update={"manifest": columns}))
     int8 = made.spec.int8
     assert int8 is not None
-    files = [str(tmp_path / "images" / f"{i:05d}.jpg") for i in range(1, 40, 2)]
+    judged = np.random.default_rng(0).permutation(40).tolist()[1::2]
+    files = [str(tmp_path / "images" / f"{i:05d}.jpg") for i in judged]
     rough, exact = (
         [one.labels for one in Classifier(made, precision=precision, device="cpu").predict(files)]
         for precision in ("int8", "fp32")
@@ -104,7 +106,7 @@ def test_the_cost_of_a_multilabel_model_is_measured_by_its_decisions(
     for predicted in (rough, exact):
         correct = [
             (name in (labels or [])) == (value == "1")
-            for labels, (_, *values) in zip(predicted, rows[1::2], strict=True)
+            for labels, (_, *values) in zip(predicted, [rows[i] for i in judged], strict=True)
             for name, value in zip(("red", "green", "blue"), values, strict=True)
             if value
         ]
@@ -170,6 +172,18 @@ def test_the_engine_is_chosen_by_the_instructions_of_the_cpu(
     monkeypatch.setattr("imgcls.models.cpu.read_cpu_flags", lambda: flags)
     assert quantize._choose_engine("auto") == engine
     assert capsys.readouterr().out == f"engine  {engine}: {reason}\n"
+
+
+def test_images_of_all_classes_of_a_sorted_manifest_are_drawn(
+    colors: Callable[..., Path], color_bundle: Path
+) -> None:
+    manifest = colors(90)
+    header, *rows = manifest.read_text().splitlines()
+    by_class = sorted(rows, key=lambda row: row.split(",")[1])
+    manifest.write_text("\n".join([header, *by_class]))
+    opened = open_manifest(ManifestConfig(path=str(manifest)))
+    _, labels = quantize._read_pixels(opened, load_bundle(str(color_bundle)), 20)
+    assert set(labels[::2]) == set(labels[1::2]) == {0, 1, 2}
 
 
 def test_impossible_requests_are_rejected_before_anything_is_written(
