@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,25 +36,30 @@ class ClassCap:
         self._counts[self._groups[row]] += 1
 
 
-def choose_first(vectors: Vectors, count: int, max_similarity: float, cap: ClassCap) -> Ints:
+def choose_first(
+    vectors: Iterable[Vectors], count: int, max_similarity: float, cap: ClassCap
+) -> Ints:
     """The first rows in order, without those that are nearly equal to an earlier chosen one.
 
-    vectors:        (N, E) float32 of length 1; 0 for a row that is equal to no other
+    vectors:        N of (E,) float32 and length 1; 0 for a row that is equal to no other. No more
+        are taken than are needed
     max_similarity: cosine similarity above which two rows are near-duplicates
     Returns at most `count` indices, in order.
     """
     chosen: list[int] = []
-    kept = np.empty((min(count, len(vectors)), vectors.shape[1]), np.float32)
+    kept = np.empty((0, 0), np.float32)
     for row, vector in enumerate(vectors):
-        if len(chosen) == count:
-            break
         if not cap.has_room(row):
             continue
-        if chosen and float((kept[: len(chosen)] @ vector).max()) > max_similarity:
+        if not chosen:
+            kept = np.empty((count, len(vector)), np.float32)
+        elif float((kept[: len(chosen)] @ vector).max()) > max_similarity:
             continue
         kept[len(chosen)] = vector
         chosen.append(row)
         cap.add(row)
+        if len(chosen) == count:
+            break
     return np.array(chosen, np.int64)
 
 

@@ -7,6 +7,7 @@ number of candidates. No model runs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,8 +48,6 @@ from imgcls.runs.table_counts import TableCounter
 
 MANIFEST_FILE = "manifest.parquet"
 _CANDIDATES_PER_ROW, _DIVERSE_CANDIDATES_PER_ROW = 10, 5
-_HASHED_PER_ROW = 2
-"""Candidates per selected row whose images are read where the run has no embeddings."""
 _MAX_HASH_DISTANCE = 40
 """Bits of two perceptual hashes (of 256) that may differ between near-duplicates."""
 
@@ -327,10 +326,10 @@ def _choose(config: SelectConfig, run: CommittedRun, candidates: pa.Table) -> In
     """Indices of the selected candidates, in the order of their choice."""
     groups = _name_groups(candidates).fill_null("").to_pylist()
     cap, rows = ClassCap(groups, config.per_class_cap), candidates.num_rows
+    count = min(config.count, rows)
     if "embedding" not in candidates.schema.names:
-        vectors = _hash_images(run, candidates, _HASHED_PER_ROW * config.count)
         limit = 1 - 2 * _MAX_HASH_DISTANCE / HASH_BITS
-        return choose_first(vectors, config.count, limit, cap)
+        return choose_first(_iter_hashes(run, candidates, cap), count, limit, cap)
     column = candidates["embedding"].combine_chunks()
     width = column.type.list_size
     vectors = np.zeros((rows, width), np.float32)
@@ -338,12 +337,16 @@ def _choose(config: SelectConfig, run: CommittedRun, candidates: pa.Table) -> In
     values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     vectors[has_vector] = normalize_embeddings(values.reshape(-1, width))
     if config.diverse:
-        return choose_spread(vectors, config.count, config.max_similarity, cap)
-    return choose_first(vectors, config.count, config.max_similarity, cap)
+        return choose_spread(vectors, count, config.max_similarity, cap)
+    return choose_first(vectors, count, config.max_similarity, cap)
 
 
-def _hash_images(run: CommittedRun, candidates: pa.Table, count: int) -> npt.NDArray[np.float32]:
-    """Perceptual hashes of the first candidates as vectors of length 1; 0 for an unreadable image.
+def _iter_hashes(
+    run: CommittedRun, candidates: pa.Table, cap: ClassCap
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Perceptual hashes of the candidates as vectors of length 1; 0 for an unreadable image.
+
+    Images are read as the vectors are taken, a few ahead, and not where `cap` has no room.
 
     The cosine of two of them is 1 - 2 d / 256, where d is the number of bits that differ.
     """
@@ -352,17 +355,16 @@ def _hash_images(run: CommittedRun, candidates: pa.Table, count: int) -> npt.NDA
         f"{run.url} has no embeddings: near-duplicates are found by perceptual hashes, for which "
         "the images are read",
     )
-    paths = resolve_paths(candidates[run.path_column].slice(0, count), run.root).to_pylist()
-    vectors = np.zeros((len(paths), HASH_BITS), np.float32)
-    for place, data in enumerate(image_files.read_ahead(paths)):
+    paths = resolve_paths(candidates[run.path_column], run.root).to_pylist()
+    wanted = (path if cap.has_room(row) else None for row, path in enumerate(paths))
+    for data in image_files.read_ahead(wanted):
+        vector = np.zeros(HASH_BITS, np.float32)
         if isinstance(data, bytes):
-            try:
+            with contextlib.suppress(ImageError):
                 features = compute_features(data, max_pixels=open_image.MAX_PIXELS)
-            except ImageError:
-                continue
-            bits = np.unpackbits(features.hash).astype(np.float32)
-            vectors[place] = (2 * bits - 1) / np.sqrt(HASH_BITS)
-    return vectors
+                bits = np.unpackbits(features.hash).astype(np.float32)
+                vector = (2 * bits - 1) / np.sqrt(HASH_BITS)
+        yield vector
 
 
 def _make_paths_absolute(run: CommittedRun, rows: pa.Table) -> pa.Table:

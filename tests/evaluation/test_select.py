@@ -147,7 +147,22 @@ def test_without_embeddings_equal_images_are_found_by_their_pixels(tmp_path: Pat
         picture.resize((64 + row % 3, 64)).save(folder / "images" / f"{row:06d}.jpg", quality=95)
     found = choose(tmp_path, folder, count=15, candidates=60)
     groups = [row // 3 for row in found.rows["row"].to_pylist()]
-    assert len(set(groups)) == len(groups) >= 10
+    assert len(set(groups)) == len(groups) == 15
+
+
+def test_without_embeddings_images_are_read_until_enough_are_selected(tmp_path: Path) -> None:
+    table = drawn(60)
+    rank = np.argsort(np.argsort(-margins(table), kind="stable"))
+    names = pa.array(np.where(rank < 30, "ant", "bee"))
+    table = table.set_column(
+        table.schema.get_field_index("predicted_label"), "predicted_label", names
+    )
+    folder = run(tmp_path, table)
+    (folder / "images").mkdir()
+    for row in range(60):
+        draw("red", (64, 64), seed=row).save(folder / "images" / f"{row:06d}.jpg", quality=95)
+    found = choose(tmp_path, folder, count=10, candidates=60, per_class_cap=5)
+    assert found.rows["predicted_label"].to_pylist() == ["ant"] * 5 + ["bee"] * 5
 
 
 def test_two_models_disagree_most_on_the_selected_rows(tmp_path: Path) -> None:
