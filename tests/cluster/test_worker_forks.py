@@ -282,12 +282,18 @@ def test_the_forking_process_ends_with_its_parent() -> None:
 
 
 SESSION = """
-import os, sys
+import os, sys, time
 import psutil
 from imgcls.cluster.worker_forks import READ_LATER, discard_forks, prepare_forks
 
+def read_command(process):
+    # empty for a moment while a process begins to execute its program
+    while not (words := process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    return " ".join(words)
+
 def list_forking():
-    return [p.pid for p in psutil.Process().children() if "worker_forks" in " ".join(p.cmdline())]
+    return [p.pid for p in psutil.Process().children() if "worker_forks" in read_command(p)]
 
 os.environ["RAY_ADDRESS"] = "127.0.0.1:6379"
 prepare_forks(training=True)

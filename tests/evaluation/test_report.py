@@ -100,7 +100,8 @@ def test_an_image_is_enlarged_and_the_arrow_keys_go_through_the_gallery(
         seen.screenshot("viewer")
         seen.page.keyboard.press("Escape")
         assert not viewer.is_visible()
-        assert zooms.nth(1).evaluate("each => each === document.activeElement")
+        image = zooms.nth(1).element_handle()
+        seen.page.wait_for_function("each => each === document.activeElement", arg=image)
 
 
 def test_the_gallery_is_filtered_by_class_confidence_status_and_slice(

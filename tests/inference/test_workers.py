@@ -77,7 +77,7 @@ def test_the_garbage_of_a_chunk_is_collected(
     run_prepare(spec, 1.0)
     frozen = gc.get_freeze_count()
     run_prepare(spec, 1.0)
-    assert gc.get_freeze_count() == frozen
+    assert gc.get_freeze_count() <= frozen  # what was frozen before may be freed
 
 
 def test_a_worker_without_a_gpu_uses_none_although_there_is_one(
