@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from imgcls import log
 from imgcls.curation.config import FetchConfig
 from imgcls.curation.fetch_pass import FetchPass, ShardTask
-from imgcls.curation.fetched_images import STATUS_COLUMN, check_added_columns
+from imgcls.curation.fetched_columns import STATUS_COLUMN, check_added_columns
 from imgcls.curation.scan import HeldOutput, hold_output
 from imgcls.curation.shards import ShardStore
 from imgcls.data.manifests.manifest import Manifest, make_paths_absolute, open_manifest

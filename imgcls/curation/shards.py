@@ -24,14 +24,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls.curation.config import ShardFormat
-from imgcls.curation.fetched_images import (
+from imgcls.curation.fetched_columns import (
     FACT_FIELDS,
     IMAGE_COLUMN,
     IMAGE_TYPE,
     ROW_COLUMN,
     STATUS_COLUMN,
-    FetchedImage,
+    build_columns,
+    read_columns,
 )
+from imgcls.curation.fetched_images import FetchedImage
 from imgcls.data import formats
 from imgcls.data.manifests.label_columns import LabelColumns
 from imgcls.data.manifests.manifest import normalize_labels
@@ -95,7 +97,7 @@ class ShardStore:
             table = pq.ParquetFile(stream).read(names)
         facts = table.select([field.name for field in FACT_FIELDS])
         rows = table.drop_columns(facts.schema.names)
-        return rows, [FetchedImage.from_columns(each) for each in facts.to_pylist()]
+        return rows, [read_columns(each) for each in facts.to_pylist()]
 
     def iter_images(self, shard: int) -> Iterator[bytes]:
         """The bytes of the ok rows of a complete shard, in order."""
@@ -197,7 +199,7 @@ def _group_rows(
     images: list[dict[str, object] | None] = []
     size = done = 0
     for row, (image, data) in enumerate(results, start):
-        facts.append(image.to_columns(row))
+        facts.append(build_columns(row, image))
         name = format_key(row) + _SUFFIXES.get(image.type or "", "")
         images.append(None if data is None else {"bytes": data, "path": name})
         size += len(data or b"")
@@ -228,7 +230,7 @@ def _write_tar(
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
         for index, (image, data) in enumerate(results):
             row = start + index
-            facts.append(image.to_columns(row))
+            facts.append(build_columns(row, image))
             if data is None:
                 continue
             columns = rows.slice(index, 1).to_pylist()[0] | facts[-1]

@@ -231,8 +231,8 @@ def check_bundle_output(url: str, *, overwrite: bool, source: str | None = None)
     source: URL of the bundle that the new one is made from
     Raises RequestError if this is the output itself, OutputError if a bundle exists there.
     """
-    folders = [filesystem.resolve_links(each).rstrip("/") for each in (url, source) if each]
-    if len(set(folders)) < len(folders):
+    resolve = filesystem.resolve_links
+    if source and resolve(url).rstrip("/") == resolve(source).rstrip("/"):
         raise RequestError(
             "output: is the input bundle, which may be in use; pass another --output"
         )

@@ -36,6 +36,12 @@ PROCESSES = {
             LARGE - {"fsspec", "ray.train", "imgcls.training"} | {"imgcls.inference"},
         ),
     ],
+    "inspector of fetched images": [
+        (
+            "import imgcls.curation.inspector",
+            LARGE | {"torch", "torchvision", "pandas", "pyarrow", "pydantic", "ray"},
+        ),
+    ],
     "list of runs": [
         (
             "import imgcls.cli, imgcls.evaluation.overview.show",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import pickle
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -26,7 +27,14 @@ class Team:
     @classmethod
     @contextlib.contextmanager
     def start(cls, size: int, folder: Path) -> Iterator[Team]:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        # forks of one process, which imports torch's compiler and what calls this once
+        users = [
+            name
+            for name, module in sys.modules.items()
+            if "Team" in getattr(module, "__dict__", {})
+        ]
+        context.set_forkserver_preload(["torch._dynamo", *users])
         pairs = [context.Pipe() for _ in range(size)]
         processes = [
             context.Process(target=_serve, args=(theirs,), daemon=True) for _, theirs in pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,8 +16,7 @@ from imgcls.training.config import FinetuneConfig, LoraConfig
 from imgcls.training.optim.lora import add_adapters, is_adapter, merge_adapters
 from imgcls.training.optim.strategy import find_trainable, plan_param_groups
 
-pytest.importorskip("peft")
-pytest.importorskip("timm")
+pytestmark = pytest.mark.skipif(not find_spec("peft"), reason="needs peft")
 
 NAME, OPTIONS = "timm:vit_tiny_patch16_224", {"img_size": 32, "depth": 2}
 CONFIG = LoraConfig(rank=4, alpha=6)
