@@ -20,11 +20,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import psutil
 
 from imgcls import cli
 from imgcls.cluster.worker_forks import MALLOC_SETTINGS
+from tests.forked_commands import ForkedCommand, can_fork
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parent.parent
@@ -37,6 +39,9 @@ with fork_workers():
     main()
 """
 """A program that is `ray` whose workers are forked."""
+REPORTS = {"REPORTER_UPDATE_INTERVAL_MS": "60000"}
+"""Ray's agent examines all processes of its node every 5 s by default: 2 % of a core."""
+Command: TypeAlias = subprocess.Popen[str] | ForkedCommand
 ALONE = ("--scale.workers", 1)
 """For runs that need no second worker: the number changes no row, and each costs 4 s of a core."""
 
@@ -83,7 +88,7 @@ class RayCluster:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, **settings, **(env or {})},
+            env={**os.environ, **REPORTS, **settings, **(env or {})},
         )
         running = cls(f"127.0.0.1:{port}", process, folder)
         running.dashboard = f"http://127.0.0.1:{dashboard_port}" if dashboard else None
@@ -206,7 +211,7 @@ def imgcls(
     """Run the `imgcls` command to its end; its whole family is gone afterwards."""
     with started(*arguments, env=env, cwd=cwd) as process:
         out, err = process.communicate(timeout=timeout)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return subprocess.CompletedProcess(process.args, process.wait(), out, err)
 
 
 def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -227,20 +232,25 @@ def started(
     command: str = "imgcls",
     cwd: Path | None = None,
     start_new_session: bool = False,
-) -> Iterator[subprocess.Popen[str]]:
+) -> Iterator[Command]:
     """An `imgcls` command under way.
 
     start_new_session: in a process group of its own, which can then be signaled as a whole
     """
-    process = subprocess.Popen(
-        [str(BIN / command), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-        start_new_session=start_new_session,
-        env={**os.environ, "RAY_ADDRESS": "local", "PYTHONFAULTHANDLER": "1", **(env or {})},
-    )
+    words = [str(BIN / command), *map(str, arguments)]
+    env = {**os.environ, "RAY_ADDRESS": "local", "PYTHONFAULTHANDLER": "1", **(env or {})}
+    if command == "imgcls" and can_fork(env):
+        process: Command = ForkedCommand(words, cwd, env, start_new_session)
+    else:
+        process = subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=cwd,
+            start_new_session=start_new_session,
+            env=env,
+        )
     children: list[psutil.Process] = []
     try:
         yield process

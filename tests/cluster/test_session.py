@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ def faults_of_a_batch() -> int:
     The fewest of four times: the kernel may take pages back in between.
     """
     import resource
+    import threading
 
     import numpy as np
 
@@ -223,13 +223,30 @@ def test_only_the_session_that_was_started_as_a_private_one_is_private(
     assert is_private_session()
 
 
-def test_a_worker_keeps_what_a_batch_frees_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_settings_of_workers_keep_what_a_batch_frees_for_the_next(
+    cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = build_malloc_env()["env_vars"]
+    script = f"{inspect.getsource(faults_of_a_batch)}\nprint(faults_of_a_batch())"
+    kept, others = (
+        int(subprocess.check_output([sys.executable, "-c", script], env=os.environ | each))
+        for each in (settings, {})
+    )
+    assert kept < 100 < others
+    with cluster.joined():
+        task: Any = ray.remote(lambda: dict(os.environ))
+        given = ray.get(task.options(runtime_env=build_malloc_env()).remote())
+    assert given.items() >= settings.items()
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
+    assert build_malloc_env()["env_vars"]["MALLOC_ARENA_MAX"] == "8"
+
+
+@pytest.mark.slow
+def test_a_worker_keeps_what_a_batch_frees_for_the_next() -> None:
     task: Any = ray.remote(faults_of_a_batch)
     with RayCluster.start(cpus=1) as cluster, cluster.joined():  # forks have the settings anyway
         kept = ray.get(task.options(runtime_env=build_malloc_env()).remote())
         assert kept < 100 < ray.get(task.remote())
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
-    assert build_malloc_env()["env_vars"]["MALLOC_ARENA_MAX"] == "8"
 
 
 PRIVATE = """
