@@ -211,7 +211,7 @@ def test_the_gpu_layouts_write_the_same_table(
     )
     plain = run_here(*base, "--output", place / "cpu", *ALONE)
     assert plain.returncode == 0, plain.stderr
-    with RayCluster.start(cpus=2, gpus=1) as logical, logical.joined():
+    with RayCluster.start(cpus=2, gpus=1, fork=True) as logical, logical.joined():
         asked = ("--scale.layout", layout, "--scale.cpu-decode-fraction", host_share)
         refused = run_here(*base, "--engine", "openvino", "--output", place / "refused", *asked)
         assert refused.returncode == 2, refused.stderr
