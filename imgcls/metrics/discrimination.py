@@ -260,8 +260,20 @@ def compute_discrimination(counts: ScoreBins) -> Discrimination:
     >>> compute_discrimination(counts).auroc.tolist()
     [1.0, 1.0]
     """
-    own = counts.positive[:, ::-1].astype(np.float64)
-    rest = counts.negative[:, ::-1].astype(np.float64)
+    return _compare_rows(_rank(counts.positive), _rank(counts.negative), exact=is_exact(counts))
+
+
+def _rank(counts: Ints) -> Floats:
+    """(C, B) counts with the highest scores first."""
+    return counts[:, ::-1].astype(np.float64)
+
+
+def _compare_rows(own: Floats, rest: Floats, *, exact: bool) -> Discrimination:
+    """See `compute_discrimination`.
+
+    own, rest: (C, B) positives and negatives, the highest scores first
+    exact: the rows of a bin are true ties, so that all bounds are 0
+    """
     positives, negatives = own.sum(1), rest.sum(1)
     defined = (positives > 0) & (negatives > 0)
     nan = np.full(len(positives), np.nan)
@@ -269,14 +281,12 @@ def compute_discrimination(counts: ScoreBins) -> Discrimination:
     above = rest.cumsum(1) - rest  # other rows in a higher bin
     lost = (own * (above + rest / 2)).sum(1)
     auroc = np.where(defined, 1 - lost / pairs, nan)
-    auroc_bound = np.where(defined, (own * rest).sum(1) / 2 / pairs, nan)
-    exact = is_exact(counts)  # rows of a bin are true ties
-    if exact:
-        auroc_bound = np.where(defined, 0.0, nan)
+    tied = np.zeros_like(pairs) if exact else (own * rest).sum(1) / 2 / pairs
     precision, bound = _compute_average_precision(own, rest, positives, exact=exact)
-    return Discrimination(
-        auroc, auroc_bound, np.where(defined, precision, nan), np.where(defined, bound, nan)
+    auroc_bound, precision, bound = (
+        np.where(defined, values, nan) for values in (tied, precision, bound)
     )
+    return Discrimination(auroc, auroc_bound, precision, bound)
 
 
 def estimate_macro_means(
@@ -353,11 +363,6 @@ def _unite_limits(
     return union_interval((value - spread, value + spread), edge, low=0.0, high=1.0)
 
 
-class _Bins(NamedTuple):
-    positive: Ints
-    negative: Ints
-
-
 def _bootstrap_spreads(
     counts: ScoreBins, known: Bools, effects: tuple[float, float], resamples: int
 ) -> dict[str, float]:
@@ -375,12 +380,12 @@ def _bootstrap_spreads(
     positive, negative = counts.positive, counts.negative
     if positive.size > _MAX_RESAMPLED and is_exact(counts):
         positive, negative = coarsen(positive), coarsen(negative)
+    own_rows, other_rows = _rank(positive), _rank(negative)
     for _ in range(resamples):
         for own in (True, False):
-            cells = rng.poisson(positive if own else negative)
-            found = compute_discrimination(
-                _Bins(cells, negative) if own else _Bins(positive, cells)
-            )
+            cells = _rank(rng.poisson(positive if own else negative))
+            pair = (cells, other_rows) if own else (own_rows, cells)
+            found = _compare_rows(*pair, exact=True)  # without the bounds, which are not used
             for name in names:
                 drawn.setdefault((name, own), []).append(getattr(found, name)[known])
     spreads = {}
