@@ -32,13 +32,13 @@ BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parent.parent
 FORKING = """
 import sys
-from imgcls.cluster.worker_forks import fork_workers
+from imgcls.cluster.worker_forks import IMPORTED, fork_workers
 from ray.scripts.scripts import main
 sys.argv[0] = "ray"
-with fork_workers():
+with fork_workers([*IMPORTED, "torch._dynamo"]):
     main()
 """
-"""A program that is `ray` whose workers are forked."""
+"""A program that is `ray` whose workers are forked, also those of later trainings."""
 REPORTS = {"REPORTER_UPDATE_INTERVAL_MS": "60000"}
 """Ray's agent examines all processes of its node every 5 s by default: 2 % of a core."""
 Command: TypeAlias = subprocess.Popen[str] | ForkedCommand

@@ -34,7 +34,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,13 +156,13 @@ def discard_forks() -> None:
 
 
 @contextlib.contextmanager
-def fork_workers() -> Iterator[WorkerForks | None]:
+def fork_workers(modules: Sequence[str] = IMPORTED) -> Iterator[WorkerForks | None]:
     """Within the block, a session of Ray that this process starts will fork its workers.
 
     Yields what forks them, or None as `start_forks` does. It is the one that was prepared or, if
     there is none, one for any work.
     """
-    forks = _prepared.pop() if _prepared else start_forks(training=True)
+    forks = _prepared.pop() if _prepared else start_forks(training=True, modules=modules)
     if forks is None:
         yield None
         return
@@ -177,10 +177,11 @@ def fork_workers() -> Iterator[WorkerForks | None]:
         sys.executable = python
 
 
-def start_forks(*, training: bool) -> WorkerForks | None:
+def start_forks(*, training: bool, modules: Sequence[str] = IMPORTED) -> WorkerForks | None:
     """Start the processes that fork workers; they end with this process at the latest.
 
     training: whether workers will train
+    modules: what the first process imports; none of them imports Ray
 
     None where workers are not forked: on other systems than Linux, with GPUs, where it has not been
     tried, and where temporary files cannot be written or run, or have long paths.
@@ -190,7 +191,7 @@ def start_forks(*, training: bool) -> WorkerForks | None:
     folder = ""
     try:
         folder = tempfile.mkdtemp(prefix="imgcls-forks-")
-        forks = _start_in(folder, training)
+        forks = _start_in(folder, training, modules)
     except OSError:  # Ray reports what it cannot do without
         forks = None
     if forks is None:
@@ -198,7 +199,7 @@ def start_forks(*, training: bool) -> WorkerForks | None:
     return forks
 
 
-def _start_in(folder: str, training: bool) -> WorkerForks | None:
+def _start_in(folder: str, training: bool, modules: Sequence[str]) -> WorkerForks | None:
     """Start the processes with their files in a folder; None if that cannot be used."""
     python, program, script = sys.executable, Path(folder, "python"), Path(folder, "request.py")
     script.write_text(
@@ -219,6 +220,7 @@ def _start_in(folder: str, training: bool) -> WorkerForks | None:
             "parent": os.getpid(),
             "folder": folder,
             "training": training,
+            "modules": list(modules),
             "path": sys.path,
         }
         process = subprocess.Popen(
@@ -243,14 +245,16 @@ def listen(folder: str, name: str) -> socket.socket:
 # -------------------------------------------------------------------- in the processes that fork
 
 
-def run_fork_server(listener: socket.socket, parent: int, folder: str, *, training: bool) -> None:
-    """Fork a worker per request, until the parent process has ended.
+def run_fork_server(
+    listener: socket.socket, parent: int, folder: str, modules: Sequence[str], *, training: bool
+) -> None:
+    """Import modules, and fork a worker per request until the parent process has ended.
 
     training: with the first request of a worker, start the process that imports Ray
     """
     atexit.register(leave)  # before all others, so that it runs after them
     gc.disable()
-    for name in IMPORTED:
+    for name in modules:
         importlib.import_module(name)
     freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
@@ -415,5 +419,6 @@ if __name__ == "__main__":
         socket.socket(fileno=start["listener"]),
         start["parent"],
         start["folder"],
+        start["modules"],
         training=start["training"],
     )
