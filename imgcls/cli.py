@@ -275,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: failed, may be resumed. 2: wrong request, nothing was started. 3: finished, but a
     quality gate failed, such as max_error_rate.
     """
+    _open_closed_streams()
     with _quiet_pipe() as broken:
         code = _main(list(sys.argv[1:] if argv is None else argv))
     return BROKEN_PIPE if broken else code
@@ -303,6 +304,18 @@ def _main(arguments: list[str]) -> int:
     hint = f"; {near}" if near else ""
     print(f"imgcls: no command {wrong!r}{hint}\n\n{usage}", file=sys.stderr)
     return 2
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null in place of standard streams that are closed, as in `imgcls ... 2>&-`.
+
+    Python has None for them, and the files that are opened next would have their numbers.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is its own
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", closefd=False))
 
 
 BROKEN_PIPE = 141
@@ -339,6 +352,7 @@ def _stdout_is_broken() -> bool:
 def run(name: str, argv: Sequence[str]) -> int:
     """Run a command with its options and return the exit code; scripts in jobs/ call this."""
     code = 0
+    _open_closed_streams()
     skip_collection_at_exit()
     with _quiet_pipe() as broken, log.command_handler() as handler:
         code = _run(name, argv, handler)

@@ -59,6 +59,29 @@ def test_a_reader_that_is_gone_ends_it_quietly(arguments: str, unbuffered: str) 
     assert (done.returncode, done.stderr) == (cli.BROKEN_PIPE, b"")
 
 
+@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
+def test_standard_streams_may_be_closed(closed: tuple[int, ...], tmp_path: Path) -> None:
+    opened = tmp_path / "opened"
+    program = (
+        "import os, sys\n"
+        "from imgcls import cli, reference\n"
+        "status = cli.main(['model', 'list', '--contains', 'resnet18'])\n"
+        f"with open({str(opened)!r}, 'w') as file:\n"
+        "    print(file.fileno() > 2, *map(os.get_inheritable, range(3)), file=file)\n"
+        "    print(sys.stdin, sys.stdout, sys.stderr, file=sys.stderr)\n"
+        "sys.exit(status)\n"
+    )
+    closing = " ".join(f"{number}>&-" for number in closed)
+    done = subprocess.run(
+        ["bash", "-c", f'exec "$0" -c "$1" {closing}', sys.executable, program],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "" if 1 in closed else "resnet18\n")
+    assert opened.read_text() == "True True True True\n"
+
+
 def test_a_pipe_that_breaks_elsewhere_is_no_quiet_end(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> int:
         raise BrokenPipeError("a socket")
