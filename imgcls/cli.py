@@ -22,9 +22,6 @@ from imgcls.errors import ConfigError, ImgclsError, Interrupted
 from imgcls.formatting import suggest_names
 from imgcls.reference import Command
 
-SUMMARY = "--summary-json"
-
-
 COMMANDS = {
     "train": Command(
         "train a network on labeled images and write a bundle",
@@ -394,7 +391,7 @@ def _run(name: str, argv: Sequence[str], handler: log.CommandHandler) -> int:
     except ImgclsError as error:
         print(f"imgcls {name}: {error}", file=sys.stderr, flush=True)
         if isinstance(error, ConfigError):
-            _summarize_config_error(name, argv, error)
+            _summarize_config_error(error)
         return error.exit_code
     except SystemExit as error:
         return int(error.code or 0)
@@ -411,18 +408,12 @@ def _escape_what_cannot_be_shown() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _summarize_config_error(name: str, argv: Sequence[str], error: ConfigError) -> None:
-    """Write `--summary-json` of a command whose settings could not be read."""
-    options = [word.replace("_", "-") for word in argv]
-    files = [file for option, file in zip(options, argv[1:], strict=False) if option == SUMMARY]
-    files += [
-        word.partition("=")[2]
-        for option, word in zip(options, argv, strict=True)
-        if option.startswith(f"{SUMMARY}=")
-    ]
-    if name == "predict" and files:
+def _summarize_config_error(error: ConfigError) -> None:
+    """Write `summary_json` of a command whose settings are wrong."""
+    file = error.settings.get("summary_json")
+    if isinstance(file, str):
         commit = importlib.import_module("imgcls.inference.commit")
-        commit.write_summary(files[-1], {"exit_code": error.exit_code, "error": str(error)})
+        commit.write_summary(file, {"exit_code": error.exit_code, "error": str(error)})
 
 
 def _command(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:

@@ -1,8 +1,8 @@
 """Configuration loader: defaults < YAML file < command line, validated into frozen pydantic models.
 
 Unknown keys are refused with the nearest valid key, all problems are reported together, keys are
-dotted paths, and the environment is never read. `format_help` renders the help page of a model.
-The sections are in the `config.py` of each package, or next to code that imports nothing heavy.
+dotted paths, and the environment is never read. The sections are in the `config.py` of each
+package, or next to code that imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,14 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -82,13 +75,16 @@ def load(model: type[S], argv: Sequence[str]) -> S:
     Raises
     ------
     ConfigError
-        Lists every problem with its dotted path.
+        Lists every problem with its dotted path, and has the settings that could be read.
     """
     problems: list[str] = []
     files, overrides, print_config = _parse(model, argv, problems)
     tree: dict[str, Any] = {}
     for file in files:
-        _merge(model, tree, _read_yaml(file, problems))
+        try:
+            _merge(model, tree, _read_yaml(file, problems))
+        except ConfigError as error:
+            problems.append(f"--config {file}: {error}")
     for parts, value in overrides:
         _set(model, tree, parts, value)
     config = _validated(model, tree, problems)
@@ -162,7 +158,7 @@ def _validated(model: type[S], tree: Mapping[str, Any], problems: list[str]) -> 
     if problems or config is None:
         lines = "\n".join(f"  {problem}" for problem in problems)
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"the configuration has {count}:\n{lines}")
+        raise ConfigError(f"the configuration has {count}:\n{lines}", tree)
     return config
 
 

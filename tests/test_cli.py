@@ -240,10 +240,15 @@ def test_a_command_that_does_its_job_exits_0() -> None:
 # ------------------------------------------------------------------ what a scheduler sees
 
 
-@pytest.mark.parametrize("words", [["--summary-json"], ["--summary_json"]])
-def test_a_wrong_setting_is_in_the_summary_too(tmp_path: Path, words: list[str]) -> None:
+@pytest.mark.parametrize("command", ["predict", "embed"])
+@pytest.mark.parametrize("words", ["--summary-json {}", "--summary_json={}", "--config c.yaml"])
+def test_a_wrong_setting_is_in_the_summary_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "run.json"
-    assert cli.main(["predict", *words, str(file), "--max-error-rate", "7"]) == 2
+    Path("c.yaml").write_text(f"summary-json: {file}\nstorage: {{anon: true, an-on: 1}}\n")
+    assert cli.main([command, *words.format(file).split(), "--max-error-rate", "7"]) == 2
     summary = json.loads(file.read_text())
     assert (summary["exit_code"], summary["rows"], summary["status"]) == (2, 0, {})
     assert "max_error_rate" in summary["error"]
