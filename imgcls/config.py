@@ -14,7 +14,7 @@ import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -33,7 +33,6 @@ def names(value: Any) -> Any:
 
 
 Names = Annotated[list[str], BeforeValidator(names)]
-"""Names such as those of columns."""
 
 UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share or a probability."""
@@ -61,6 +60,14 @@ class Section(BaseModel):
         if cls.shorthand is not None and isinstance(value, (str, int, float)):
             return {cls.shorthand: str(value)}
         return value
+
+    @model_validator(mode="after")
+    def _refuse_empty_text(self) -> Self:
+        """An empty path would be the current folder, as of `--output "$OUT"` without OUT."""
+        for name, field in type(self).model_fields.items():
+            if getattr(self, name) == "" and (field.is_required() or name == "output"):
+                raise ValueError(f"{name}: is empty; pass a value")
+        return self
 
 
 def load(model: type[S], argv: Sequence[str]) -> S:
@@ -206,10 +213,7 @@ def iter_sections(
 def iter_fields(
     model: type[Section], prefix: str = ""
 ) -> Iterator[tuple[str, FieldInfo, str | None]]:
-    """Every settable (dotted key, field, owner); sections with a shorthand are settable too.
-
-    A model's own come before those that it inherits.
-    """
+    """Every settable (dotted key, field, owner), own ones first; sections with a shorthand too."""
     own = inspect.get_annotations(model)
     for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in own):
         key = f"{prefix}{name}"
