@@ -39,6 +39,7 @@ def measure(what: str, bundle: Path, manifest: Path, precision: str, engine: Eng
     """Images per second of one process per core, start-up and warm-up left out.
 
     engine: of imgcls, for its own routes
+    Raises RuntimeError if a process has failed, and BrokenBarrierError if it did during warm-up.
     """
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(CORES + 1)
@@ -55,7 +56,10 @@ def measure(what: str, bundle: Path, manifest: Path, precision: str, engine: Eng
     start = time.perf_counter()
     for process in processes:
         process.join()
-    return len(read_manifest(manifest)) / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    if any(process.exitcode for process in processes):
+        raise RuntimeError(f"{what}: a process has failed, so there is no rate")
+    return len(read_manifest(manifest)) / seconds
 
 
 def _work(barrier: Barrier, *job: Any) -> None:

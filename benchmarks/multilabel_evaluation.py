@@ -31,14 +31,18 @@ def main() -> None:
     print(f"CPU: {read_cpu()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="imgcls-bench-") as name:
         folder = Path(name) / "run"
-        labels = LabelColumns("labels").to_json()
-        manifest = {"label_column": None, "label_columns": labels}
-        commit(folder, rows, options.classes, draw, task="multilabel", manifest=manifest)
+        commit_labels(folder, rows, options.classes)
         seconds, peak, base = measure(folder)
     print(
         f"{rows:,} rows x {options.classes} classes: {seconds:.1f} s, {rows / seconds:,.0f} rows/s,"
         f" peak {peak / 1e6:,.0f} MB, {(peak - base) / 1e6:,.0f} MB over Ray"
     )
+
+
+def commit_labels(folder: Path, rows: int, classes: int) -> None:
+    """Write a committed run of random predictions, as `benchmarks.evaluation` does."""
+    manifest = {"label_column": None, "label_columns": LabelColumns("labels").to_json()}
+    commit(folder, rows, classes, draw, task="multilabel", manifest=manifest)
 
 
 def draw(rows: int, names: list[str]) -> pa.Table:

@@ -203,7 +203,9 @@ def leave_behind(output: Path, share: float) -> int:
     run = layout.load_run(str(output))
     assert run is not None
     plan = parse_plan(run)
-    full = int(plan.num_parts * share)
+    if plan.num_parts < 2:
+        raise SystemExit(f"resume: pass --rows above {plan.part_rows:,}, the rows of a final file")
+    full = min(max(1, int(plan.num_parts * share)), plan.num_parts - 1)
     table = made_up(0, plan.part_rows, run["classes"])
     shards = pq.read_table(layout.shard_url(str(output), 0))
     for name in table.schema.names:

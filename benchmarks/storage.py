@@ -184,12 +184,12 @@ def planning(folder: Path, options: argparse.Namespace) -> None:
     labels, manifest = folder / "labels", folder / "manifest"
     manifest.mkdir()
     status = pa.DictionaryArray.from_arrays(np.zeros(A_NIGHT, np.int32), ["ok"])
+    label = pa.DictionaryArray.from_arrays(np.zeros(A_NIGHT, np.int32), ["cat"])
     for night in range(options.nights):
         rows = listed_rows(night * A_NIGHT, A_NIGHT)
         pq.write_table(rows, manifest / f"{night:04d}.parquet")
-        commit(
-            labels / f"night={night:04d}", rows.append_column("status", status), group_rows=65_536
-        )
+        labeled = rows.append_column("status", status).append_column("predicted_label", label)
+        commit(labels / f"night={night:04d}", labeled, group_rows=65_536)
     pq.write_table(
         listed_rows(options.nights * A_NIGHT, options.new),
         manifest / f"{options.nights:04d}.parquet",

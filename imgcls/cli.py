@@ -22,9 +22,6 @@ from imgcls.errors import ConfigError, ImgclsError, Interrupted
 from imgcls.formatting import suggest_names
 from imgcls.reference import Command
 
-SUMMARY = "--summary-json"
-
-
 COMMANDS = {
     "train": Command(
         "train a network on labeled images and write a bundle",
@@ -275,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: failed, may be resumed. 2: wrong request, nothing was started. 3: finished, but a
     quality gate failed, such as max_error_rate.
     """
+    _open_closed_streams()
     with _quiet_pipe() as broken:
         code = _main(list(sys.argv[1:] if argv is None else argv))
     return BROKEN_PIPE if broken else code
@@ -303,6 +301,18 @@ def _main(arguments: list[str]) -> int:
     hint = f"; {near}" if near else ""
     print(f"imgcls: no command {wrong!r}{hint}\n\n{usage}", file=sys.stderr)
     return 2
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null in place of standard streams that are closed, as in `imgcls ... 2>&-`.
+
+    Python has None for them, and the files that are opened next would have their numbers.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is its own
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", closefd=False))
 
 
 BROKEN_PIPE = 141
@@ -339,6 +349,7 @@ def _stdout_is_broken() -> bool:
 def run(name: str, argv: Sequence[str]) -> int:
     """Run a command with its options and return the exit code; scripts in jobs/ call this."""
     code = 0
+    _open_closed_streams()
     skip_collection_at_exit()
     with _quiet_pipe() as broken, log.command_handler() as handler:
         code = _run(name, argv, handler)
@@ -380,7 +391,7 @@ def _run(name: str, argv: Sequence[str], handler: log.CommandHandler) -> int:
     except ImgclsError as error:
         print(f"imgcls {name}: {error}", file=sys.stderr, flush=True)
         if isinstance(error, ConfigError):
-            _summarize_config_error(name, argv, error)
+            _summarize_config_error(error)
         return error.exit_code
     except SystemExit as error:
         return int(error.code or 0)
@@ -397,18 +408,12 @@ def _escape_what_cannot_be_shown() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _summarize_config_error(name: str, argv: Sequence[str], error: ConfigError) -> None:
-    """Write `--summary-json` of a command whose settings could not be read."""
-    options = [word.replace("_", "-") for word in argv]
-    files = [file for option, file in zip(options, argv[1:], strict=False) if option == SUMMARY]
-    files += [
-        word.partition("=")[2]
-        for option, word in zip(options, argv, strict=True)
-        if option.startswith(f"{SUMMARY}=")
-    ]
-    if name == "predict" and files:
+def _summarize_config_error(error: ConfigError) -> None:
+    """Write `summary_json` of a command whose settings are wrong."""
+    file = error.settings.get("summary_json")
+    if isinstance(file, str):
         commit = importlib.import_module("imgcls.inference.commit")
-        commit.write_summary(files[-1], {"exit_code": error.exit_code, "error": str(error)})
+        commit.write_summary(file, {"exit_code": error.exit_code, "error": str(error)})
 
 
 def _command(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:

@@ -1,8 +1,8 @@
 """Configuration loader: defaults < YAML file < command line, validated into frozen pydantic models.
 
 Unknown keys are refused with the nearest valid key, all problems are reported together, keys are
-dotted paths, and the environment is never read. `format_help` renders the help page of a model.
-The sections are in the `config.py` of each package, or next to code that imports nothing heavy.
+dotted paths, and the environment is never read. The sections are in the `config.py` of each
+package, or next to code that imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -14,17 +14,10 @@ import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -40,7 +33,6 @@ def names(value: Any) -> Any:
 
 
 Names = Annotated[list[str], BeforeValidator(names)]
-"""Names such as those of columns."""
 
 UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share or a probability."""
@@ -69,6 +61,14 @@ class Section(BaseModel):
             return {cls.shorthand: str(value)}
         return value
 
+    @model_validator(mode="after")
+    def _refuse_empty_text(self) -> Self:
+        """An empty path would be the current folder, as of `--output "$OUT"` without OUT."""
+        for name, field in type(self).model_fields.items():
+            if getattr(self, name) == "" and (field.is_required() or name == "output"):
+                raise ValueError(f"{name}: is empty; pass a value")
+        return self
+
 
 def load(model: type[S], argv: Sequence[str]) -> S:
     """Build `model` from the command line `argv`.
@@ -82,13 +82,16 @@ def load(model: type[S], argv: Sequence[str]) -> S:
     Raises
     ------
     ConfigError
-        Lists every problem with its dotted path.
+        Lists every problem with its dotted path, and has the settings that could be read.
     """
     problems: list[str] = []
     files, overrides, print_config = _parse(model, argv, problems)
     tree: dict[str, Any] = {}
     for file in files:
-        _merge(model, tree, _read_yaml(file, problems))
+        try:
+            _merge(model, tree, _read_yaml(file, problems))
+        except ConfigError as error:
+            problems.append(f"--config {file}: {error}")
     for parts, value in overrides:
         _set(model, tree, parts, value)
     config = _validated(model, tree, problems)
@@ -162,7 +165,7 @@ def _validated(model: type[S], tree: Mapping[str, Any], problems: list[str]) -> 
     if problems or config is None:
         lines = "\n".join(f"  {problem}" for problem in problems)
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"the configuration has {count}:\n{lines}")
+        raise ConfigError(f"the configuration has {count}:\n{lines}", tree)
     return config
 
 
@@ -210,10 +213,7 @@ def iter_sections(
 def iter_fields(
     model: type[Section], prefix: str = ""
 ) -> Iterator[tuple[str, FieldInfo, str | None]]:
-    """Every settable (dotted key, field, owner); sections with a shorthand are settable too.
-
-    A model's own come before those that it inherits.
-    """
+    """Every settable (dotted key, field, owner), own ones first; sections with a shorthand too."""
     own = inspect.get_annotations(model)
     for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in own):
         key = f"{prefix}{name}"

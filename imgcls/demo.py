@@ -13,12 +13,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import PositiveInt
+
 from imgcls import log
 from imgcls.config import Section
 from imgcls.data.manifests.manifest import ManifestConfig
-from imgcls.errors import RequestError
+from imgcls.data.storage import filesystem
+from imgcls.errors import OutputError, RequestError
 from imgcls.evaluation.config import EvaluateConfig
 from imgcls.inference.config import PredictConfig
+from imgcls.runs import layout
 from imgcls.training.augment.recipe import AugmentConfig
 from imgcls.training.config import DataConfig, ModelConfig, TrainConfig, TrainScaleConfig
 
@@ -32,17 +36,17 @@ class DemoConfig(Section):
     """Train, predict and evaluate on handwritten digits."""
 
     output: str = "demo"
-    """Output folder."""
-    epochs: int = 8
+    """Output folder, on this machine's disk."""
+    epochs: PositiveInt = 8
     """Number of training epochs."""
-    num_workers: int = 2
+    num_workers: PositiveInt = 2
     """Number of training workers."""
 
 
 def demo(config: DemoConfig) -> None:
     """Run the demo and print where the results are."""
     started = time.monotonic()
-    folder = Path(config.output)
+    folder = _open_output(config.output)
     train_manifest, test_manifest = write_digits(folder)
     seconds = time.monotonic() - started
     log.show(f"1. digits written to {folder / 'digits'} ({seconds:.0f} s)")
@@ -92,6 +96,14 @@ def demo(config: DemoConfig) -> None:
         ("commit marker", predictions / "_SUCCESS"),
     ):
         log.show(f"   {name:<16} {path}")
+
+
+def _open_output(output: str) -> Path:
+    """The output folder; raises OutputError where no files can be written to it."""
+    if not filesystem.is_local(output):
+        raise OutputError(f"output {output}: is a URL; pass a folder on this machine's disk")
+    layout.check_output_writable(output)
+    return Path(filesystem.local_path(output))
 
 
 def write_digits(folder: Path) -> tuple[Path, Path]:

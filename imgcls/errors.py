@@ -6,6 +6,9 @@ code of a command.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 OK = "ok"
 """The status of a row without an error; an error class has the status of its rows."""
 
@@ -33,7 +36,14 @@ class RequestError(ImgclsError):
 
 
 class ConfigError(RequestError):
-    """A configuration key or value is wrong."""
+    """A configuration key or value is wrong.
+
+    settings: the nested settings, where they were read before they were found to be wrong
+    """
+
+    def __init__(self, message: str, settings: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.settings = settings or {}
 
 
 class ManifestError(RequestError):

@@ -59,6 +59,29 @@ def test_a_reader_that_is_gone_ends_it_quietly(arguments: str, unbuffered: str) 
     assert (done.returncode, done.stderr) == (cli.BROKEN_PIPE, b"")
 
 
+@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
+def test_standard_streams_may_be_closed(closed: tuple[int, ...], tmp_path: Path) -> None:
+    opened = tmp_path / "opened"
+    program = (
+        "import os, sys\n"
+        "from imgcls import cli, reference\n"
+        "status = cli.main(['model', 'list', '--contains', 'resnet18'])\n"
+        f"with open({str(opened)!r}, 'w') as file:\n"
+        "    print(file.fileno() > 2, *map(os.get_inheritable, range(3)), file=file)\n"
+        "    print(sys.stdin, sys.stdout, sys.stderr, file=sys.stderr)\n"
+        "sys.exit(status)\n"
+    )
+    closing = " ".join(f"{number}>&-" for number in closed)
+    done = subprocess.run(
+        ["bash", "-c", f'exec "$0" -c "$1" {closing}', sys.executable, program],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "" if 1 in closed else "resnet18\n")
+    assert opened.read_text() == "True True True True\n"
+
+
 def test_a_pipe_that_breaks_elsewhere_is_no_quiet_end(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> int:
         raise BrokenPipeError("a socket")
@@ -217,10 +240,15 @@ def test_a_command_that_does_its_job_exits_0() -> None:
 # ------------------------------------------------------------------ what a scheduler sees
 
 
-@pytest.mark.parametrize("words", [["--summary-json"], ["--summary_json"]])
-def test_a_wrong_setting_is_in_the_summary_too(tmp_path: Path, words: list[str]) -> None:
+@pytest.mark.parametrize("command", ["predict", "embed"])
+@pytest.mark.parametrize("words", ["--summary-json {}", "--summary_json={}", "--config c.yaml"])
+def test_a_wrong_setting_is_in_the_summary_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "run.json"
-    assert cli.main(["predict", *words, str(file), "--max-error-rate", "7"]) == 2
+    Path("c.yaml").write_text(f"summary-json: {file}\nstorage: {{anon: true, an-on: 1}}\n")
+    assert cli.main([command, *words.format(file).split(), "--max-error-rate", "7"]) == 2
     summary = json.loads(file.read_text())
     assert (summary["exit_code"], summary["rows"], summary["status"]) == (2, 0, {})
     assert "max_error_rate" in summary["error"]

@@ -513,7 +513,7 @@ _TEXT = st.text(
     options=st.dictionaries(
         _TEXT, st.none() | st.booleans() | st.integers() | st.floats(-1e9, 1e9) | _TEXT
     ),
-    data=st.none() | st.builds(Source, path=_TEXT, limit=st.none() | st.integers()),
+    data=st.none() | st.builds(Source, path=_TEXT.filter(bool), limit=st.none() | st.integers()),
 )
 def test_any_configuration_survives_print_config(
     tmp_path_factory: pytest.TempPathFactory,
@@ -792,3 +792,12 @@ def test_a_table_is_no_setting() -> None:
 
     with pytest.raises(ConfigError, match="name: is a DataFrame; write it to a CSV or Parquet"):
         requested(Job, None, {"name": pd.DataFrame({"path": ["a"]})}, "call()")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"output": ""}, "  output: is empty"), ({"manifest": ""}, "  manifest: path: is empty")],
+)
+def test_an_empty_path_is_not_the_current_folder(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.build(PredictConfig, {"manifest": "m.csv", "model": "b", "output": "o", **changes})

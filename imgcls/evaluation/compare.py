@@ -29,6 +29,7 @@ from imgcls.evaluation.label_join import NO_VALUE, resolve_labels, select_run_co
 from imgcls.evaluation.multilabel_compare import MultiLabelComparison, compare_multilabel
 from imgcls.evaluation.row_pairs import check_not_worse, check_pairing, iter_row_pairs
 from imgcls.metrics.agreement import PairedComparison, mcnemar_test
+from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, open_run
 
 _GROUP_FIELDS = [
@@ -117,6 +118,8 @@ def compare(config: CompareConfig) -> RunComparison | MultiLabelComparison:
             f"{a.url} was labeled by a {a.task} bundle, {b.url} by a {b.task} one; pass two runs "
             "of one task"
         )
+    if config.output is not None:
+        layout.check_no_run(config.output)
     if a.task == "multilabel":
         return compare_multilabel(a, b, config)
     comparison = compare_runs(a, b, config)

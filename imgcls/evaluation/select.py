@@ -112,6 +112,7 @@ def _select(config: SelectConfig) -> Selection:
     run = open_run(config.run)
     run.check_predictions()
     output = filesystem.absolute(config.output)
+    layout.check_no_run(output)
     if filesystem.exists(filesystem.join(output, layout.SELECTION_FILE)) and not config.overwrite:
         raise OutputError(
             f"output {output}: already has a selection; pass --overwrite to replace it"

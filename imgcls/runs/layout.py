@@ -108,6 +108,15 @@ def retry_url(output: str, part: int, chunk: int, run_id: str) -> str:
     return join(part_staging_folder(output, part), f"retry-{chunk:08d}.{run_id}.parquet")
 
 
+def check_no_run(output: str) -> None:
+    """Raise OutputError where a folder has a run, whose metrics other files would replace."""
+    if filesystem.exists(join(output, RUN_FILE)):
+        raise OutputError(
+            f"output {output}: is the folder of a run, whose metrics would be replaced; pass "
+            "another --output"
+        )
+
+
 def check_output_writable(output: str) -> None:
     """Raise OutputError where an output folder cannot be written, and as `request_error` does."""
     try:

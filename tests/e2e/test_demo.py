@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls import demo
+from imgcls.cli import main
 from tests.e2e.outputs import assert_exactly_once, success
 from tests.processes import REPOSITORY, RayCluster, imgcls
 
@@ -25,6 +26,29 @@ def named_paths(text: str) -> list[Path]:
     _, _, listing = text.partition("results:\n")
     places = [re.split(r" {2,}", line.strip(), maxsplit=1)[1] for line in listing.splitlines()]
     return [Path(place) for line in places for place in line.split(", ")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", "0"], "epochs: Input should be greater than 0; found '0'"),
+        (["--num-workers", "0"], "num_workers: Input should be greater than 0; found '0'"),
+        (["--output", "s3://bucket/demo"], "output s3://bucket/demo: is a URL; pass a folder"),
+        (["--output", "file.txt"], "output file.txt: cannot be written: "),
+    ],
+)
+def test_the_demo_refuses_what_it_cannot_run_with(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file.txt").touch()
+    assert main(["demo", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "file.txt"]
 
 
 @pytest.mark.timeout(900)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.errors import RequestError, TooManyErrors
+from imgcls.errors import OutputError, RequestError, TooManyErrors
 from imgcls.evaluation.compare import compare
 from imgcls.evaluation.compute import compute_evaluation
 from imgcls.evaluation.config import (
@@ -125,6 +125,14 @@ def test_models_of_different_classes_are_compared_on_their_common_classes(tmp_pa
             run_b: sum(p == name != "eel" for p, name in zip(predicted_b, labels, strict=True)),
         }
         assert [found.correct_a, found.correct_b] == [correct[run] for run in pair]
+
+
+def test_the_folder_of_a_run_is_rejected_as_output(tmp_path: Path) -> None:
+    table = drawn(20, 6)
+    runs = [str(commit(tmp_path / name, table)) for name in ("first", "second")]
+    with pytest.raises(OutputError, match="first: is the folder of a run, whose metrics would be"):
+        compare(CompareConfig(run_a=runs[0], run_b=runs[1], output=runs[0]))
+    assert not (tmp_path / "first" / "summary.json").exists()
 
 
 def test_class_names_in_another_unicode_form_are_the_same_classes(tmp_path: Path) -> None:

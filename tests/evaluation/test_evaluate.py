@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls.config import build
-from imgcls.errors import ConfigError, ManifestError, RequestError
+from imgcls.errors import ConfigError, ManifestError, OutputError, RequestError
 from imgcls.evaluation.compute import compute_evaluation
 from imgcls.evaluation.config import EvaluateConfig, EvaluationOptions
 from imgcls.evaluation.evaluate import evaluate
@@ -38,6 +38,19 @@ def test_tables_summary_and_report_are_written(
     assert tables["coverage"]["coverage"][0].as_py() == 1.0
     assert (output / "report.html").stat().st_size < 5_000_000
     assert f"report       {output}/report.html" in capsys.readouterr().out
+
+
+def test_the_folder_of_another_run_is_rejected_as_output(
+    tmp_path: Path, table: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (commit(tmp_path / name, table) for name in ("first", "second"))
+    with pytest.raises(OutputError, match=r"second: is the folder of a run"):
+        evaluate(predictions=str(first), output=str(second))
+    assert not (second / "summary.json").exists()
+    (tmp_path / "link").symlink_to(first)
+    monkeypatch.chdir(tmp_path)
+    evaluate(predictions="first", output="link/", thumbnails=False)
+    assert (first / "summary.json").exists()
 
 
 def test_a_run_without_labels_is_rejected_with_the_remedy(tmp_path: Path, table: pa.Table) -> None:
