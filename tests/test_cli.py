@@ -119,8 +119,11 @@ def test_an_unknown_command_is_refused_with_the_known_ones(
 def test_the_help_of_a_group_lists_its_commands(
     group: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert cli.main(["help", group]) == 0
+    as_help = capsys.readouterr().out
     assert cli.main([group, "--help"]) == 0
     listed = capsys.readouterr().out
+    assert as_help == listed
     assert cli.main([group]) == 2
     assert capsys.readouterr().out == listed
     for name, command in cli.COMMANDS.items():

@@ -210,7 +210,8 @@ def _find_candidates(
         total.add(top.value, top.file, top.position)
     if not len(total.value):
         raise RequestError(
-            f"{run.url}: has no row to select: every row is labeled, excluded, or has no prediction"
+            f"{run.url}: has no row to select: every row is labeled (--include-labeled takes these "
+            "too), excluded, or has no prediction"
         )
     return total
 

@@ -41,7 +41,13 @@ from imgcls.inference import registered_runs
 from imgcls.inference.commit import count_reference
 from imgcls.inference.config import PredictConfig
 from imgcls.inference.specs import find_embedding_type
-from imgcls.models.bundle import Bundle, load_bundle, require_int8, resolve_int8_engine
+from imgcls.models.bundle import (
+    BUNDLE_FILE,
+    Bundle,
+    load_bundle,
+    require_int8,
+    resolve_int8_engine,
+)
 from imgcls.models.openvino_package import check_engine
 from imgcls.models.tasks import find_task
 from imgcls.publishing.publish import check_target
@@ -323,11 +329,14 @@ def check_first_image(manifest: Manifest, max_bytes: int) -> None:
 def check_resumable(output: str, config: PredictConfig) -> None:
     """Raise OutputError when a run can neither be started nor resumed in a folder."""
     layout.check_output_writable(output)
+    run = layout.load_run(output)
+    if run is None and filesystem.exists(filesystem.join(output, BUNDLE_FILE)):
+        raise OutputError(f"output {output}: is the folder of a bundle; pass another --output")
     if config.overwrite:
         return
     names = filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER))
     # only tables: other programs add files such as .DS_Store
-    if layout.load_run(output) is None and any(name.endswith(".parquet") for name in names):
+    if run is None and any(name.endswith(".parquet") for name in names):
         raise OutputError(
             f"output {output}: holds predictions but no {layout.RUN_FILE}, so no run can be "
             "resumed. Pass another --output, or start over with --overwrite"

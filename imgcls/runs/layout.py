@@ -109,10 +109,10 @@ def retry_url(output: str, part: int, chunk: int, run_id: str) -> str:
 
 
 def check_no_run(output: str) -> None:
-    """Raise OutputError where a folder has a run, whose metrics other files would replace."""
+    """Raise OutputError where a folder has a run, whose files others would replace."""
     if filesystem.exists(join(output, RUN_FILE)):
         raise OutputError(
-            f"output {output}: is the folder of a run, whose metrics would be replaced; pass "
+            f"output {output}: is the folder of a run, whose files would be replaced; pass "
             "another --output"
         )
 

@@ -55,6 +55,7 @@ def train_head(config: TrainConfig) -> TrainResult:
     run, source = _open_source(config)
     setup = _resolve_setup(config, run, source)
     layout.check_output_writable(config.output)
+    layout.check_no_run(config.output)
     finished = find_finished(setup)
     if finished is not None:
         register_bundle(config.track, config.output)

@@ -111,6 +111,7 @@ def _train(config: TrainConfig, trial: TrialContext | None) -> TrainResult:
         return train_head(config)
     setup = resolve_setup(config, None if trial is None else trial.registered_model)
     layout.check_output_writable(setup.config.output)
+    layout.check_no_run(setup.config.output)
     finished = find_finished(setup)
     if finished is not None:
         if trial is None:

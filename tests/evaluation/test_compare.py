@@ -130,7 +130,7 @@ def test_models_of_different_classes_are_compared_on_their_common_classes(tmp_pa
 def test_the_folder_of_a_run_is_rejected_as_output(tmp_path: Path) -> None:
     table = drawn(20, 6)
     runs = [str(commit(tmp_path / name, table)) for name in ("first", "second")]
-    with pytest.raises(OutputError, match="first: is the folder of a run, whose metrics would be"):
+    with pytest.raises(OutputError, match="first: is the folder of a run, whose files would be"):
         compare(CompareConfig(run_a=runs[0], run_b=runs[1], output=runs[0]))
     assert not (tmp_path / "first" / "summary.json").exists()
 

@@ -260,10 +260,10 @@ def test_wrong_numbers_and_a_second_selection_in_one_folder_are_refused(tmp_path
     choose(tmp_path, folder, count=5)
     with pytest.raises(OutputError, match="already has a selection"):
         choose(tmp_path, folder, count=5)
-    with pytest.raises(OutputError, match="is the folder of a run, whose metrics would be"):
+    with pytest.raises(OutputError, match="is the folder of a run, whose files would be"):
         select(run=str(folder), output=str(folder), count=5)
     labeled = commit(tmp_path / "labeled", drawn(20))
-    with pytest.raises(RequestError, match="every row is labeled, excluded"):
+    with pytest.raises(RequestError, match=r"every row is labeled \(--include-labeled takes"):
         select(run=str(labeled), output=str(tmp_path / "none"), count=5)
 
 

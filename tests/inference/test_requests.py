@@ -217,6 +217,13 @@ def test_credentials_that_are_not_there_are_asked_for(
     assert "check the credentials" in refused(tmp_path, color_bundle, url("a.jpg"))
 
 
+def test_the_folder_of_a_bundle_is_refused_as_output(color_bundle: Path) -> None:
+    output = str(color_bundle)
+    values = {"manifest": "m.csv", "model": output, "output": output, "overwrite": True}
+    with pytest.raises(OutputError, match="is the folder of a bundle; pass another --output"):
+        check_resumable(output, build(PredictConfig, values))
+
+
 def test_only_tables_keep_a_folder_of_predictions_from_being_used(tmp_path: Path) -> None:
     config = build(PredictConfig, {"manifest": "m.csv", "model": "bundle", "output": str(tmp_path)})
     folder = tmp_path / "predictions"

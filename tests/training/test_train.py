@@ -165,6 +165,12 @@ def test_a_bundle_is_not_overwritten_unasked(digits: Path, color_bundle: Path) -
     assert sorted(file.read_bytes() for file in color_bundle.iterdir()) == before
 
 
+def test_the_folder_of_a_run_is_refused_as_output(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "_run.json").write_text("{}")
+    with pytest.raises(OutputError, match="is the folder of a run"):
+        train(config(digits, tmp_path))
+
+
 def test_an_output_that_cannot_be_written_is_refused(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError, match="cannot be written"):
