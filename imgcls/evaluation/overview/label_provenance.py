@@ -88,7 +88,8 @@ def _parse_settings(settings: Any) -> ManifestConfig:
         return ManifestConfig.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"its settings are of another version ({first['msg']})") from error
+        key = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"its settings are of another version ({key}: {first['msg']})") from error
 
 
 def _iter_columns(manifest: Manifest, names: tuple[str, ...]) -> Iterator[pa.Table]:
