@@ -185,7 +185,7 @@ def test_settings_that_running_proxies_do_not_have_are_refused(
 
 
 def test_proxies_without_a_timeout_are_used_and_the_difference_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[HTTPOptions] = []
     monkeypatch.setattr(serving.ray_internals, "find_serve_options", HTTPOptions)
@@ -194,7 +194,7 @@ def test_proxies_without_a_timeout_are_used_and_the_difference_is_logged(
     )
     serving._start_proxies(build(ServeConfig, {"model": "b"}))
     assert len(started) == 1
-    assert "http.request_timeout_s 120 has no effect" in caplog.text
+    assert "http.request_timeout_s 120 has no effect" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("was_running", [False, True])
