@@ -6,6 +6,6 @@ from imgcls.evaluation.overview.label_provenance import describe_manifest
 
 
 def test_a_setting_of_another_version_is_named() -> None:
-    ((name, reason),) = describe_manifest({"path": "/m.csv", "colour": 1}, None)
+    ((name, reason),) = describe_manifest({"path": "/m.csv", "tint": 1}, None)
     assert name == "cannot be opened"
-    assert reason.startswith("its settings are of another version (colour: ")
+    assert reason.startswith("its settings are of another version (tint: ")
