@@ -22,12 +22,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from imgcls.cluster.worker_forks import IMPORTED
+from imgcls.cluster.worker_forks import IMPORTED, freeze, iter_requests
 
 IMPORTED_WITH_RAY = ("imgcls.cli", "imgcls.inference.predict", "imgcls.execution.pipeline",
                      "imgcls.training.train")  # fmt: skip
@@ -47,7 +46,8 @@ class ForkedCommand:
         self._answers.connect(_start_server().address)
         (out, their_out), (err, their_err) = os.pipe(), os.pipe()
         socket.send_fds(self._answers, [b"files"], [their_out, their_err])
-        self._answers.sendall(json.dumps(request).encode() + b"\n")
+        self._answers.sendall(json.dumps(request).encode())
+        self._answers.shutdown(socket.SHUT_WR)
         os.close(their_out)
         os.close(their_err)
         self.stdout, self.stderr = os.fdopen(out), os.fdopen(err)
@@ -125,20 +125,6 @@ def _start_server() -> _Server:
 # -------------------------------------------------------------------- in the process that forks
 
 
-def iter_requests(
-    listener: socket.socket, parent: int
-) -> Iterator[tuple[socket.socket, dict[str, Any], list[int]]]:
-    while os.getppid() == parent:
-        if select.select([listener], [], [], 1)[0]:
-            connection, _ = listener.accept()
-            _, files, _, _ = socket.recv_fds(connection, len(b"files"), 2)
-            with connection.makefile() as stream:
-                yield connection, json.loads(stream.readline()), files
-            connection.close()
-            for file in files:
-                os.close(file)
-
-
 def run_server(listener: socket.socket, parent: int) -> None:
     """Fork a command per request, and for each a process that waits for its end."""
     gc.disable()
@@ -146,9 +132,7 @@ def run_server(listener: socket.socket, parent: int) -> None:
         importlib.import_module(name)
     ray_internals = importlib.import_module("imgcls.cluster.ray_internals")
     assert ray_internals.import_for_forks(IMPORTED_WITH_RAY)
-    gc.enable()
-    gc.collect()
-    gc.freeze()
+    freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for connection, request, files in iter_requests(listener, parent):
         if os.fork() == 0:

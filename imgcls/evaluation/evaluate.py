@@ -73,7 +73,7 @@ def _evaluate(config: EvaluateConfig) -> Evaluation | MultiLabelEvaluation:
     # with a manifest, the output is that of prediction, where {date} is replaced
     given = config.output if config.manifest is None else None
     output = filesystem.absolute(given or source)
-    if len({filesystem.resolve_links(each).rstrip("/") for each in (output, source)}) > 1:
+    if not filesystem.is_same(output, source):
         layout.check_no_run(output)
     evaluation = compute_evaluation(source, config, need_labels=True)
     write_evaluation(evaluation, output)

@@ -231,8 +231,7 @@ def check_bundle_output(url: str, *, overwrite: bool, source: str | None = None)
     source: URL of the bundle that the new one is made from
     Raises RequestError if this is the output itself, OutputError if a bundle exists there.
     """
-    resolve = filesystem.resolve_links
-    if source and resolve(url).rstrip("/") == resolve(source).rstrip("/"):
+    if source and filesystem.is_same(url, source):
         raise RequestError(
             "output: is the input bundle, which may be in use; pass another --output"
         )

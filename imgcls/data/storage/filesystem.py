@@ -76,6 +76,11 @@ def resolve_links(url: str) -> str:
     return os.path.realpath(local_path(url)) if is_local(url) else url
 
 
+def is_same(a: str, b: str) -> bool:
+    """Whether two URLs name the same file or folder."""
+    return resolve_links(a).rstrip("/") == resolve_links(b).rstrip("/")
+
+
 def exists(url: str) -> bool:
     if is_local(url):
         return os.path.lexists(local_path(url))
