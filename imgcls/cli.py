@@ -273,9 +273,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     quality gate failed, such as max_error_rate.
     """
     _open_closed_streams()
-    with _quiet_pipe() as broken:
+    with _end_without_output() as failed:
         code = _main(list(sys.argv[1:] if argv is None else argv))
-    return BROKEN_PIPE if broken else code
+    return failed[0] if failed else code
 
 
 def _main(arguments: list[str]) -> int:
@@ -322,24 +322,28 @@ BROKEN_PIPE = 141
 
 
 @contextlib.contextmanager
-def _quiet_pipe() -> Iterator[list[BrokenPipeError]]:
-    """End without a traceback when the reader of stdout is gone, as in `imgcls --help | head -1`.
+def _end_without_output() -> Iterator[list[int]]:
+    """End without a traceback when stdout cannot be written, as in `imgcls --help | head -1`.
 
-    Yields a list that then holds the error. A pipe that breaks elsewhere is raised as usual.
+    Yields a list that then holds the exit code. Errors of other files are raised as usual.
     """
-    broken: list[BrokenPipeError] = []
+    failed: list[int] = []
     try:
-        yield broken
+        yield failed
         sys.stdout.flush()
-    except BrokenPipeError as error:
-        if not _stdout_is_broken():
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_reader_gone():
+            failed.append(BROKEN_PIPE)
+        elif _is_full():
+            print(f"imgcls: cannot write to stdout: {error.strerror}", file=sys.stderr, flush=True)
+            failed.append(1)
+        else:
             raise
-        broken.append(error)
         # or the interpreter, which flushes at its end, complains again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _stdout_is_broken() -> bool:
+def _is_reader_gone() -> bool:
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), select.POLLOUT)
@@ -348,14 +352,22 @@ def _stdout_is_broken() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def _is_full() -> bool:
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
 def run(name: str, argv: Sequence[str]) -> int:
     """Run a command with its options and return the exit code; scripts in jobs/ call this."""
     code = 0
     _open_closed_streams()
     skip_collection_at_exit()
-    with _quiet_pipe() as broken, log.command_handler() as handler:
+    with _end_without_output() as failed, log.command_handler() as handler:
         code = _run(name, argv, handler)
-    code = BROKEN_PIPE if broken else code
+    code = failed[0] if failed else code
     if "imgcls.cluster.session" in sys.modules:
         sys.modules["imgcls.cluster.session"].end_session(code)
     if "imgcls.cluster.worker_forks" in sys.modules:

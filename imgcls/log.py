@@ -72,9 +72,11 @@ class CommandHandler(logging.Handler):
         try:
             text = self._format_json(record) if self.is_json else _format_text(record, event)
             _write(text, sys.stderr if is_warning else sys.stdout)
-        except BrokenPipeError:
-            raise  # the command ends
-        except Exception:  # noqa: BLE001 - as every handler of logging does
+        except Exception as error:  # noqa: BLE001 - as every handler of logging does
+            if isinstance(error, BrokenPipeError) or (
+                isinstance(error, OSError) and event == "result"
+            ):
+                raise  # the command ends
             self.handleError(record)
 
     @staticmethod

@@ -59,6 +59,20 @@ def test_a_reader_that_is_gone_ends_it_quietly(arguments: str, unbuffered: str) 
     assert (done.returncode, done.stderr) == (cli.BROKEN_PIPE, b"")
 
 
+@pytest.mark.parametrize("arguments", ["--help", "predict --help", "model list"])
+def test_output_that_cannot_be_written_is_a_failure(arguments: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "imgcls", *arguments.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    message = "imgcls: cannot write to stdout: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
 @pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
 def test_standard_streams_may_be_closed(closed: tuple[int, ...], tmp_path: Path) -> None:
     opened = tmp_path / "opened"
