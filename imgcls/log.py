@@ -72,7 +72,7 @@ class CommandHandler(logging.Handler):
         try:
             text = self._format_json(record) if self.is_json else _format_text(record, event)
             _write(text, sys.stderr if is_warning else sys.stdout)
-        except Exception as error:  # noqa: BLE001 - as every handler of logging does
+        except Exception as error:  # as every handler of logging does
             if isinstance(error, BrokenPipeError) or (
                 isinstance(error, OSError) and event == "result"
             ):

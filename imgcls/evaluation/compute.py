@@ -157,10 +157,12 @@ def _compute_single_label(
     found = aggregate_run(run, spec, joined)
     counts = found.counts
     if need_labels and not counts.labeled:
+        remedy = "join labels with --labels TABLE"
+        if config.labels is not None:
+            remedy = "check the labels of --labels, whose names are compared with those of classes"
         raise RequestError(
             f"{run.url}: none of its {counts.ok:,} predictions has a label that is a class of the "
-            f"model ({counts.unlabeled:,} have none, {counts.unknown_label:,} another); join "
-            "labels with --labels TABLE"
+            f"model ({counts.unlabeled:,} have none, {counts.unknown_label:,} another); {remedy}"
         )
     samples = found.samples.select(list_frequent_classes(counts.predicted_counts))
     lists: list[row_lookup.RowPlaces] = [found.mistakes, found.uncertain, found.issues]

@@ -136,8 +136,9 @@ def compute_multilabel(
     counts, ranking = found.counts, found.ranking
     if need_labels and not counts.labeled:
         raise RequestError(
-            f"{run.url}: none of its {counts.ok:,} predictions has a label; join labels with "
-            "--labels TABLE"
+            f"{run.url}: none of its {counts.ok:,} predictions has a label; "
+            + ("join labels with" if config.labels is None else "check the labels of")
+            + " --labels TABLE"
         )
     issues = rank_issues(found)
     reader = CellReader(run, None if labels is None else labels.columns, joined)

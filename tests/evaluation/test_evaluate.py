@@ -58,6 +58,11 @@ def test_a_run_without_labels_is_rejected_with_the_remedy(tmp_path: Path, table:
     folder = commit(tmp_path / "blind", blind, label_column=None)
     with pytest.raises(RequestError, match="--labels TABLE"):
         evaluate(EvaluateConfig(predictions=str(folder)))
+    labels = table.select(["path"]).append_column("label", pa.array(["unknown"] * len(table)))
+    pq.write_table(labels, tmp_path / "labels.parquet")
+    request = {"predictions": folder, "labels": tmp_path / "labels.parquet", "output": tmp_path}
+    with pytest.raises(RequestError, match="another\\); check the labels of --labels, whose names"):
+        evaluate(build(EvaluateConfig, {key: str(value) for key, value in request.items()}))
     found = compute_evaluation(str(folder), EvaluationOptions(), need_labels=False)
     assert not found.has_labels
     assert found.get_metric("accuracy") is None
