@@ -198,6 +198,7 @@ def planning(folder: Path, options: argparse.Namespace) -> None:
     ours, theirs = context.Pipe()
     process = context.Process(target=plan, args=(labels, manifest, theirs))
     process.start()
+    theirs.close()  # so that the end of the process ends the wait
     new, took, memory = ours.recv()
     process.join()
     print(
@@ -247,6 +248,7 @@ def serving(files: list[Path], options: argparse.Namespace) -> Iterator[str]:
     arguments = (files, options.delay, options.listed, theirs)
     process = context.Process(target=serve, args=arguments, daemon=True)
     process.start()
+    theirs.close()
     yield f"http://127.0.0.1:{ours.recv()}"
     process.terminate()
     process.join()
